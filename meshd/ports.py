@@ -1,0 +1,277 @@
+"""What the shell needs from the world, as small protocols. Adapters live beside their feature and are built by daemon.py.
+
+Transport   authenticated byte streams to peers           net/libp2p.py, net/memory.py
+Rpc         calls over one long-lived stream per peer      net/rpc.py, on any Transport
+Log         propose, read barrier, who leads               raft/log.py at servers, raft/remote.py elsewhere
+BlobStore   bytes by their hash, on this disk              blobs/store.py
+Backend     runs one attempt                               backends/*.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from meshd.model import AttemptKey, BackendProbe, BlobRef, NodeId, Outcome, Resources
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+class Stream(Protocol):
+    """A byte stream to one authenticated peer. Not safe for two writers at a time."""
+
+    @property
+    def peer(self) -> NodeId: ...
+
+    async def read(self, bytes_max: int) -> bytes:
+        """1 to `bytes_max` bytes; b"" at the end. Raises Unavailable when the peer is lost. Safe to cancel."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Raises Unavailable when the peer is lost or does not read for 30 s. Cancelling never corrupts another stream."""
+        ...
+
+    async def close_write(self) -> None:
+        """No more bytes from here; the peer reads the end."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give it up, both ways, at once. Never raises, never blocks for over 2 s."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+class PeerEvents(Protocol):
+    """Called from the loop, must not wait."""
+
+    def peer_up(self, peer: NodeId) -> None: ...
+    def peer_down(self, peer: NodeId) -> None: ...
+
+
+class Transport(Protocol):
+    """Connections to peers by key. Who may speak which protocol is asked of the gate at each stream."""
+
+    @property
+    def me(self) -> NodeId: ...
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where this node listens, as multiaddrs without /p2p; known once `serve` has started."""
+        ...
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Answer streams of this protocol. An exception in the handler resets the stream, counts, and nothing else."""
+        ...
+
+    async def connect(self, peer: NodeId, addresses: Sequence[str], *, timeout_s: float) -> None:
+        """One live connection afterwards. Raises Unavailable (nobody there) or PeerFault (another key answered)."""
+        ...
+
+    async def open_stream(self, peer: NodeId, protocol: str, *, timeout_s: float) -> Stream:
+        """Over the live connection; dials through the address book if there is none. Raises Unavailable, NotAllowed."""
+        ...
+
+    async def drop(self, peer: NodeId) -> None:
+        """Close every connection to the peer at once, even behind a blocked writer."""
+        ...
+
+    def connected(self) -> frozenset[NodeId]: ...
+
+
+AddressBook = Callable[[NodeId], Sequence[str]]
+"""Where a peer may be found, best first; multiaddrs without /p2p."""
+
+Gate = Callable[[NodeId, str], bool]
+"""May this authenticated peer speak this protocol now? Asked before a handler sees the stream."""
+
+
+class Rpc(Protocol):
+    """Request and answer over one long-lived stream per direction and peer; frames of many calls share a write."""
+
+    def register(self, method: str, handler: Callable[[NodeId, bytes], Awaitable[bytes]]) -> None:
+        """A MeshError raised by the handler reaches the caller as the same class; anything else as PeerFault."""
+        ...
+
+    async def call(self, peer: NodeId, method: str, body: bytes, *, timeout_s: float) -> bytes:
+        """Raises Unavailable (not sent, or peer lost), UnknownOutcome (sent, no answer in time), or the peer's MeshError."""
+        ...
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The command is in the log for ever. `answer` is the encoded `AnyAnswer`, `position` its log index."""
+
+    answer: bytes
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotCommitted:
+    """The command is certainly not in the log: send it again."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Perhaps in the log: ask, or resend with the same id. Never guess."""
+
+    why: str
+
+
+ProposeResult = Committed | NotCommitted | Unknown
+
+
+class Log(Protocol):
+    """The replicated log, as any node sees it."""
+
+    async def propose(self, origin: NodeId, command: bytes, *, timeout_s: float) -> ProposeResult: ...
+
+    async def read(self, query: bytes, *, timeout_s: float, is_stale_ok: bool = False) -> bytes:
+        """Encoded `AnyQuery` to encoded view, after the read barrier. Raises the query's MeshError, or Unavailable."""
+        ...
+
+
+# --- blobs -----------------------------------------------------------------------------------------------------------
+
+
+class BlobWriter(Protocol):
+    """A blob being written; nothing is visible until `commit`."""
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def commit(self, *, expected: BlobRef | None = None) -> BlobRef:
+        """Fsynced, named and durable (file and directory). Raises PeerFault when it is not `expected`."""
+        ...
+
+    async def abort(self) -> None: ...
+
+
+class BlobStore(Protocol):
+    """This node's disk. All methods that touch the disk do so in a thread."""
+
+    def has(self, blob: str) -> bool: ...
+    def size(self, blob: str) -> int:
+        """Raises NotFound."""
+        ...
+
+    async def create(self) -> BlobWriter:
+        """Raises Busy when the disk is full."""
+        ...
+
+    async def put_bytes(self, data: bytes) -> BlobRef: ...
+
+    async def put_file(self, path: Path) -> BlobRef: ...
+
+    async def read(self, blob: str, offset: int, length: int) -> bytes:
+        """Raises NotFound."""
+        ...
+
+    async def get_bytes(self, ref: BlobRef, *, bytes_max: int) -> bytes:
+        """Whole and verified. Raises NotFound, TooLarge, Corrupt (and puts the bad file aside)."""
+        ...
+
+    def open_verified(self, ref: BlobRef) -> AsyncIterator[bytes]:
+        """Chunks, verified: the last one is only yielded when the hash agrees. Raises NotFound, Corrupt."""
+        ...
+
+    async def export(self, ref: BlobRef, target: Path, *, executable: bool = False) -> None:
+        """A private copy at `target` (reflink or copy, never a hard link: the job may write to it). Verified."""
+        ...
+
+    async def remove(self, blob: str) -> bool: ...
+
+    async def list(self) -> Sequence[BlobRef]: ...
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    run_s: float | None = None
+    memory: int | None = None
+    """Bytes."""
+    fuel: int | None = None
+    cpu_milli: int | None = None
+    output_bytes_max: int = 64 << 20
+    """stdout and stderr, each."""
+
+
+class Leash:
+    """Until when an attempt may run while its node is cut off (protocol.md 5), on CLOCK_BOOTTIME.
+
+    The agent moves `deadline_s` as its session's view moves; None is no limit. A backend tells
+    whatever really holds the attempt (runner, spawner) each new deadline, so that a stopped
+    agent keeps nothing alive.
+    """
+
+    def __init__(self, deadline_s: float | None = None) -> None:
+        self.deadline_s = deadline_s
+        self._changed = trio.Event()
+
+    def move(self, deadline_s: float | None) -> None:
+        self.deadline_s = deadline_s
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_moved(self) -> None:
+        await self._changed.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One attempt, ready to run: everything it reads is on this disk."""
+
+    key: AttemptKey
+    args: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    workdir: Path
+    """Private and writable; inputs are in it. The caller removes it."""
+    stdout: Path
+    stderr: Path
+    """Existing empty files outside `workdir`; grow while it runs, followers read along."""
+    stdin: Path | None = None
+    module: Path | None = None
+    """wasm: the verified module."""
+    module_hash: str = ""
+    limits: Limits = Limits()
+    needs: Resources = Resources()
+    leash: Leash = field(default_factory=Leash)
+
+
+class Backend(Protocol):
+    """Runs attempts in one kind of place. Found through entry point `meshd.backends`; built with `BackendSettings`."""
+
+    name: str
+
+    async def probe(self) -> BackendProbe:
+        """Does it really work here? Tries, cheaply; never raises."""
+        ...
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own whatever outlives one attempt (runner pool, spawner) until cancelled; leaves nothing behind."""
+        ...
+
+    async def run(self, execution: Execution) -> Outcome:
+        """Run to the end. Never raises for what a job does: that is an Outcome (without logs, outputs and holders).
+
+        Cancelling stops the attempt: TERM, then KILL after a grace; when it returns or raises, nothing of it runs.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSettings:
+    directory: Path
+    """The backend's own, private (0700): caches, sockets."""
+    term_grace_s: float = 5.0

@@ -1,0 +1,306 @@
+"""What can be written into the log, and how the state machine answers. The vocabulary of `machine.apply`.
+
+A log entry is one `Batch`: the leader's time and what arrived while the last batch
+was being committed. Each command in it carries its origin, stamped by the voter that
+received it from an authenticated peer; nobody hands over a ready-made entry
+(protocol.md 1). `apply` answers each command with a value and never raises.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta, Raw, Struct
+
+from meshd.model import AttemptKey, Count, JobId, JobSpec, Member, NodeId, Offer, Outcome, Role, ShortText
+
+BATCH_COMMANDS_MAX = 1000
+"""Commands in one entry."""
+
+Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Command(Struct, frozen=True, array_like=True, tag=True):
+    """Base of all commands; each is encoded as [tag, fields…], so fields may be appended with a default."""
+
+
+# --- members ---------------------------------------------------------------------------------------------------------
+
+
+class Found(Command, frozen=True, array_like=True, tag=True):
+    """The first command of a mesh, proposed by its founder: who it is."""
+
+    mesh: ShortText
+    member: Member
+
+
+class CreateInvite(Command, frozen=True, array_like=True, tag=True):
+    """`secret_hash` is the BLAKE3 of the secret; the secret itself is never in the log. `lifetime_ms` from now."""
+
+    secret_hash: Hash
+    roles: tuple[Role, ...]
+    uses: Annotated[int, Meta(ge=1, le=1_000_000)]
+    lifetime_ms: Annotated[int, Meta(ge=1, le=366 * 86_400_000)]
+
+
+class RevokeInvite(Command, frozen=True, array_like=True, tag=True):
+    secret_hash: Hash
+
+
+class Join(Command, frozen=True, array_like=True, tag=True):
+    """Proposed for a stranger by the member that it knocked at, who proved its peer id. Joining again is an answer, not a use."""
+
+    secret_hash: Hash
+    member: Member
+
+
+class UpdateMember(Command, frozen=True, array_like=True, tag=True):
+    """A member tells its own name and addresses; roles cannot change this way."""
+
+    name: ShortText
+    addresses: tuple[str, ...]
+    api_address: ShortText = ""
+
+
+class SetDraining(Command, frozen=True, array_like=True, tag=True):
+    node: NodeId
+    is_draining: bool
+
+
+class RemoveMember(Command, frozen=True, array_like=True, tag=True):
+    """The member is gone for good: its certificate is revoked, its session ended; whoever removes it promises that it is dead."""
+
+    node: NodeId
+
+
+class CreateToken(Command, frozen=True, array_like=True, tag=True):
+    secret_hash: Hash
+    name: ShortText
+    role: ShortText
+    """viewer | operator | admin"""
+
+
+class RevokeToken(Command, frozen=True, array_like=True, tag=True):
+    name: ShortText
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+class Submit(Command, frozen=True, array_like=True, tag=True):
+    id: JobId
+    spec: JobSpec
+    owner: ShortText = ""
+
+
+class Cancel(Command, frozen=True, array_like=True, tag=True):
+    """Idempotent; tasks None is all of them, else half-open ranges."""
+
+    job: JobId
+    tasks: tuple[tuple[Count, Count], ...] | None = None
+
+
+class RetryJob(Command, frozen=True, array_like=True, tag=True):
+    """Failed, cancelled and timed-out tasks run again, as a new job `new` that copies the spec (finished never moves).
+
+    `new` is a UUIDv7 under the rules of submissions.
+    """
+
+    job: JobId
+    new: JobId
+
+
+# --- sessions (protocol.md 4, 5); the origin is the node itself --------------------------------------------------------
+
+
+class OpenSession(Command, frozen=True, array_like=True, tag=True):
+    """protocol.md calls it SessionOpened. `held`: every attempt the node holds, also ended ones not yet answered."""
+
+    epoch: Count
+    held: tuple[AttemptKey, ...]
+    slots: Count
+    offer: Offer
+
+
+class EndSession(Command, frozen=True, array_like=True, tag=True):
+    """By the leader only: the node was not granted a renewal for 12 s, or is agreed to be dead."""
+
+    node: NodeId
+    epoch: Count
+
+
+class Claim(Command, frozen=True, array_like=True, tag=True):
+    """How many attempts the node will hold in all, until the next Claim or the end of the session. 0 is the drain."""
+
+    epoch: Count
+    seq: Count
+    slots: Count
+    offer: Offer
+
+
+class Ended(Struct, frozen=True, array_like=True):
+    """An attempt that came to its end, with the outcome."""
+
+    key: AttemptKey
+    outcome: Outcome
+
+
+class Report(Command, frozen=True, array_like=True, tag=True):
+    """Completions (protocol.md's Complete, batched) and what has started running since the last report."""
+
+    epoch: Count
+    seq: Count
+    ended: tuple[Ended, ...] = ()
+    running: tuple[AttemptKey, ...] = ()
+
+
+class Reconcile(Command, frozen=True, array_like=True, tag=True):
+    """The full list of what the node holds, as of the newest fence that the leader had applied when it asked."""
+
+    epoch: Count
+    fence: Count
+    held: tuple[AttemptKey, ...]
+
+
+AnyCommand = (
+    Found
+    | CreateInvite
+    | RevokeInvite
+    | Join
+    | UpdateMember
+    | SetDraining
+    | RemoveMember
+    | CreateToken
+    | RevokeToken
+    | Submit
+    | Cancel
+    | RetryJob
+    | OpenSession
+    | EndSession
+    | Claim
+    | Report
+    | Reconcile
+)
+
+
+class Stamped(Struct, frozen=True, array_like=True):
+    """A command and the authenticated node that proposed it. The body is an encoded `AnyCommand`."""
+
+    origin: NodeId
+    body: Raw
+
+
+class Batch(Struct, frozen=True, array_like=True):
+    """One log entry. Milliseconds since the leader's previous batch, and its wall time; an empty batch is a tick."""
+
+    elapsed_ms: Count
+    wall_ms: Count
+    commands: tuple[Stamped, ...] = ()
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Reason(StrEnum):
+    """Why a command changed nothing. The first group maps to `meshd.errors` codes by value."""
+
+    INVALID_REQUEST = "invalid_request"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
+    NOT_ALLOWED = "not_allowed"
+    BUSY = "busy"
+    # sessions: the node's own protocol, never shown to people
+    WRONG_EPOCH = "wrong_epoch"
+    """Another epoch is or was this node's: take a larger one."""
+    GAP = "gap"
+    """seq is beyond last + 1: resend from the first unanswered."""
+    OLD = "old"
+    """seq is below the last answered one."""
+
+
+class Answer(Struct, frozen=True, array_like=True, tag=True):
+    """Base of all answers."""
+
+
+class Accepted(Answer, frozen=True, array_like=True, tag=True):
+    """Done, or done before by the same id."""
+
+
+class Rejected(Answer, frozen=True, array_like=True, tag=True):
+    reason: Reason
+    message: str
+    hint: str = ""
+
+
+class Submitted(Answer, frozen=True, array_like=True, tag=True):
+    """The job stands under this id; `is_new` is False when this was a resend."""
+
+    job: JobId
+    is_new: bool
+
+
+class Joined(Answer, frozen=True, array_like=True, tag=True):
+    member: Member
+    certificate_version: Count
+
+
+class SessionOpened(Answer, frozen=True, array_like=True, tag=True):
+    """These attempts are leased to this epoch; the node drops all others and sees them dead before it starts anything."""
+
+    epoch: Count
+    leased: tuple[AttemptKey, ...]
+
+
+class Reported(Answer, frozen=True, array_like=True, tag=True):
+    """Every attempt named in the report may leave the node's books. `stale`: those that were no longer its own."""
+
+    stale: tuple[AttemptKey, ...] = ()
+
+
+class Reconciled(Answer, frozen=True, array_like=True, tag=True):
+    """The node stops these: held by it but not leased to it."""
+
+    stop: tuple[AttemptKey, ...] = ()
+
+
+AnyAnswer = Accepted | Rejected | Submitted | Joined | SessionOpened | Reported | Reconciled
+
+
+# --- events: what apply did, for those who wait or must be told -------------------------------------------------------
+
+
+class Leased(Struct, frozen=True):
+    """The node is to be told; idempotent, by fence."""
+
+    node: NodeId
+    epoch: int
+    key: AttemptKey
+
+
+class StopWanted(Struct, frozen=True):
+    """The attempt is no longer wanted (cancelled, timed out): its node is told; its lease stands until it reports."""
+
+    node: NodeId
+    epoch: int
+    key: AttemptKey
+
+
+class JobChanged(Struct, frozen=True):
+    """Something about the job changed; `is_final` when its last task ended."""
+
+    job: JobId
+    is_final: bool
+
+
+class MembersChanged(Struct, frozen=True):
+    """A member joined, changed, drains or is gone."""
+
+
+class SessionChanged(Struct, frozen=True):
+    node: NodeId
+    epoch: int
+    is_live: bool
+
+
+Event = Leased | StopWanted | JobChanged | MembersChanged | SessionChanged

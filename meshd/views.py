@@ -1,0 +1,223 @@
+"""What can be asked of the mesh, and what is answered: the read side, the same at every node.
+
+A query goes to a voter, which passes the read barrier (protocol.md 2) and answers from
+its core by a pure function (`meshd.raft.queries`). Views are also the JSON of the API,
+so their field names are stable: fields are only ever added.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from meshd.model import (
+    AttemptKey,
+    BackendOffer,
+    Count,
+    JobId,
+    JobSpec,
+    Member,
+    NodeId,
+    Offer,
+    Outcome,
+    Resources,
+    Role,
+    ShortText,
+    TaskState,
+)
+
+PAGE_MAX = 1000
+"""Rows in one answer."""
+
+
+class Query(Struct, frozen=True, array_like=True, tag=True):
+    """Base of all queries."""
+
+
+class GetJob(Query, frozen=True, array_like=True, tag=True):
+    """By id, unique prefix of it (at least 4 characters), name, or `last`. NotFound; Conflict when several match."""
+
+    selector: ShortText
+
+
+class ListJobs(Query, frozen=True, array_like=True, tag=True):
+    """Newest first. `states`: any task state that the job's own derived state is in; `labels` all match."""
+
+    states: tuple[TaskState, ...] = ()
+    name: ShortText = ""
+    labels: tuple[tuple[ShortText, ShortText], ...] = ()
+    limit: Count = 50
+    before: JobId | None = None
+    """Page on from this job."""
+
+
+class ListTasks(Query, frozen=True, array_like=True, tag=True):
+    """Tasks [start, stop) of a job, in order, only those in `states` when given; at most `limit`."""
+
+    job: JobId
+    states: tuple[TaskState, ...] = ()
+    start: Count = 0
+    stop: Count | None = None
+    limit: Count = 100
+
+
+class GetMembers(Query, frozen=True, array_like=True, tag=True):
+    """All members, with their sessions."""
+
+
+class GetTokens(Query, frozen=True, array_like=True, tag=True):
+    """Tokens without secrets."""
+
+
+class CheckToken(Query, frozen=True, array_like=True, tag=True):
+    """Whose token is this? By the BLAKE3 of its secret."""
+
+    secret_hash: ShortText
+
+
+class GetInvites(Query, frozen=True, array_like=True, tag=True):
+    """Open invites, without secrets."""
+
+
+class Explain(Query, frozen=True, array_like=True, tag=True):
+    """Why is this task where it is, and what does each node lack?"""
+
+    job: JobId
+    task: Count = 0
+
+
+class GetSummary(Query, frozen=True, array_like=True, tag=True):
+    """Counts over the whole queue."""
+
+
+AnyQuery = GetJob | ListJobs | ListTasks | GetMembers | GetTokens | CheckToken | GetInvites | Explain | GetSummary
+
+
+class Counts(Struct, frozen=True):
+    """Tasks by state."""
+
+    waiting: int = 0
+    ready: int = 0
+    leased: int = 0
+    running: int = 0
+    held: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    skipped: int = 0
+
+
+class JobView(Struct, frozen=True):
+    id: JobId
+    name: str
+    state: TaskState
+    """Derived: running while any task is leased, running or held; failed when it ended with a failed task; …"""
+    is_final: bool
+    tasks: int
+    counts: Counts
+    spec: JobSpec
+    submitted_wall_ms: int
+    ended_wall_ms: int | None
+    version: int
+    """The log position of its last change; waits ask for something newer than this."""
+    position: int
+    """The log position of this answer."""
+    owner: str = ""
+    retry_of: JobId | None = None
+
+
+class TaskView(Struct, frozen=True):
+    job: JobId
+    task: int
+    state: TaskState
+    attempt: int
+    tries: int
+    losses: int
+    fence: int
+    node: NodeId | None
+    outcome: Outcome | None
+    reason: str = ""
+    """For people: why it waits, is held, was timed out …"""
+
+
+class JobPage(Struct, frozen=True):
+    jobs: tuple[JobView, ...]
+    next: JobId | None
+    position: int
+
+
+class TaskPage(Struct, frozen=True):
+    tasks: tuple[TaskView, ...]
+    next: int | None
+    """Start of the next page."""
+    position: int
+
+
+class MemberView(Struct, frozen=True):
+    member: Member
+    session: str
+    """live | ended | none"""
+    epoch: int
+    slots: int
+    offer: Offer | None
+    used: Resources
+    leased: tuple[AttemptKey, ...]
+    """At most PAGE_MAX."""
+
+
+class MembersView(Struct, frozen=True):
+    mesh: str
+    members: tuple[MemberView, ...]
+    revoked: tuple[NodeId, ...]
+    position: int
+    wall_ms: int
+
+
+class TokenView(Struct, frozen=True):
+    name: str
+    role: str
+    created_wall_ms: int
+
+
+class TokensView(Struct, frozen=True):
+    tokens: tuple[TokenView, ...]
+
+
+class InviteView(Struct, frozen=True):
+    secret_hash: str
+    roles: tuple[Role, ...]
+    uses_left: int
+    expires_wall_ms: int
+
+
+class InvitesView(Struct, frozen=True):
+    invites: tuple[InviteView, ...]
+
+
+class Lack(Struct, frozen=True):
+    """Why one node does not take the task now. `is_permanent`: waiting will not help."""
+
+    node: NodeId
+    name: str
+    lacks: tuple[str, ...]
+    is_permanent: bool
+
+
+class Explanation(Struct, frozen=True):
+    job: JobId
+    task: int
+    state: TaskState
+    summary: str
+    nodes: tuple[Lack, ...]
+    can_ever_run: bool
+    """Some member could run it as it is now, once it is free."""
+
+
+class Summary(Struct, frozen=True):
+    jobs: int
+    live_jobs: int
+    counts: Counts
+    backends: tuple[BackendOffer, ...]
+    position: int
+    wall_ms: int
+    state_digest: str
