@@ -221,3 +221,79 @@ class Summary(Struct, frozen=True):
     position: int
     wall_ms: int
     state_digest: str
+
+
+# --- what nodes know beyond the log: blobs, health, events ---
+
+
+class BlobView(Struct, frozen=True):
+    hash: str
+    size: int
+    holders: tuple[NodeId, ...] = ()
+    """Who has it, as far as the node asked knows; sorted."""
+
+
+class BlobList(Struct, frozen=True):
+    node: NodeId
+    blobs: tuple[BlobView, ...]
+
+
+class EventView(Struct, frozen=True, omit_defaults=True):
+    """Something that happened. `kind`: job.submitted, job.changed, job.ended, node.joined, node.changed, node.left,
+    node.alive, node.suspect, node.dead, session.opened, session.ended."""
+
+    position: int
+    """Rises; resume after it."""
+    kind: str
+    wall_ms: int
+    job: JobId | None = None
+    state: TaskState | None = None
+    """The job's own, after the change."""
+    node: NodeId | None = None
+    message: str = ""
+
+
+class DrainView(Struct, frozen=True):
+    """How far a drain has come. `phase`: draining | handing_over | moving_blobs | safe."""
+
+    node: NodeId
+    phase: str
+    running: int
+    """Attempts that still run there."""
+    message: str
+    is_safe: bool
+    """Nothing is lost if the node stops now."""
+
+
+class NodeStatus(Struct, frozen=True):
+    node: NodeId
+    name: str
+    health: str
+    """alive | suspect | dead | unknown, as gossip at the node asked sees it."""
+    roles: tuple[Role, ...]
+    is_leader: bool
+    is_voter: bool
+    is_draining: bool
+    version: str
+    addresses: tuple[str, ...]
+    api_address: str
+    clock_offset_ms: int | None
+    """Its clock less the asked node's."""
+    last_heard_ms: int | None
+    """Milliseconds ago."""
+
+
+class ClusterStatus(Struct, frozen=True):
+    mesh: str
+    me: NodeId
+    position: int
+    """The last log position that the node asked knows to be applied."""
+    term: int
+    leader: NodeId | None
+    voters: tuple[NodeId, ...]
+    failures_survived: int
+    """How many voters may be lost now, with the ones that are down already counted."""
+    advice: str
+    """What to do about it, for people; empty when nothing is needed."""
+    nodes: tuple[NodeStatus, ...]
+    warnings: tuple[str, ...] = ()
