@@ -1,0 +1,143 @@
+"""What this node knows of the other members: their certificates, where they are, who is revoked.
+
+Where to dial and whom to admit, never who votes. Learned from greetings, from answers at a
+read barrier and from gossip; kept in peers.json so that a restarted node finds the mesh again
+although addresses changed meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from msgspec.structs import replace
+
+from meshd import certificates
+from meshd.certificates import Greeting, Verify
+from meshd.home import KnownPeer
+from meshd.model import NodeId, Role
+from meshd.views import MembersView
+
+JOIN_PROTOCOL = "/meshd/join/1"
+RPC_PROTOCOL = "/meshd/rpc/1"
+RAFT_PROTOCOL = "/meshd/raft/1"
+BLOB_PROTOCOL = "/meshd/blob/1"
+
+ADDRESSES_MAX = 8
+"""Kept for each peer: present ones first, then where it was before."""
+
+
+class Directory:
+    def __init__(self, me: NodeId, mesh: str, public_key: bytes, verify: Verify, known: Iterable[KnownPeer]) -> None:
+        self._me = me
+        self._mesh = mesh
+        self._public_key = public_key
+        self._verify = verify
+        self._peers: dict[NodeId, KnownPeer] = {peer.node: peer for peer in known if peer.node != me}
+        self._draining: frozenset[NodeId] = frozenset()
+        self._revoked: frozenset[NodeId] = frozenset()
+        self.position = 0
+        """Log position of the newest list of members that was learned."""
+        self.on_change: Callable[[], None] = lambda: None
+
+    # --- asked -------------------------------------------------------------------------------------------------------
+
+    def gate(self, peer: NodeId, protocol: str) -> bool:
+        """May this authenticated peer speak this protocol? On calls, the greeting decides next."""
+        if protocol == JOIN_PROTOCOL:
+            return True
+        if peer in self._revoked:
+            return False
+        if protocol == RPC_PROTOCOL:
+            return True
+        known = self._peers.get(peer)
+        if known is None or known.certificate is None:
+            return False
+        return protocol != RAFT_PROTOCOL or Role.SERVER in known.certificate.roles
+
+    def book(self, peer: NodeId) -> Sequence[str]:
+        known = self._peers.get(peer)
+        return known.addresses if known else ()
+
+    def name(self, peer: NodeId) -> str:
+        known = self._peers.get(peer)
+        return known.name if known else ""
+
+    def peers(self) -> tuple[KnownPeer, ...]:
+        return tuple(self._peers[node] for node in sorted(self._peers))
+
+    def peer(self, node: NodeId) -> KnownPeer | None:
+        return self._peers.get(node)
+
+    def is_revoked(self, node: NodeId) -> bool:
+        return node in self._revoked
+
+    def members(self) -> tuple[NodeId, ...]:
+        """Everybody else that belongs to the mesh."""
+        return tuple(sorted(node for node in self._peers if node not in self._revoked))
+
+    def servers(self) -> tuple[NodeId, ...]:
+        """Everybody else that may hold the log."""
+        return tuple(node for node in self.members() if self.has_role(node, Role.SERVER))
+
+    def has_role(self, node: NodeId, role: Role) -> bool:
+        known = self._peers.get(node)
+        return known is not None and known.certificate is not None and role in known.certificate.roles
+
+    # --- told --------------------------------------------------------------------------------------------------------
+
+    def greet(self, peer: NodeId, greeting: Greeting) -> None:
+        """A member showed its certificate. Raises NotAllowed."""
+        certificates.check(greeting.certificate, self._mesh, self._public_key, peer, self._verify)
+        if peer in self._revoked:
+            raise certificates.NotAllowed(
+                f"node {peer} was removed from this mesh", hint="join again with a new invite and a new data directory"
+            )
+        self._learn(peer, greeting.name, greeting.addresses, greeting.api_address, is_fresh=True)
+        known = self._peers[peer]
+        held = known.certificate
+        if held is None or held.version < greeting.certificate.version:
+            self._store(replace(known, certificate=greeting.certificate))
+
+    def learn_addresses(self, peer: NodeId, addresses: tuple[str, ...], api_address: str) -> None:
+        if peer in self._peers:
+            self._learn(peer, self._peers[peer].name, addresses, api_address, is_fresh=True)
+
+    def learn_peer(self, peer: KnownPeer) -> None:
+        """Told by the member that let us in."""
+        if peer.node != self._me:
+            self._learn(peer.node, peer.name, peer.addresses, peer.api_address, is_fresh=False)
+            if peer.certificate is not None and self._peers[peer.node].certificate is None:
+                certificates.check(peer.certificate, self._mesh, self._public_key, peer.node, self._verify)
+                self._store(replace(self._peers[peer.node], certificate=peer.certificate))
+
+    def learn_members(self, view: MembersView) -> None:
+        """The members as of a log position: forgets those who are no longer in it."""
+        if view.position < self.position:
+            return
+        self.position = view.position
+        self._revoked = frozenset(view.revoked)
+        self._draining = frozenset(row.member.node for row in view.members if row.member.is_draining)
+        present = {row.member.node for row in view.members}
+        for row in view.members:
+            if row.member.node != self._me:
+                member = row.member
+                self._learn(member.node, member.name, member.addresses, member.api_address, is_fresh=False)
+        for node in [node for node in self._peers if node not in present]:
+            del self._peers[node]
+            self.on_change()
+
+    def is_draining(self, node: NodeId) -> bool:
+        return node in self._draining
+
+    def _learn(self, peer: NodeId, name: str, addresses: tuple[str, ...], api: str, *, is_fresh: bool) -> None:
+        known = self._peers.get(peer) or KnownPeer(peer, name, ())
+        ordered = (*addresses, *known.addresses) if is_fresh else (*known.addresses, *addresses)
+        merged = tuple(dict.fromkeys(ordered))[:ADDRESSES_MAX]
+        self._store(
+            replace(known, name=name or known.name, addresses=merged, api_address=api or known.api_address)
+        )
+
+    def _store(self, peer: KnownPeer) -> None:
+        if self._peers.get(peer.node) != peer:
+            self._peers[peer.node] = peer
+            self.on_change()

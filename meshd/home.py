@@ -1,0 +1,162 @@
+"""An agent's data directory: who it is and what it must never forget. One agent at a time holds its lock.
+
+    identity.key   the node's Ed25519 key, 0600; made once
+    mesh.json      which mesh this node belongs to, and the certificate that says so; the last file of founding or joining
+    mesh.key       the mesh's own key, at servers only, 0600
+    counters.json  starts and session epochs: raised and synced before they are used
+    peers.json     where members were last seen: where to dial, never who votes
+    raft/ blobs/ backends/ attempts/ api.sock lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from meshd.errors import Corrupt, StartRefused
+from meshd.model import Certificate, NodeId, Role
+
+T = TypeVar("T")
+
+
+class MeshFile(Struct, frozen=True):
+    """mesh.json: this node's place in a mesh."""
+
+    mesh: str
+    public_key: str
+    """Hex of the mesh's Ed25519 public key."""
+    ca_pem: str
+    certificate: Certificate
+    name: str
+    is_founder: bool = False
+    has_journal: bool = False
+    """Set once this server's journal has been written: from then on a missing journal is an error, not a beginning."""
+
+
+class Counters(Struct, frozen=True):
+    starts: int = 0
+    epoch: int = 0
+
+
+class KnownPeer(Struct, frozen=True):
+    """A member, as this node last saw it."""
+
+    node: NodeId
+    name: str
+    addresses: tuple[str, ...]
+    api_address: str = ""
+    certificate: Certificate | None = None
+
+
+class PeersFile(Struct, frozen=True):
+    peers: tuple[KnownPeer, ...] = ()
+
+
+class Home:
+    """Raises StartRefused when the directory cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.identity_key = path / "identity.key"
+        self.mesh_key = path / "mesh.key"
+        self.raft = path / "raft"
+        self.blobs = path / "blobs"
+        self.backends = path / "backends"
+        self.attempts = path / "attempts"
+        self.socket = path / "api.sock"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartRefused(
+                f"cannot use data directory {path}: {error.strerror}",
+                hint="choose another with --data-dir, or give this user rights to it",
+            ) from error
+        self._take_lock()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "?"
+            os.close(self._lock)
+            raise StartRefused(
+                f"data directory {self.path} is in use by agent with pid {holder}",
+                hint="one agent per directory: stop that one, or give this one its own --data-dir",
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def mesh(self) -> MeshFile | None:
+        return self._read("mesh.json", MeshFile)
+
+    def write_mesh(self, mesh: MeshFile) -> None:
+        self._write("mesh.json", mesh)
+
+    def counters(self) -> Counters:
+        return self._read("counters.json", Counters) or Counters()
+
+    def write_counters(self, counters: Counters) -> None:
+        self._write("counters.json", counters)
+
+    def peers(self) -> tuple[KnownPeer, ...]:
+        """Only hints: an unreadable file is an empty one."""
+        try:
+            found = self._read("peers.json", PeersFile)
+        except Corrupt:
+            return ()
+        return found.peers if found else ()
+
+    def write_peers(self, peers: tuple[KnownPeer, ...]) -> None:
+        self._write("peers.json", PeersFile(peers), is_synced=False)
+
+    def has_journal(self) -> bool:
+        return self.raft.is_dir() and any(self.raft.iterdir())
+
+    def _read(self, name: str, kind: type[T]) -> T | None:
+        path = self.path / name
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StartRefused(f"cannot read {path}: {error.strerror}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Corrupt(f"{path} is damaged: {error}", hint="restore it from a backup, or join anew") from error
+
+    def _write(self, name: str, value: Struct, *, is_synced: bool = True) -> None:
+        """Replaced in one step, and durable when this returns (unless it is only a hint)."""
+        target, temporary = self.path / name, self.path / f".{name}.new"
+        data = msgspec.json.format(msgspec.json.encode(value), indent=1)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, data)
+            if is_synced:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.rename(target)
+        if is_synced:
+            sync_directory(self.path)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def role_names(roles: tuple[Role, ...]) -> str:
+    return ",".join(role.value for role in roles)
