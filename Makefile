@@ -1,0 +1,36 @@
+# Two commands matter: `make demo` runs the main job, `make test` runs every check. Each does all its own set-up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint unit cluster bench clean
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py
+
+test: lint unit cluster
+	@echo "make test: all checks passed"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)
+	$(BIN)/python -m pytest -m "not cluster" --durations=10
+
+cluster: $(READY)
+	$(BIN)/python -m pytest -m cluster --durations=10
+
+bench: $(READY)
+	$(BIN)/python bench/run.py
+
+$(READY): pyproject.toml requirements.lock
+	@deploy/setup-venv "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
