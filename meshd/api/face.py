@@ -37,7 +37,7 @@ class Face(Protocol):
     def version(self) -> str: ...
 
     @property
-    def ca_pem(self) -> bytes:
+    def ca_pem(self) -> str:
         """The mesh's CA certificate, PEM: what signs the API certificates of all its nodes. Empty without TLS."""
         ...
 
