@@ -1,0 +1,480 @@
+"""A node's own side of its session: when it may act for the mesh, what it holds, what it reports.
+
+                       answer within 10 s of the first sending
+    CLOSED ──▶ OPENING ────────────────────────────────────────▶ OPEN
+                ▲   │ no answer in time: the next epoch            │ view ended · session over · rejected
+                └───┴──────────────────────────────────────────────┘
+
+The view is the node's proof that its session still lives: 10 s from the *sending* of
+the last renewal that was granted. Whatever happened while this process slept, an ended
+view is noticed before the next event is looked at, and it never revives: the next epoch
+is opened with the list of all that is held, and the answer says what is still its own.
+Notices are obeyed and attempts started only in a live view, once per attempt, and not
+before everything that is no longer its own has been seen dead.
+
+One command of a session is unanswered at a time. No answer, and "not committed", are
+the same here: it is sent again unchanged, and its epoch and seq make that harmless.
+
+Rules: protocol.md 4 and 5. Times are CLOCK_BOOTTIME milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from meshd import codec
+from meshd.attempts import Attempt, Attempts, Phase, cut_off_allowance_ms, fit
+from meshd.errors import InvalidRequest
+from meshd.model import AttemptKey, EndReason, JobSpec, Offer, Outcome
+from meshd.raft.commands import (
+    AnyAnswer,
+    AnyCommand,
+    Claim,
+    Ended,
+    OpenSession,
+    Reason,
+    Reconcile,
+    Reconciled,
+    Rejected,
+    Report,
+    Reported,
+    SessionOpened,
+)
+from meshd.session_messages import Granted, Notice, Refusal, Refused, Renew, RenewAnswer, digest_of
+
+VIEW_MS = 10_000
+"""A session's view, from the sending of what was granted. The leader ends a session 12 s after its last grant."""
+
+RENEW_EVERY_MS = 2_000
+
+RESEND_AFTER_MS = 250
+"""Between an unanswered command and its next copy: an election takes about a second."""
+
+REFUSED_AGAIN_MS = 2_000
+"""… and after an open that was refused for what this node is (not a member yet, or not any more)."""
+
+RUNNING_AFTER_MS = 500
+"""An attempt that ends within this is reported once, as ended; most are, and it halves their log entries."""
+
+REPORT_ENDED_MAX = 500
+REPORT_BYTES_MAX = 256 << 10
+"""Of outcomes in one report: half of the largest command."""
+
+SLOTS_MAX = 4096
+"""More attempts at a time than this are not claimed: the list of them must fit one command."""
+
+EARLY_NOTICES_MAX = 64
+"""Notices kept while the session is opening. One that is dropped comes back as a new lease, after a Reconcile."""
+
+EPOCH_STEP_MAX = 1 << 20
+"""Steps between refused epochs double up to this, so that a restored, old counter is soon ahead again."""
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Offering:
+    """How many attempts this node wants to hold in all, and what it can run. The first one opens the session; slots 0 drain."""
+
+    slots: int
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """The one result of each `Open` and `Propose`: the same command, and its answer; None is "not committed" or "unknown"."""
+
+    command: AnyCommand
+    answer: AnyAnswer | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenewAnswered:
+    """What came back for a `SendRenew`; nothing needs to be said of a lost one."""
+
+    epoch: int
+    sent_ms: int
+    answer: RenewAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeArrived:
+    """From a server of this mesh, by an authenticated stream."""
+
+    notice: Notice
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """It runs no more, nothing of it is left, and what the outcome names is durable on enough nodes (protocol.md 6)."""
+
+    key: AttemptKey
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """The drain's deadline: stop what runs as lost and give back what was not started."""
+
+
+WorkerEvent = Offering | Proposed | RenewAnswered | NoticeArrived | AttemptEnded | HandOver
+
+
+# --- effects ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Save the epoch, synced, and only then propose the command. Sent again for the same command after a failure."""
+
+    epoch: int
+    command: OpenSession
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Propose as this node; bound the time (5 s), and report exactly one `Proposed` with this very command."""
+
+    command: AnyCommand
+
+
+@dataclass(frozen=True, slots=True)
+class SendRenew:
+    """To the leader, through any voter."""
+
+    epoch: int
+    sent_ms: int
+    renew: Renew
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Fetch, run, make durable; report exactly one `AttemptEnded`. `leash_ms`: it must be dead soon after, None is never."""
+
+    key: AttemptKey
+    spec: JobSpec
+    leash_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End it; its `AttemptEnded` carries this reason, unless it ended by itself before. It may never have run yet."""
+
+    key: AttemptKey
+    reason: EndReason
+
+
+@dataclass(frozen=True, slots=True)
+class MoveLeash:
+    """A new deadline for whatever really holds the attempt; only for attempts that were started with one."""
+
+    key: AttemptKey
+    leash_ms: int
+
+
+WorkerEffect = Open | Propose | SendRenew | Start | Stop | MoveLeash
+
+
+class State(Enum):
+    CLOSED = "closed"
+    OPENING = "opening"
+    OPEN = "open"
+
+
+class Worker:
+    def __init__(self, *, epoch: int) -> None:
+        """`epoch` is the last one saved on this disk, 0 on a new one."""
+        self.epoch = epoch
+        self.state = State.CLOSED
+        self.attempts = Attempts()
+        self.view_end_ms = 0
+        """End of the last view it had; in OPENING that is in the past, and says since when it is cut off."""
+        self._slots = 0
+        self._offer = Offer()
+        self._told: tuple[int, Offer] | None = None
+        self._opening: OpenSession | None = None
+        self._opened_ms = 0
+        self._epoch_step = 1
+        self._seq = 0
+        self._pending: Claim | Report | None = None
+        self._reconcile: Reconcile | None = None
+        self._resend_ms: int | None = None
+        self._renew_ms = 0
+        self._early: list[Notice] = []
+        self._effects: list[WorkerEffect] = []
+
+    def handle(self, event: WorkerEvent | None, now_ms: int) -> list[WorkerEffect]:
+        """What to do now. None is the tick: call it at `next_timer_ms`, or any time later."""
+        self._effects = []
+        self._expire(now_ms)
+        match event:
+            case None:
+                pass
+            case Offering(slots, offer):
+                self._slots, self._offer = min(slots, SLOTS_MAX), offer
+                if self.state is State.CLOSED:
+                    self._open_next(now_ms)
+            case Proposed(command, answer):
+                self._answered(command, answer, now_ms)
+            case RenewAnswered():
+                self._renewed(event, now_ms)
+            case NoticeArrived(notice):
+                self._noticed(notice)
+            case AttemptEnded(key, outcome):
+                self._ended(key, outcome)
+            case HandOver():
+                self._hand_over()
+            case _:
+                assert_never(event)
+        self._proceed(now_ms)
+        return self._effects
+
+    def next_timer_ms(self) -> int | None:
+        if self.state is State.CLOSED:
+            return None
+        times = [self._opened_ms + VIEW_MS] if self.state is State.OPENING else [self.view_end_ms, self._renew_ms]
+        if self._resend_ms is not None:
+            times.append(self._resend_ms)
+        for attempt in self.attempts.in_phase(Phase.RUNNING):
+            deadline = self._leash_ms(attempt)
+            if self.state is State.OPENING and deadline is not None and attempt.stopped_for is None:
+                times.append(deadline)
+            if self.state is State.OPEN and self._pending is None and not attempt.is_running_told:
+                times.append(attempt.started_ms + RUNNING_AFTER_MS)
+        return min(times)
+
+    # --- the session --------------------------------------------------------------------------------------------------
+
+    def _expire(self, now_ms: int) -> None:
+        """What has run out by now. Comes before any event, so that waking late is the same as having waited awake."""
+        if self.state is State.OPEN and now_ms >= self.view_end_ms:
+            self._open_next(now_ms)
+        elif self.state is State.OPENING and now_ms >= self._opened_ms + VIEW_MS:
+            # A later answer would open a session whose view is over before it began.
+            self._open_next(now_ms)
+        for attempt in self.attempts.in_phase(Phase.RUNNING):
+            deadline = self._leash_ms(attempt)
+            if deadline is not None and now_ms >= deadline:
+                self._stop(attempt, EndReason.LOST)
+
+    def _open_next(self, now_ms: int) -> None:
+        self.epoch += self._epoch_step
+        self.state = State.OPENING
+        self._seq = 0
+        self._pending = self._reconcile = self._resend_ms = self._told = None
+        self._early.clear()
+        # From here on nothing of the older epoch is obeyed; only then is the list made.
+        self._opening = OpenSession(self.epoch, self.attempts.listing(), self._slots, self._offer)
+        self._opened_ms = now_ms
+        self._effects.append(Open(self.epoch, self._opening))
+
+    def _answered(self, command: AnyCommand, answer: AnyAnswer | None, now_ms: int) -> None:
+        if command is self._reconcile:
+            self._reconcile = None
+            if isinstance(answer, Reconciled):
+                self._drop(answer.stop)
+        elif command is not self._opening and command is not self._pending:
+            return  # of an epoch that is over
+        elif answer is None:
+            self._resend_ms = now_ms + RESEND_AFTER_MS
+        elif command is self._opening:
+            self._opened(answer, now_ms)
+        elif isinstance(answer, Rejected):
+            # Not only another epoch: with one command unanswered at a time, a gap says that the log has lost one.
+            self._open_next(now_ms)
+        else:
+            if isinstance(command, Report):
+                for ended in command.ended:
+                    self.attempts.forget(ended.key)
+            self._pending = None
+            if isinstance(answer, Reported):
+                self._drop(answer.stale)
+
+    def _opened(self, answer: AnyAnswer, now_ms: int) -> None:
+        assert self._opening is not None
+        if not isinstance(answer, SessionOpened):
+            if isinstance(answer, Rejected) and answer.reason is Reason.WRONG_EPOCH:
+                self._epoch_step = min(2 * self._epoch_step, EPOCH_STEP_MAX)
+                self._open_next(now_ms)
+            else:
+                self._resend_ms = now_ms + REFUSED_AGAIN_MS
+            return
+        self.state = State.OPEN
+        self._epoch_step = 1
+        self._told = (self._opening.slots, self._opening.offer)
+        self._opening = None
+        self._renew_ms = self._opened_ms + RENEW_EVERY_MS
+        leased = {key.fence for key in answer.leased}
+        self._drop(tuple(key for key in self.attempts.listing() if key.fence not in leased))
+        self._move_view(self._opened_ms + VIEW_MS)
+
+    def _renewed(self, event: RenewAnswered, now_ms: int) -> None:
+        if self.state is not State.OPEN or event.epoch != self.epoch:
+            return
+        match event.answer:
+            case Granted(list_fence):
+                self._move_view(event.sent_ms + VIEW_MS)
+                if list_fence is not None and self._reconcile is None:
+                    self._list(list_fence)
+            case Refused(Refusal.OVER):
+                self._open_next(now_ms)
+            case Refused(Refusal.NOT_LEADING):
+                pass
+
+    def _move_view(self, end_ms: int) -> None:
+        if end_ms <= self.view_end_ms:
+            return
+        self.view_end_ms = end_ms
+        for attempt in self.attempts.in_phase(Phase.RUNNING):
+            deadline = self._leash_ms(attempt)
+            if deadline is not None and attempt.stopped_for is None:
+                self._effects.append(MoveLeash(attempt.key, deadline))
+
+    def _list(self, fence: int) -> None:
+        """Say what is held as of that fence, and take no lease up to it any more: the list may free those."""
+        self.attempts.raise_floor(fence)
+        self._reconcile = Reconcile(self.epoch, fence, self.attempts.listing())
+        self._effects.append(Propose(self._reconcile))
+
+    # --- attempts -----------------------------------------------------------------------------------------------------
+
+    def _noticed(self, notice: Notice) -> None:
+        if notice.epoch != self.epoch:
+            return
+        if self.state is State.OPENING or self.attempts.has_strays:
+            # Often ahead of the answer to the open, by another way.
+            if len(self._early) < EARLY_NOTICES_MAX:
+                self._early.append(notice)
+            return
+        specs = dict(notice.specs)
+        for key in notice.leases:
+            if key.job in specs:
+                self.attempts.obey(key, specs[key.job])
+        for key in notice.stops:
+            attempt = self.attempts.get(key)
+            if attempt is None:
+                # Its lease notice was lost, or comes later: nobody wants it any more. Reconcile will free it.
+                self.attempts.refuse(key)
+            else:
+                self._stop(attempt, EndReason.CANCELLED)
+
+    def _stop(self, attempt: Attempt, reason: EndReason) -> None:
+        """End it, with this outcome unless it has ended otherwise before."""
+        if attempt.phase is Phase.HELD:
+            attempt.phase = Phase.ENDED
+            attempt.outcome = Outcome(reason, message="stopped before it started")
+        elif attempt.phase is Phase.RUNNING and attempt.stopped_for is None:
+            attempt.stopped_for = reason
+            self._effects.append(Stop(attempt.key, reason))
+
+    def _drop(self, keys: tuple[AttemptKey, ...]) -> None:
+        """These are not its own any more: nobody waits for their outcome, but what runs must be seen dead."""
+        for key in keys:
+            attempt = self.attempts.get(key)
+            if attempt is None or attempt.phase is Phase.STRAY:
+                continue
+            if attempt.phase is Phase.RUNNING:
+                if attempt.stopped_for is None:
+                    self._effects.append(Stop(key, EndReason.LOST))
+                attempt.phase = Phase.STRAY
+            else:
+                self.attempts.forget(key)
+
+    def _ended(self, key: AttemptKey, outcome: Outcome) -> None:
+        attempt = self.attempts.get(key)
+        if attempt is None:
+            return
+        if attempt.phase is Phase.STRAY:
+            self.attempts.forget(key)
+        elif attempt.phase is Phase.RUNNING:
+            attempt.phase = Phase.ENDED
+            attempt.outcome = _checked(outcome)
+
+    def _hand_over(self) -> None:
+        for attempt in self.attempts.all():
+            if attempt.phase is Phase.HELD:
+                # Not reported: Reconcile frees it as never started, so that it does not count as a loss.
+                self.attempts.forget(attempt.key)
+            else:
+                self._stop(attempt, EndReason.LOST)
+
+    def _leash_ms(self, attempt: Attempt) -> int | None:
+        allowance = cut_off_allowance_ms(attempt.spec)
+        return None if allowance is None else self.view_end_ms + allowance
+
+    # --- what follows -------------------------------------------------------------------------------------------------
+
+    def _proceed(self, now_ms: int) -> None:
+        if self._resend_ms is not None and now_ms >= self._resend_ms:
+            self._resend_ms = None
+            if self._opening is not None:
+                self._effects.append(Open(self.epoch, self._opening))
+            elif self._pending is not None:
+                self._effects.append(Propose(self._pending))
+        if self.state is not State.OPEN:
+            return
+        if not self.attempts.has_strays:
+            early, self._early = self._early, []
+            for notice in early:
+                self._noticed(notice)
+            self._start(now_ms)
+        if self._pending is None:
+            self._next_command(now_ms)
+        if now_ms >= self._renew_ms:
+            self._renew_ms = now_ms + RENEW_EVERY_MS
+            renew = Renew(self.epoch, digest_of(self.attempts.listing()))
+            self._effects.append(SendRenew(self.epoch, now_ms, renew))
+
+    def _start(self, now_ms: int) -> None:
+        for attempt in self.attempts.in_phase(Phase.HELD):
+            if not fit([attempt.spec.needs.resources], self._offer.resources):
+                attempt.phase = Phase.ENDED
+                attempt.outcome = Outcome(EndReason.BACKEND, message="this node no longer offers what the job needs")
+        for attempt in self.attempts.startable(self._offer.resources):
+            attempt.phase = Phase.RUNNING
+            attempt.started_ms = now_ms
+            self._effects.append(Start(attempt.key, attempt.spec, self._leash_ms(attempt)))
+
+    def _next_command(self, now_ms: int) -> None:
+        if self._told != (self._slots, self._offer):
+            self._told = (self._slots, self._offer)
+            self._send(Claim(self.epoch, self._seq + 1, self._slots, self._offer))
+            return
+        ended = self._report_ended()
+        running = [
+            each
+            for each in self.attempts.in_phase(Phase.RUNNING)
+            if not each.is_running_told and now_ms >= each.started_ms + RUNNING_AFTER_MS
+        ]
+        if ended or running:
+            for attempt in running:
+                attempt.is_running_told = True
+            self._send(Report(self.epoch, self._seq + 1, ended, tuple(each.key for each in running)))
+
+    def _report_ended(self) -> tuple[Ended, ...]:
+        """The oldest ends that fit one command."""
+        chosen: list[Ended] = []
+        size = 0
+        for attempt in self.attempts.in_phase(Phase.ENDED)[:REPORT_ENDED_MAX]:
+            assert attempt.outcome is not None
+            size += len(codec.encode(attempt.outcome))
+            if chosen and size > REPORT_BYTES_MAX:
+                break
+            chosen.append(Ended(attempt.key, attempt.outcome))
+        return tuple(chosen)
+
+    def _send(self, command: Claim | Report) -> None:
+        self._seq = command.seq
+        self._pending = command
+        self._effects.append(Propose(command))
+
+
+def _checked(outcome: Outcome) -> Outcome:
+    """The outcome as the log will take it. A backend's mistake must not become a report that is refused for ever."""
+    try:
+        return codec.decode(codec.encode(outcome), Outcome, bytes_max=REPORT_BYTES_MAX)
+    except InvalidRequest as error:
+        return Outcome(EndReason.BACKEND, message=f"the backend's outcome breaks a limit: {error.message}"[:2048])
