@@ -8,7 +8,7 @@ and bytes. Both are ordinary msgpack on the wire; neither can ever run code.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import msgpack
 import msgspec
@@ -31,7 +31,11 @@ def encode(value: Any) -> bytes:
     return _encoder.encode(value)
 
 
-def decode(data: bytes | memoryview, kind: type[T] | Any, *, bytes_max: int = FRAME_BYTES_MAX) -> T:
+@overload
+def decode(data: bytes | memoryview, kind: type[T], *, bytes_max: int = ...) -> T: ...
+@overload
+def decode(data: bytes | memoryview, kind: Any, *, bytes_max: int = ...) -> Any: ...
+def decode(data: bytes | memoryview, kind: Any, *, bytes_max: int = FRAME_BYTES_MAX) -> Any:
     """Bytes to a checked value of `kind`. Raises InvalidRequest, or TooLarge before anything is parsed."""
     if len(data) > bytes_max:
         raise TooLarge(f"message of {len(data)} bytes is over the limit of {bytes_max}")
@@ -39,7 +43,7 @@ def decode(data: bytes | memoryview, kind: type[T] | Any, *, bytes_max: int = FR
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     try:
-        return decoder.decode(data)  # type: ignore[no-any-return]
+        return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"malformed {getattr(kind, '__name__', 'message')}: {error}") from error
 

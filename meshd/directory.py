@@ -133,9 +133,7 @@ class Directory:
         known = self._peers.get(peer) or KnownPeer(peer, name, ())
         ordered = (*addresses, *known.addresses) if is_fresh else (*known.addresses, *addresses)
         merged = tuple(dict.fromkeys(ordered))[:ADDRESSES_MAX]
-        self._store(
-            replace(known, name=name or known.name, addresses=merged, api_address=api or known.api_address)
-        )
+        self._store(replace(known, name=name or known.name, addresses=merged, api_address=api or known.api_address))
 
     def _store(self, peer: KnownPeer) -> None:
         if self._peers.get(peer.node) != peer:

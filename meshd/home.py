@@ -1,11 +1,11 @@
 """An agent's data directory: who it is and what it must never forget. One agent at a time holds its lock.
 
-    identity.key   the node's Ed25519 key, 0600; made once
-    mesh.json      which mesh this node belongs to, and the certificate that says so; the last file of founding or joining
-    mesh.key       the mesh's own key, at servers only, 0600
-    counters.json  starts and session epochs: raised and synced before they are used
-    peers.json     where members were last seen: where to dial, never who votes
-    raft/ blobs/ backends/ attempts/ api.sock lock
+identity.key   the node's Ed25519 key, 0600; made once
+mesh.json      which mesh this node belongs to, and the certificate that says so; the last file of founding or joining
+mesh.key       the mesh's own key, at servers only, 0600
+counters.json  starts and session epochs: raised and synced before they are used
+peers.json     where members were last seen: where to dial, never who votes
+raft/ blobs/ backends/ attempts/ api.sock lock
 """
 
 from __future__ import annotations

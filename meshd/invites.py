@@ -52,7 +52,9 @@ def parse(text: str) -> Invite:
     """The invite that a person pasted. Raises InvalidRequest."""
     text = "".join(text.split())
     if not text.startswith(PREFIX) or len(text) > INVITE_CHARS_MAX:
-        raise InvalidRequest("this is not an invite", hint=f"an invite starts with {PREFIX}; `mesh node invite` makes one")
+        raise InvalidRequest(
+            "this is not an invite", hint=f"an invite starts with {PREFIX}; `mesh node invite` makes one"
+        )
     body = text[len(PREFIX) :]
     try:
         invite = codec.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), Invite)

@@ -77,7 +77,9 @@ class MeshLog:
             pause_s = min(pause_s * 2, PAUSE_S_MAX)
         if is_unknown:
             raise UnknownOutcome(f"no answer within {timeout_s:.0f} s: {why}", hint="resend with the same id, or ask")
-        raise Unavailable(f"the mesh took no decision within {timeout_s:.0f} s: {why}", hint="see `mesh cluster status`")
+        raise Unavailable(
+            f"the mesh took no decision within {timeout_s:.0f} s: {why}", hint="see `mesh cluster status`"
+        )
 
     async def propose_once(self, command: bytes, *, timeout_s: float) -> ProposeResult:
         """One try at one voter. Never raises for what voters answer or fail to."""

@@ -8,7 +8,7 @@ so a body that claims another origin has nowhere to say so.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -28,7 +28,7 @@ from meshd.raft.commands import (
     SessionChanged,
     StopWanted,
 )
-from meshd.raft.log import RaftStatus, ServerLog
+from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
 from meshd.views import AnyQuery, EventView, GetJob, JobView
 
@@ -230,5 +230,3 @@ class Replica:
     async def _on_status(self, peer: NodeId, body: bytes) -> bytes:
         self._check()
         return codec.encode(self.log.status())
-
-

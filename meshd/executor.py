@@ -1,0 +1,330 @@
+"""One attempt from its lease to its outcome: inputs to disk, backend, outputs to blobs, on two disks before it is told.
+
+    fetch (blobs from whoever has them) → working directory → backend.run → collect → replicate → Outcome
+
+Whatever a job does is an `Outcome`. What the mesh could not do for it (an input that nobody
+has, a disk that is full) is an outcome too, `backend`, which counts as a loss and not as one
+of the job's own tries.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+
+import structlog
+import trio
+from msgspec.structs import replace
+
+from meshd import codec
+from meshd.blobs.fetch import Fetcher
+from meshd.blobs.replicate import Replicator
+from meshd.blobs.tree import collect, materialise, refs_of
+from meshd.errors import InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
+from meshd.model import (
+    INLINE_BYTES_MAX,
+    AttemptKey,
+    BlobRef,
+    Content,
+    EndReason,
+    Inline,
+    ItemsBlob,
+    ItemsFiles,
+    ItemsInline,
+    ItemsRange,
+    JobSpec,
+    NodeId,
+    Outcome,
+    Tree,
+    TreeRef,
+)
+from meshd.ports import Backend, BlobStore, Execution, Leash, Limits
+
+LOG_INLINE_BYTES_MAX = 1024
+"""Of each stream, so that a whole outcome stays well below what may travel in a command."""
+FETCH_S = 300.0
+"""For one input; a peer that stalls is left much earlier."""
+REPLICATE_S = 30.0
+REPLICATE_PAUSE_S = 1.0
+LISTS_KEPT = 16
+"""Trees and item lists held in memory: the tasks of one array share them."""
+LIST_BYTES_MAX = 64 << 20
+
+log = structlog.get_logger()
+
+
+class Executor:
+    """Runs attempts on this node. `holders` names who had a job's inputs when it was submitted."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        me: NodeId,
+        store: BlobStore,
+        fetcher: Fetcher,
+        replicator: Replicator,
+        backends: Mapping[str, Backend],
+        offered: Callable[[], Sequence[str]],
+    ) -> None:
+        self._directory = directory
+        self._me = me
+        self._store = store
+        self._fetcher = fetcher
+        self._replicator = replicator
+        self._backends = backends
+        self._offered = offered
+        self._lists: dict[str, Tree | tuple[str, ...]] = {}
+        self._running: dict[int, Path] = {}
+
+    def sweep(self) -> None:
+        """Remove what attempts of an earlier start left: their processes died with that agent."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def log_path(self, fence: int, stream: str) -> Path | None:
+        """The growing output of an attempt that runs here; None when it does not."""
+        directory = self._running.get(fence)
+        return directory / stream if directory is not None and stream in ("stdout", "stderr") else None
+
+    async def run(self, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
+        """To the end, with everything the outcome names on `spec.replicas` disks. Cancelling stops the attempt."""
+        directory = self._directory / f"{key.fence:x}"
+        self._running[key.fence] = directory
+        started = monotonic()
+        try:
+            outcome = await self._run(directory, key, spec, leash)
+        except trio.Cancelled:
+            raise
+        except InvalidRequest as error:
+            outcome = Outcome(EndReason.INVALID, message=str(error)[:2000])
+        except (MeshError, OSError) as error:
+            log.warning("attempt.failed", job=key.job, task=key.task, fence=key.fence, error=str(error))
+            outcome = Outcome(EndReason.BACKEND, message=str(error)[:2000])
+        finally:
+            del self._running[key.fence]
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_remove, directory)
+        return replace(outcome, run_ms=outcome.run_ms or int((monotonic() - started) * 1000))
+
+    async def _run(self, directory: Path, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
+        backend = self._choose(spec)
+        workdir = directory / "work"
+        await trio.to_thread.run_sync(_prepare, directory, workdir)
+        item = await self._lay_inputs(workdir, key, spec)
+        execution = await self._execution(directory, workdir, key, spec, item, leash)
+        outcome = await backend.run(execution)
+        outcome = await self._collect(outcome, workdir, spec)
+        outcome = await self._keep_logs(outcome, execution)
+        return await self._replicate(outcome, spec)
+
+    def _choose(self, spec: JobSpec) -> Backend:
+        offered = self._offered()
+        for name in spec.backend:
+            if name in offered and name in self._backends:
+                return self._backends[name]
+        raise Unavailable(f"none of {', '.join(spec.backend)} works on this node any more")
+
+    # --- before ------------------------------------------------------------------------------------------------------
+
+    async def _lay_inputs(self, workdir: Path, key: AttemptKey, spec: JobSpec) -> str:
+        for wanted in spec.inputs:
+            target = workdir / wanted.path
+            match wanted.source:
+                case TreeRef():
+                    await self._lay_tree(await self._tree(wanted.source), target)
+                case BlobRef():
+                    await self._fetch(wanted.source)
+                    await self._export(wanted.source, target, executable=wanted.executable)
+                case Inline(data):
+                    await trio.to_thread.run_sync(_write, target, data, wanted.executable)
+        return await self._lay_item(workdir, key.task, spec)
+
+    async def _lay_item(self, workdir: Path, task: int, spec: JobSpec) -> str:
+        match spec.array.items:
+            case None:
+                return str(task)
+            case ItemsRange(start, step):
+                return str(start + task * step)
+            case ItemsInline(items):
+                return items[task]
+            case ItemsBlob(blob):
+                lines = await self._lines(blob)
+                if task >= len(lines):
+                    raise InvalidRequest(f"the list of items has {len(lines)} lines, task {task} has none")
+                return lines[task]
+            case ItemsFiles(tree, per_task):
+                entries = (await self._tree(tree)).entries[task * per_task : (task + 1) * per_task]
+                await self._lay_tree(Tree(entries), workdir)
+                return "\n".join(entry.path for entry in entries)
+
+    async def _lay_tree(self, tree: Tree, target: Path) -> None:
+        async with trio.open_nursery() as fetches:
+            limit = trio.Semaphore(8)
+            for ref in refs_of(tree):
+                if not self._store.has(ref.hash):
+                    await limit.acquire()
+                    fetches.start_soon(self._fetch_one_of_many, ref, limit)
+        await materialise(tree, target, self._store)
+
+    async def _fetch_one_of_many(self, ref: BlobRef, limit: trio.Semaphore) -> None:
+        try:
+            await self._fetch(ref)
+        finally:
+            limit.release()
+
+    async def _fetch(self, ref: BlobRef) -> None:
+        if not self._store.has(ref.hash):
+            try:
+                await self._fetcher.fetch(ref, timeout_s=FETCH_S)
+            except NotFound as error:
+                raise Unavailable(f"no node that can be reached has blob {ref.hash}", hint=error.hint) from error
+
+    async def _export(self, ref: BlobRef, target: Path, *, executable: bool = False) -> None:
+        await trio.to_thread.run_sync(lambda: target.parent.mkdir(parents=True, exist_ok=True))
+        await self._store.export(ref, target, executable=executable)
+
+    async def _tree(self, ref: TreeRef) -> Tree:
+        found = self._lists.get(ref.blob.hash)
+        if not isinstance(found, Tree):
+            found = codec.decode(await self._bytes(ref.blob), Tree, bytes_max=LIST_BYTES_MAX)
+            self._remember(ref.blob.hash, found)
+        return found
+
+    async def _lines(self, ref: BlobRef) -> tuple[str, ...]:
+        found = self._lists.get(ref.hash)
+        if not isinstance(found, tuple):
+            found = tuple((await self._bytes(ref)).decode(errors="replace").splitlines())
+            self._remember(ref.hash, found)
+        return found
+
+    async def _bytes(self, ref: BlobRef) -> bytes:
+        if ref.size > LIST_BYTES_MAX:
+            raise TooLarge(f"a list of {ref.size} bytes is over the limit of {LIST_BYTES_MAX}")
+        await self._fetch(ref)
+        return await self._store.get_bytes(ref, bytes_max=LIST_BYTES_MAX)
+
+    def _remember(self, blob: str, value: Tree | tuple[str, ...]) -> None:
+        if len(self._lists) >= LISTS_KEPT:
+            del self._lists[next(iter(self._lists))]
+        self._lists[blob] = value
+
+    async def _execution(
+        self, directory: Path, workdir: Path, key: AttemptKey, spec: JobSpec, item: str, leash: Leash
+    ) -> Execution:
+        run = spec.run
+        module = stdin = None
+        if run.module is not None:
+            module = directory / "module"
+            await self._fetch(run.module)
+            await self._store.export(run.module, module)
+        match run.stdin:
+            case BlobRef():
+                stdin = directory / "stdin"
+                await self._fetch(run.stdin)
+                await self._store.export(run.stdin, stdin)
+            case Inline(data):
+                stdin = directory / "stdin"
+                await trio.to_thread.run_sync(_write, stdin, data, False)
+        env = {
+            **dict(run.env),
+            "MESHD_JOB": key.job,
+            "MESHD_TASK": str(key.task),
+            "MESHD_ATTEMPT": str(key.attempt),
+            "MESHD_FENCE": str(key.fence),
+            "MESHD_ITEM": item,
+            "MESHD_NODE": self._me,
+        }
+        return Execution(
+            key=key,
+            args=tuple(argument.replace("{item}", item) for argument in run.args),
+            env=tuple(env.items()),
+            workdir=workdir,
+            stdout=directory / "stdout",
+            stderr=directory / "stderr",
+            stdin=stdin,
+            module=module,
+            module_hash=run.module.hash if run.module is not None else "",
+            limits=Limits(
+                run_s=spec.timeout.run_ms / 1000 if spec.timeout.run_ms else None,
+                memory=spec.needs.resources.memory or None,
+                fuel=run.fuel,
+                cpu_milli=spec.needs.resources.cpu_milli or None,
+                output_bytes_max=spec.output_bytes_max,
+            ),
+            needs=spec.needs.resources,
+            leash=leash,
+        )
+
+    # --- after -------------------------------------------------------------------------------------------------------
+
+    async def _collect(self, outcome: Outcome, workdir: Path, spec: JobSpec) -> Outcome:
+        if not spec.outputs or not outcome.is_success:
+            return outcome
+        try:
+            return replace(outcome, outputs=await collect(workdir, spec.outputs, self._store))
+        except (InvalidRequest, NotFound) as error:
+            # It said success but did not leave what it promised: its next try would not either.
+            return replace(outcome, reason=EndReason.INVALID, message=str(error)[:2000])
+
+    async def _keep_logs(self, outcome: Outcome, execution: Execution) -> Outcome:
+        return replace(
+            outcome, stdout=await self._content(execution.stdout), stderr=await self._content(execution.stderr)
+        )
+
+    async def _content(self, path: Path) -> Content | None:
+        size = path.stat().st_size
+        if size == 0:
+            return None
+        if size <= LOG_INLINE_BYTES_MAX:
+            return Inline(path.read_bytes())
+        return await self._store.put_file(path)
+
+    async def _replicate(self, outcome: Outcome, spec: JobSpec) -> Outcome:
+        """Waits as long as it takes: an outcome that rests on one disk is not told (protocol.md 6)."""
+        refs = [content for content in (outcome.stdout, outcome.stderr) if isinstance(content, BlobRef)]
+        if isinstance(outcome.outputs, TreeRef):
+            refs.append(outcome.outputs.blob)
+            refs += refs_of(await self._tree(outcome.outputs))
+        if not refs:
+            return outcome
+        while True:
+            try:
+                holders = await self._replicator.ensure(refs, spec.replicas, timeout_s=REPLICATE_S)
+                return replace(outcome, holders=holders)
+            except Unavailable as error:
+                log.warning("outputs.not_replicated", blobs=len(refs), error=str(error))
+                await trio.sleep(REPLICATE_PAUSE_S)
+
+
+def _prepare(directory: Path, workdir: Path) -> None:
+    workdir.mkdir(mode=0o700, parents=True)
+    for stream in ("stdout", "stderr"):
+        (directory / stream).touch(mode=0o600)
+
+
+def _write(target: Path, data: bytes, executable: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    target.chmod(0o700 if executable else 0o600)
+
+
+def _remove(directory: Path) -> None:
+    """Also when the job took the rights away from its own directories."""
+
+    def force(function: Callable[[str], object], path: str, _error: BaseException) -> None:
+        os.chmod(Path(path).parent, 0o700)
+        os.chmod(path, 0o700)
+        function(path)
+
+    try:
+        if hasattr(shutil.rmtree, "avoids_symlink_attacks"):
+            shutil.rmtree(directory, onerror=lambda f, p, e: force(f, p, e[1]))
+    except OSError as error:
+        log.warning("attempt.not_removed", directory=str(directory), error=str(error))
+
+
+assert LOG_INLINE_BYTES_MAX * 2 < INLINE_BYTES_MAX

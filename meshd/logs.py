@@ -1,0 +1,134 @@
+"""What a task writes, read at any node: from the node that runs it while it runs, from its blob afterwards.
+
+`attempt.log` answers with bytes from an offset, standing until there are some; it is asked only
+while somebody follows, and reads the very file that the job writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+from msgspec import Struct
+
+from meshd import codec
+from meshd.blobs.fetch import Fetcher
+from meshd.errors import NotFound, Unavailable, UnknownOutcome
+from meshd.executor import Executor
+from meshd.model import BlobRef, Inline, JobId, NodeId
+from meshd.ports import BlobStore, Rpc
+from meshd.raft.remote import MeshLog
+from meshd.views import ListTasks, TaskPage, TaskView
+
+PIECE_BYTES_MAX = 256 << 10
+STAND_S = 5.0
+LOOK_EVERY_S = 0.05
+"""How often the file is looked at while a follower stands and nothing new is there."""
+PAUSE_S = 0.2
+QUERY_S = 10.0
+
+
+class LogCall(Struct, frozen=True, array_like=True):
+    fence: int
+    stream: str
+    offset: int
+    stand_ms: int
+
+
+class LogPiece(Struct, frozen=True, array_like=True):
+    data: bytes
+    is_running: bool
+
+
+class LogDesk:
+    """Answers followers about the attempts that run here."""
+
+    def __init__(self, executor: Executor, rpc: Rpc) -> None:
+        self._executor = executor
+        rpc.register("attempt.log", self._on_log)
+
+    async def read(self, fence: int, stream: str, offset: int, stand_s: float) -> LogPiece:
+        with trio.move_on_after(stand_s):
+            while (path := self._executor.log_path(fence, stream)) is not None:
+                if data := _read(path, offset):
+                    return LogPiece(data, True)
+                await trio.sleep(LOOK_EVERY_S)
+        return LogPiece(b"", self._executor.log_path(fence, stream) is not None)
+
+    async def _on_log(self, peer: NodeId, body: bytes) -> bytes:
+        call = codec.decode(body, LogCall)
+        return codec.encode(await self.read(call.fence, call.stream, call.offset, min(call.stand_ms / 1000, STAND_S)))
+
+
+class LogReader:
+    """Follows a task over its attempts and nodes."""
+
+    def __init__(self, me: NodeId, rpc: Rpc, desk: LogDesk, log: MeshLog, store: BlobStore, fetcher: Fetcher) -> None:
+        self._me = me
+        self._rpc = rpc
+        self._desk = desk
+        self._log = log
+        self._store = store
+        self._fetcher = fetcher
+
+    async def follow(
+        self, job: JobId, task: int, stream: str, *, offset: int, is_followed: bool
+    ) -> AsyncIterator[bytes]:
+        """From `offset` of its present attempt; with `is_followed` on until the task is final."""
+        fence, at = 0, offset
+        while True:
+            view = await self._task(job, task)
+            if view.fence != fence:
+                at = offset if fence == 0 else 0
+                fence = view.fence
+            if view.outcome is not None and view.state.is_final:
+                content = view.outcome.stdout if stream == "stdout" else view.outcome.stderr
+                async for data in self._content(content, at):
+                    yield data
+                return
+            if view.node is not None:
+                piece = await self._piece(view.node, fence, stream, at, STAND_S if is_followed else 0.1)
+                while piece is not None and piece.data:
+                    at += len(piece.data)
+                    yield piece.data
+                    piece = await self._piece(view.node, fence, stream, at, STAND_S if is_followed else 0.1)
+            if not is_followed or view.state.is_final:
+                return
+            await trio.sleep(PAUSE_S)
+
+    async def _task(self, job: JobId, task: int) -> TaskView:
+        page = await self._log.query(ListTasks(job, start=task, stop=task + 1, limit=1), TaskPage, timeout_s=QUERY_S)
+        if not page.tasks:
+            raise NotFound(f"job {job} has no task {task}")
+        return page.tasks[0]
+
+    async def _piece(self, node: NodeId, fence: int, stream: str, at: int, stand_s: float) -> LogPiece | None:
+        if node == self._me:
+            return await self._desk.read(fence, stream, at, stand_s)
+        call = codec.encode(LogCall(fence, stream, at, int(stand_s * 1000)))
+        try:
+            return codec.decode(await self._rpc.call(node, "attempt.log", call, timeout_s=stand_s + 3), LogPiece)
+        except (Unavailable, UnknownOutcome):
+            return None  # its node is slow or gone: the state will say what becomes of the task
+
+    async def _content(self, content: BlobRef | Inline | None, at: int) -> AsyncIterator[bytes]:
+        match content:
+            case Inline(data):
+                if data[at:]:
+                    yield data[at:]
+            case BlobRef():
+                await self._fetcher.fetch(content, timeout_s=60)
+                while at < content.size:
+                    data = await self._store.read(content.hash, at, PIECE_BYTES_MAX)
+                    at += len(data)
+                    yield data
+
+
+def _read(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), PIECE_BYTES_MAX, offset)
+    except FileNotFoundError:
+        return b""

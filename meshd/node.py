@@ -1,0 +1,282 @@
+"""A node as its API sees it: whatever is asked of the mesh, this node answers, by its own replica or through others.
+
+Implements `meshd.api.face.Face`. Holds no rules: commands go to the log, questions to a
+voter, bytes to the blob store and its peers, liveness is what gossip says here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
+
+import structlog
+import trio
+
+from meshd import codec
+from meshd.api.face import LogStream
+from meshd.blobs.fetch import Fetcher
+from meshd.blobs.messages import Name
+from meshd.blobs.replicate import Replicator
+from meshd.directory import Directory
+from meshd.drain import Drain
+from meshd.errors import Busy, Conflict, MeshError, NotFound, Unavailable
+from meshd.gossip.service import GossipService
+from meshd.invites import DOORS_MAX, SECRET_BYTES, Door, Invite, hash_secret
+from meshd.logs import LogReader
+from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobId, JobSpec, NodeId, Role, TaskState, TreeRef
+from meshd.ports import BlobStore, Rpc
+from meshd.raft.commands import AnyAnswer, AnyCommand, CreateInvite, RemoveMember
+from meshd.raft.remote import MeshLog
+from meshd.status import cluster_status
+from meshd.views import (
+    PAGE_MAX,
+    AnyQuery,
+    BlobList,
+    BlobView,
+    ClusterStatus,
+    DrainView,
+    EventView,
+    GetMembers,
+    JobPage,
+    JobView,
+    ListJobs,
+    MembersView,
+)
+
+EVENTS_STAND_S = 20.0
+REPLICATE_S = 30.0
+ASK_S = 5.0
+LIVE_PAGES_MAX = 100
+"""Pages of unfinished jobs looked through before a blob is removed."""
+
+V = TypeVar("V")
+log = structlog.get_logger()
+
+
+class Node:
+    def __init__(
+        self,
+        *,
+        me: NodeId,
+        name: str,
+        mesh: str,
+        version: str,
+        ca_pem: str,
+        mesh_log: MeshLog,
+        rpc: Rpc,
+        directory: Directory,
+        gossip: GossipService,
+        store: BlobStore,
+        fetcher: Fetcher,
+        replicator: Replicator,
+        logs: LogReader,
+        drains: Drain,
+        addresses: Callable[[], Sequence[str]],
+        clock_offset_ms: Callable[[NodeId], int | None],
+        is_server: bool,
+    ) -> None:
+        self._me = me
+        self._name = name
+        self._mesh = mesh
+        self._version = version
+        self._ca_pem = ca_pem
+        self._log = mesh_log
+        self._rpc = rpc
+        self._directory = directory
+        self._gossip = gossip
+        self._store = store
+        self._fetcher = fetcher
+        self._replicator = replicator
+        self._logs = logs
+        self._drains = drains
+        self._addresses = addresses
+        self._clock_offset_ms = clock_offset_ms
+        self._is_server = is_server
+
+    @property
+    def me(self) -> NodeId:
+        return self._me
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def mesh(self) -> str:
+        return self._mesh
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    @property
+    def ca_pem(self) -> bytes:
+        return self._ca_pem.encode()
+
+    # --- the log -----------------------------------------------------------------------------------------------------
+
+    async def propose(self, command: AnyCommand, *, timeout_s: float) -> AnyAnswer:
+        return await self._log.propose(command, timeout_s=timeout_s)
+
+    async def query(self, query: AnyQuery, kind: type[V], *, timeout_s: float, is_stale_ok: bool = False) -> V:
+        return await self._log.query(query, kind, timeout_s=timeout_s, is_stale_ok=is_stale_ok)
+
+    async def wait_job(self, job: JobId, after_version: int, *, timeout_s: float) -> JobView:
+        return await self._log.wait_job(job, after_version, timeout_s=timeout_s)
+
+    async def events(self, after: int | None) -> AsyncIterator[EventView]:
+        position = after
+        while True:
+            try:
+                reply = await self._log.events(position, timeout_s=EVENTS_STAND_S)
+            except Unavailable as error:
+                log.info("events.interrupted", error=str(error))
+                continue
+            for event in reply.events:
+                yield event
+            position = reply.position
+
+    # --- logs and bytes ----------------------------------------------------------------------------------------------
+
+    def follow_log(
+        self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool
+    ) -> AsyncIterator[bytes]:
+        return self._logs.follow(job, task, stream, offset=offset, is_followed=follow)
+
+    async def put_blob(self, chunks: AsyncIterator[bytes], *, replicas: int) -> BlobView:
+        writer = await self._store.create()
+        try:
+            async for chunk in chunks:
+                await writer.write(chunk)
+            ref = await writer.commit()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await writer.abort()
+            raise
+        holders = await self._replicator.ensure([ref], replicas, timeout_s=REPLICATE_S)
+        return BlobView(ref.hash, ref.size, tuple(sorted(holders)))
+
+    async def get_blob(self, blob: str) -> AsyncIterator[bytes]:
+        ref = await self._ref(blob)
+        await self._fetcher.fetch(ref, timeout_s=600)
+        async for chunk in self._store.open_verified(ref):
+            yield chunk
+
+    async def blob_where(self, blob: str) -> BlobView:
+        holders = await self._holders(blob)
+        if not holders:
+            raise NotFound(f"no node that can be reached has blob {blob}")
+        size = self._store.size(blob) if self._store.has(blob) else (await self._ref(blob)).size
+        return BlobView(blob, size, tuple(sorted(holders)))
+
+    async def list_blobs(self) -> BlobList:
+        refs = await self._store.list()
+        return BlobList(
+            self._me,
+            tuple(
+                BlobView(ref.hash, ref.size, tuple(sorted({self._me, *self._gossip.holders(ref.hash)}))) for ref in refs
+            ),
+        )
+
+    async def remove_blob(self, blob: str) -> None:
+        holders = await self._holders(blob)
+        if not holders:
+            raise NotFound(f"no node that can be reached has blob {blob}")
+        if (job := await self._live_job_naming(blob)) is not None:
+            raise Conflict(f"unfinished job {job} needs blob {blob}", hint=f"`mesh job cancel {job}` first")
+        failed: list[str] = []
+        for holder in holders:
+            try:
+                if holder == self._me:
+                    await self._store.remove(blob)
+                else:
+                    await self._rpc.call(holder, "blob.remove", codec.encode(Name(blob)), timeout_s=ASK_S)
+            except MeshError as error:
+                failed.append(f"{self._directory.name(holder) or holder}: {error.message}")
+        if failed:
+            raise Unavailable(f"blob {blob} is not removed everywhere: {'; '.join(failed)}", hint="try again later")
+
+    async def _holders(self, blob: str) -> set[NodeId]:
+        found = set(await self._fetcher.who_has(blob))
+        if self._store.has(blob):
+            found.add(self._me)
+        return found
+
+    async def _ref(self, blob: str) -> BlobRef:
+        if self._store.has(blob):
+            return BlobRef(blob, self._store.size(blob))
+        size = await self._fetcher.size_of(blob)
+        if size is None:
+            raise NotFound(f"no node that can be reached has blob {blob}")
+        return BlobRef(blob, size)
+
+    async def _live_job_naming(self, blob: str) -> JobId | None:
+        before: JobId | None = None
+        live = tuple(state for state in TaskState if not state.is_final)
+        for _ in range(LIVE_PAGES_MAX):
+            page = await self._log.query(ListJobs(states=live, limit=PAGE_MAX, before=before), JobPage, timeout_s=10)
+            for job in page.jobs:
+                if blob in blobs_named(job.spec):
+                    return job.id
+            if page.next is None:
+                return None
+            before = page.next
+        raise Busy(
+            "too many unfinished jobs to be sure that none needs this blob", hint="try again when fewer are left"
+        )
+
+    # --- nodes -------------------------------------------------------------------------------------------------------
+
+    async def create_invite(self, roles: Sequence[Role], uses: int, lifetime_ms: int) -> str:
+        secret = secrets.token_bytes(SECRET_BYTES)
+        await self._log.propose(CreateInvite(hash_secret(secret), tuple(roles), uses, lifetime_ms), timeout_s=15)
+        others = [
+            peer for peer in self._directory.peers() if peer.addresses and not self._directory.is_revoked(peer.node)
+        ]
+        doors = [Door(self._me, tuple(self._addresses())[:4])]
+        doors += [Door(peer.node, peer.addresses[:2]) for peer in others[: DOORS_MAX - 1]]
+        return str(Invite(self._mesh, secret, tuple(roles), tuple(doors)))
+
+    def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncIterator[DrainView]:
+        return self._drains.drain(node, deadline_ms=deadline_ms)
+
+    async def remove(self, node: NodeId) -> None:
+        view = await self._log.query(GetMembers(), MembersView, timeout_s=10)
+        if node in view.revoked:
+            return
+        if all(row.member.node != node for row in view.members):
+            raise NotFound(f"this mesh has no node {node}")
+        status = await self.cluster_status()
+        await self._drains.check_removable(node, view, status)
+        await self._log.propose(RemoveMember(node), timeout_s=15)
+
+    async def cluster_status(self) -> ClusterStatus:
+        return await cluster_status(
+            me=self._me,
+            my_name=self._name,
+            mesh=self._mesh,
+            version=self._version,
+            mesh_log=self._log,
+            gossip=self._gossip,
+            directory=self._directory,
+            clock_offset_ms=self._clock_offset_ms,
+        )
+
+
+def blobs_named(spec: JobSpec) -> set[str]:
+    """Every blob that a job needs before it can run, but for those inside its trees."""
+    found = {each.source.hash for each in spec.inputs if isinstance(each.source, BlobRef)}
+    found |= {each.source.blob.hash for each in spec.inputs if isinstance(each.source, TreeRef)}
+    if spec.run.module is not None:
+        found.add(spec.run.module.hash)
+    if isinstance(spec.run.stdin, BlobRef):
+        found.add(spec.run.stdin.hash)
+    match spec.array.items:
+        case ItemsBlob(blob):
+            found.add(blob.hash)
+        case ItemsFiles(tree):
+            found.add(tree.blob.hash)
+        case _:
+            pass
+    return found

@@ -1,0 +1,286 @@
+"""The hands of a node: feed what happened to the agent, perform what it decides. Decides nothing, names no adapter.
+
+    world ── event ──▶ Agent.handle ── effects ──▶ a task each ── what came of it, as an event ──▶ …
+
+`feed` never waits, so a slow peer, disk or job cannot hold up the next decision; whatever takes
+time is a task that reports back. Attempts run under a scope each, which is how they are stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, assert_never
+
+import structlog
+import trio
+from msgspec import Struct
+
+from meshd import codec
+from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
+from meshd.errors import MeshError, NotAllowed, Unavailable
+from meshd.keeper import AnswerRenew, NoticeEnded, RenewArrived, SendNotice
+from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
+from meshd.ports import Committed, Leash, ProposeResult, Rpc
+from meshd.raft.commands import AnyAnswer, AnyCommand
+from meshd.session_messages import Notice, Refusal, Refused, Renew, RenewAnswer
+from meshd.worker import (
+    AttemptEnded,
+    MoveLeash,
+    NoticeArrived,
+    Open,
+    Propose,
+    Proposed,
+    RenewAnswered,
+    SendRenew,
+    Start,
+    Stop,
+)
+
+PROPOSE_S = 5.0
+RENEW_S = 2.0
+NOTICE_S = 2.0
+TICK_S_MAX = 0.5
+"""Never asleep for longer: the boot clock runs on while a machine sleeps, and timers of the loop do not."""
+
+log = structlog.get_logger()
+
+
+class RenewCall(Struct, frozen=True, array_like=True):
+    """`node` None: for the caller itself. A voter that does not lead passes a renewal on, naming whose it is."""
+
+    renew: Renew
+    node: NodeId | None = None
+
+
+class Runs(Protocol):
+    async def run(self, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome: ...
+
+
+class World(Protocol):
+    """What the shell needs to know of the mesh around it."""
+
+    def now_ms(self) -> int:
+        """CLOCK_BOOTTIME."""
+        ...
+
+    def leading_term(self) -> int | None:
+        """The term in which this server leads now; None when it does not, or is none."""
+        ...
+
+    def leader(self) -> NodeId | None:
+        """Who leads, as far as this node knows."""
+        ...
+
+    def voters(self) -> Sequence[NodeId]:
+        """Others that may pass a renewal on, best first."""
+        ...
+
+    def is_server(self, node: NodeId) -> bool: ...
+
+
+class Shell:
+    """`propose` tries once; `save_epoch` returns when the epoch is synced."""
+
+    def __init__(
+        self,
+        *,
+        me: NodeId,
+        agent: Agent,
+        rpc: Rpc,
+        world: World,
+        runs: Runs,
+        propose: Callable[[bytes], Awaitable[ProposeResult]],
+        save_epoch: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._me = me
+        self._agent = agent
+        self._rpc = rpc
+        self._world = world
+        self._runs = runs
+        self._propose = propose
+        self._save_epoch = save_epoch
+        self._tasks: trio.Nursery | None = None
+        self._stirred = trio.Event()
+        self._leashes: dict[int, Leash] = {}
+        self._scopes: dict[int, tuple[trio.CancelScope, list[EndReason]]] = {}
+        self._calls = itertools.count(1)
+        self._renewals: dict[int, RenewAnswer] = {}
+        rpc.register("session.renew", self._on_renew)
+        rpc.register("attempt.notice", self._on_notice)
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; then every attempt is stopped, and nothing of it runs when this ends."""
+        async with trio.open_nursery() as self._tasks:
+            try:
+                task_status.started()
+                await self._tick()
+            finally:
+                self._tasks = None
+
+    def feed(self, event: AgentEvent) -> None:
+        """Decide now, act in tasks. Ignored while the shell does not serve."""
+        if self._tasks is None:
+            return
+        for effect in self._agent.handle(event, self._world.now_ms()):
+            if isinstance(effect, AnswerRenew):
+                self._renewals[effect.call] = effect.answer
+            else:
+                self._tasks.start_soon(self._perform, effect)
+        self._stirred.set()
+
+    @property
+    def attempts_running(self) -> int:
+        return len(self._scopes)
+
+    async def _tick(self) -> None:
+        while True:
+            self._stirred = trio.Event()
+            timer_ms = self._agent.next_timer_ms()
+            wait_s = TICK_S_MAX if timer_ms is None else (timer_ms - self._world.now_ms()) / 1000
+            with trio.move_on_after(max(0.001, min(wait_s, TICK_S_MAX))):
+                await self._stirred.wait()
+                continue
+            self.feed(Tick(self._world.leading_term()))
+
+    async def _perform(self, effect: AgentEffect) -> None:
+        match effect:
+            case Open(epoch, command):
+                await self._save_epoch(epoch)
+                await self._do_propose(command)
+            case Propose(command):
+                await self._do_propose(command)
+            case SendRenew():
+                await self._send_renew(effect)
+            case SendNotice():
+                await self._send_notice(effect)
+            case Start():
+                await self._run(effect)
+            case Stop(key, reason):
+                self._stop(key, reason)
+            case MoveLeash(key, leash_ms):
+                if key.fence in self._leashes:
+                    self._leashes[key.fence].move(leash_ms / 1000)
+            case AnswerRenew():
+                pass  # taken by feed
+            case _:
+                assert_never(effect)
+
+    # --- the log -----------------------------------------------------------------------------------------------------
+
+    async def _do_propose(self, command: AnyCommand) -> None:
+        answer: AnyAnswer | None = None
+        with trio.move_on_after(PROPOSE_S):
+            result = await self._propose(codec.encode(command))
+            if isinstance(result, Committed):
+                answer = codec.decode(result.answer, AnyAnswer)
+        self.feed(Proposed(command, answer))
+
+    # --- renewals ----------------------------------------------------------------------------------------------------
+
+    async def _send_renew(self, effect: SendRenew) -> None:
+        with trio.move_on_after(RENEW_S):
+            try:
+                answer = await self._renew(self._me, effect.renew)
+            except MeshError as error:
+                log.info("session.renewal_failed", epoch=effect.epoch, error=str(error))
+                return
+            self.feed(RenewAnswered(effect.epoch, effect.sent_ms, answer))
+
+    async def _renew(self, node: NodeId, renew: Renew) -> RenewAnswer:
+        """The leader's answer, whether that is this node, one that is known, or known to some voter."""
+        if self._world.leading_term() is not None:
+            return self._decide_renew(node, renew)
+        leader = self._world.leader()
+        asked = [] if leader is None or leader == self._me else [leader]
+        asked += [voter for voter in self._world.voters() if voter not in (leader, self._me)]
+        failure: MeshError = Unavailable("no voter is known")
+        call = codec.encode(RenewCall(renew, None if node == self._me else node))
+        for voter in asked:
+            try:
+                body = await self._rpc.call(voter, "session.renew", call, timeout_s=RENEW_S)
+            except MeshError as error:
+                failure = error
+                continue
+            answer: RenewAnswer = codec.decode(body, RenewAnswer)
+            if answer != Refused(Refusal.NOT_LEADING):
+                return answer
+        raise failure
+
+    def _decide_renew(self, node: NodeId, renew: Renew) -> RenewAnswer:
+        call = next(self._calls)
+        self.feed(RenewArrived(call, node, renew, self._world.leading_term()))
+        return self._renewals.pop(call, Refused(Refusal.NOT_LEADING))
+
+    async def _on_renew(self, peer: NodeId, body: bytes) -> bytes:
+        call = codec.decode(body, RenewCall)
+        if call.node is not None:
+            if not self._world.is_server(peer):
+                raise NotAllowed("only servers pass on the renewals of others")
+            return codec.encode(self._decide_renew(call.node, call.renew))
+        if self._world.leading_term() is not None:
+            return codec.encode(self._decide_renew(peer, call.renew))
+        leader = self._world.leader()
+        if leader is None or leader == self._me:
+            return codec.encode(Refused(Refusal.NOT_LEADING))
+        passed_on = codec.encode(RenewCall(call.renew, peer))
+        return await self._rpc.call(leader, "session.renew", passed_on, timeout_s=RENEW_S)
+
+    # --- notices -----------------------------------------------------------------------------------------------------
+
+    async def _send_notice(self, effect: SendNotice) -> None:
+        has_arrived = True
+        if effect.node == self._me:
+            self.feed(NoticeArrived(effect.notice))
+        else:
+            try:
+                await self._rpc.call(effect.node, "attempt.notice", codec.encode(effect.notice), timeout_s=NOTICE_S)
+            except MeshError as error:
+                has_arrived = False
+                log.info("notice.failed", node=effect.node, error=str(error))
+        self.feed(NoticeEnded(effect.node, effect.notice, has_arrived))
+
+    async def _on_notice(self, peer: NodeId, body: bytes) -> bytes:
+        if not self._world.is_server(peer):
+            raise NotAllowed("only servers lease")
+        self.feed(NoticeArrived(codec.decode(body, Notice)))
+        return b""
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    async def _run(self, effect: Start) -> None:
+        key = effect.key
+        leash = Leash(None if effect.leash_ms is None else effect.leash_ms / 1000)
+        reasons: list[EndReason] = []
+        outcome: Outcome | None = None
+        log.info("attempt.started", job=key.job, task=key.task, attempt=key.attempt, fence=key.fence)
+        try:
+            with trio.CancelScope() as scope:
+                self._leashes[key.fence] = leash
+                self._scopes[key.fence] = (scope, reasons)
+                outcome = await self._runs.run(key, effect.spec, leash)
+        except Exception as error:
+            # A defect of ours must cost one attempt, not the node; it counts as a loss, so that it ends.
+            log.exception("attempt.broke", job=key.job, task=key.task, fence=key.fence)
+            outcome = Outcome(
+                EndReason.BACKEND, message=f"the agent failed to run it: {type(error).__name__}: {error}"[:2000]
+            )
+        finally:
+            del self._leashes[key.fence], self._scopes[key.fence]
+        if outcome is None:
+            outcome = Outcome(reasons[0] if reasons else EndReason.LOST, message="stopped by its node")
+        log.info(
+            "attempt.ended",
+            job=key.job,
+            task=key.task,
+            fence=key.fence,
+            reason=outcome.reason.value,
+            code=outcome.exit_code,
+        )
+        self.feed(AttemptEnded(key, outcome))
+
+    def _stop(self, key: AttemptKey, reason: EndReason) -> None:
+        if key.fence in self._scopes:
+            scope, reasons = self._scopes[key.fence]
+            reasons.append(reason)
+            scope.cancel()

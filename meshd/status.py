@@ -1,0 +1,96 @@
+"""`mesh cluster status`: who leads, who votes, who is alive, and how many failures the mesh survives now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshd.directory import Directory
+from meshd.errors import Unavailable
+from meshd.gossip.membership import Health
+from meshd.gossip.service import GossipService
+from meshd.model import NodeId, Role
+from meshd.raft.log import RaftStatus
+from meshd.raft.remote import MeshLog
+from meshd.views import ClusterStatus, GetMembers, MembersView, NodeStatus
+
+ASK_S = 3.0
+CLOCK_OFF_MS = 5000
+"""More than this between two clocks is warned about (protocol.md 3)."""
+
+
+async def cluster_status(
+    *,
+    me: NodeId,
+    my_name: str,
+    mesh: str,
+    version: str,
+    mesh_log: MeshLog,
+    gossip: GossipService,
+    directory: Directory,
+    clock_offset_ms: Callable[[NodeId], int | None],
+) -> ClusterStatus:
+    """Also without a quorum: then from what this node last knew, and it says so."""
+    warnings: list[str] = []
+    raft: RaftStatus | None = None
+    members: MembersView | None = None
+    try:
+        raft = await mesh_log.status(timeout_s=ASK_S)
+        members = await mesh_log.query(GetMembers(), MembersView, timeout_s=ASK_S)
+    except Unavailable as error:
+        warnings.append(f"no decision can be taken now: {error.message}")
+    liveness = gossip.liveness()
+    nodes = []
+    for node in sorted({me, *directory.members()} if members is None else {row.member.node for row in members.members}):
+        row = next((each for each in members.members if each.member.node == node), None) if members else None
+        known = directory.peer(node)
+        health = liveness.get(node)
+        offset = 0 if node == me else clock_offset_ms(node)
+        if offset is not None and abs(offset) > CLOCK_OFF_MS:
+            warnings.append(f"the clock of {directory.name(node) or node} is off by {offset / 1000:.0f} s: set it")
+        nodes.append(
+            NodeStatus(
+                node=node,
+                name=row.member.name if row else (my_name if node == me else known.name if known else ""),
+                health="alive" if node == me else _word(health),
+                roles=row.member.roles if row else tuple(r for r in Role if directory.has_role(node, r)),
+                is_leader=raft is not None and raft.leader == node,
+                is_voter=raft is not None and node in {voter.node for voter in raft.voters},
+                is_draining=row.member.is_draining if row else False,
+                version=version if node == me else (row.offer.version if row and row.offer else ""),
+                addresses=known.addresses if known else (row.member.addresses if row else ()),
+                api_address=row.member.api_address if row else (known.api_address if known else ""),
+                clock_offset_ms=offset,
+                last_heard_ms=0 if node == me else (health.since_ms if health else None),
+            )
+        )
+    voters = tuple(voter.node for voter in raft.voters) if raft else ()
+    alive = {node.node for node in nodes if node.health == "alive"}
+    survived = raft.failures_survived if raft else 0
+    return ClusterStatus(
+        mesh=mesh,
+        me=me,
+        position=members.position if members else directory.position,
+        term=raft.term if raft else 0,
+        leader=raft.leader if raft else None,
+        voters=voters,
+        failures_survived=survived,
+        advice=_advice(raft, nodes, alive),
+        nodes=tuple(nodes),
+        warnings=tuple(warnings),
+    )
+
+
+def _word(health: Health | None) -> str:
+    return "unknown" if health is None else str(health.state.value)
+
+
+def _advice(raft: RaftStatus | None, nodes: list[NodeStatus], alive: set[NodeId]) -> str:
+    if raft is None:
+        return "bring back enough servers for a majority of the voters"
+    servers = [node for node in nodes if Role.SERVER in node.roles]
+    if len(servers) < 3:
+        return "one disk: add a third server" if len(servers) == 2 else "one disk: add two more servers"
+    down = [node.name or node.node for node in servers if node.is_voter and node.node not in alive]
+    if down:
+        return f"bring back {', '.join(down)}, or remove it for good: `mesh node remove NAME`"
+    return ""
