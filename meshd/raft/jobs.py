@@ -1,0 +1,349 @@
+"""A job as `apply` keeps it, and what becomes of a task when an attempt of it ends.
+
+                       ┌──────────── backoff over ────────────┐
+                       ▼                                      │
+      submit ──────▶ READY ──lease──▶ LEASED ──▶ RUNNING ──▶ WAITING   (own failure, tries left)
+                       ▲                 └────┬─────┘
+                       │        session ended │     ╲ outcome
+           rerun, wait │                      ▼      ╲
+                       └─────────────────── HELD      ▶ DONE | FAILED | TIMED_OUT | CANCELLED
+                              fail: FAILED ◀──┘         (SKIPPED only at birth, by a retry)
+
+Tasks that nothing has happened to have no row: they are a range in `ready`. A row is
+made by the first lease and kept among `rows` while the task lives, among `results`
+once it has ended; an attempt that ended well and left nothing behind leaves no row.
+Rows are immutable, so a snapshot can be packed in a thread while the queue goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from meshd.model import (
+    FINAL_STATES,
+    AttemptKey,
+    EndReason,
+    JobId,
+    JobSpec,
+    NodeId,
+    OnLost,
+    Outcome,
+    RetryOn,
+    TaskState,
+)
+from meshd.raft.ranges import Ranges
+
+if TYPE_CHECKING:
+    from meshd.raft.matching import Kind
+
+LOST_AFTER_AUTO_MAX_MS = 120_000
+"""`auto` waits a tenth of the time an attempt has run, at most this long, for its node to come back."""
+
+REASON_CHARS_MAX = 200
+
+BARE_OUTCOME = Outcome(reason=EndReason.EXIT, exit_code=0)
+"""The outcome of a done task without a row."""
+
+_RETRY_CLASS = {
+    EndReason.EXIT: RetryOn.EXIT,
+    EndReason.SIGNAL: RetryOn.EXIT,
+    EndReason.TRAP: RetryOn.EXIT,
+    EndReason.TIMEOUT: RetryOn.TIMEOUT,
+    EndReason.MEMORY_LIMIT: RetryOn.LIMIT,
+    EndReason.FUEL_LIMIT: RetryOn.LIMIT,
+    EndReason.OUTPUT_LIMIT: RetryOn.LIMIT,
+}
+
+
+class Row(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+    """One task that was leased at least once."""
+
+    state: TaskState
+    attempt: int = 0
+    """Leases so far."""
+    tries: int = 0
+    """Attempts that ended by the job's own doing."""
+    losses: int = 0
+    fence: int = 0
+    """Of the newest attempt."""
+    node: NodeId | None = None
+    """Whose the newest attempt is, or was when it was lost; None when that node can never speak for it again."""
+    epoch: int = 0
+    started_ms: int | None = None
+    """When the node reported that it runs."""
+    due_ms: int | None = None
+    """WAITING: when it becomes ready. HELD: when it follows `on_lost`; None is never."""
+    stop: TaskState | None = None
+    """The attempt is unwanted: whatever it ends as, the task becomes this."""
+    outcome: bytes | None = None
+    """The encoded Outcome of the last attempt that ended."""
+    reason: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    id: JobId
+    number: int
+    """Jobs are numbered as they come: the age in `priority, then age`."""
+    spec: JobSpec
+    owner: str
+    submitted_ms: int
+    submitted_wall_ms: int
+    retry_of: JobId | None = None
+    version: int = 0
+    ended_wall_ms: int | None = None
+    ready: Ranges = field(default_factory=Ranges)
+    ended: dict[TaskState, Ranges] = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
+    results: dict[int, Row] = field(default_factory=dict)
+    waiting: int = 0
+    leased: int = 0
+    running: int = 0
+    held: int = 0
+    kind: Kind | None = None
+    """Set while the job is live."""
+    record: JobRecord | None = None
+    """The job as it stands, for snapshots; None when it has changed since it was made."""
+
+    @property
+    def active(self) -> int:
+        """Attempts that run or may run."""
+        return self.leased + self.running + self.held
+
+    @property
+    def is_final(self) -> bool:
+        return self.ended_wall_ms is not None
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.ready) + self.waiting + self.active
+
+    @property
+    def may_lease(self) -> bool:
+        at_once = self.spec.array.at_once
+        return bool(self.ready) and (not at_once or self.active < at_once)
+
+    def count(self, state: TaskState) -> int:
+        match state:
+            case TaskState.READY:
+                return len(self.ready)
+            case TaskState.WAITING:
+                return self.waiting
+            case TaskState.LEASED:
+                return self.leased
+            case TaskState.RUNNING:
+                return self.running
+            case TaskState.HELD:
+                return self.held
+            case _:
+                return len(self.ended[state]) if state in self.ended else 0
+
+    @property
+    def state(self) -> TaskState:
+        """Derived: what the job as a whole is doing, or how it ended."""
+        if self.is_final:
+            for state in (TaskState.FAILED, TaskState.TIMED_OUT, TaskState.CANCELLED, TaskState.DONE):
+                if self.count(state):
+                    return state
+            return TaskState.SKIPPED
+        if self.running or self.leased or self.held:
+            return TaskState.RUNNING
+        return TaskState.READY if self.ready else TaskState.WAITING
+
+    def state_of(self, task: int) -> TaskState:
+        row = self.row(task)
+        if row is not None:
+            return row.state
+        if task in self.ready:
+            return TaskState.READY
+        return next(state for state, tasks in self.ended.items() if task in tasks)
+
+    def row(self, task: int) -> Row | None:
+        return self.rows.get(task) or self.results.get(task)
+
+    def put(self, task: int, row: Row) -> None:
+        """Move one live task to what the row says."""
+        before = self.rows.get(task)
+        if before is None or before.state is TaskState.READY:
+            self.ready.remove(task, task + 1)
+        else:
+            self._count(before.state, -1)
+        if row.state in FINAL_STATES:
+            self.rows.pop(task, None)
+            if not _is_bare(row):
+                self.results[task] = row
+            self._ended(row.state).add(task, task + 1)
+            return
+        self.rows[task] = row
+        if row.state is TaskState.READY:
+            self.ready.add(task, task + 1)
+        else:
+            self._count(row.state, +1)
+
+    def end_untouched(self, start: int, stop: int, state: TaskState) -> int:
+        """End the tasks of [start, stop) that never had an attempt, as ranges; returns how many these were.
+
+        Live tasks with a row must have been ended before.
+        """
+        found = self.ready.within(start, stop)
+        for low, high in found:
+            self._ended(state).add(low, high)
+            self.ready.remove(low, high)
+        return sum(high - low for low, high in found)
+
+    def _ended(self, state: TaskState) -> Ranges:
+        tasks = self.ended.get(state)
+        if tasks is None:
+            tasks = self.ended[state] = Ranges()
+        return tasks
+
+    def _count(self, state: TaskState, change: int) -> None:
+        match state:
+            case TaskState.WAITING:
+                self.waiting += change
+            case TaskState.LEASED:
+                self.leased += change
+            case TaskState.RUNNING:
+                self.running += change
+            case _:
+                self.held += change
+
+    def key(self, task: int, row: Row) -> AttemptKey:
+        return AttemptKey(self.id, task, row.attempt, row.fence)
+
+    def recorded(self) -> JobRecord:
+        if self.record is None:
+            self.record = JobRecord(
+                id=self.id,
+                number=self.number,
+                spec=self.spec,
+                owner=self.owner,
+                submitted_ms=self.submitted_ms,
+                submitted_wall_ms=self.submitted_wall_ms,
+                retry_of=self.retry_of,
+                version=self.version,
+                ended_wall_ms=self.ended_wall_ms,
+                ready=self.ready.packed(),
+                ended=tuple([(state, tasks.packed()) for state, tasks in self.ended.items()]),
+                rows=self.rows.copy(),
+                results=self.results.copy(),
+            )
+        return self.record
+
+
+class JobRecord(Struct, frozen=True, array_like=True):
+    """A job in a snapshot. Its rows may be packed apart, a thousand at a time."""
+
+    id: JobId
+    number: int
+    spec: JobSpec
+    owner: str
+    submitted_ms: int
+    submitted_wall_ms: int
+    retry_of: JobId | None
+    version: int
+    ended_wall_ms: int | None
+    ready: bytes
+    ended: tuple[tuple[TaskState, bytes], ...]
+    rows: dict[int, Row]
+    results: dict[int, Row]
+
+    def job(self) -> Job:
+        job = Job(
+            id=self.id,
+            number=self.number,
+            spec=self.spec,
+            owner=self.owner,
+            submitted_ms=self.submitted_ms,
+            submitted_wall_ms=self.submitted_wall_ms,
+            retry_of=self.retry_of,
+            version=self.version,
+            ended_wall_ms=self.ended_wall_ms,
+            ready=Ranges.unpacked(self.ready),
+            ended={state: Ranges.unpacked(data) for state, data in self.ended},
+            rows=dict(self.rows),
+            results=dict(self.results),
+        )
+        for row in job.rows.values():
+            if row.state is not TaskState.READY:
+                job._count(row.state, +1)
+        return job
+
+
+def after_outcome(spec: JobSpec, row: Row, outcome: Outcome, encoded: bytes, now_ms: int) -> Row:
+    """The task's row after its current attempt ended with this outcome. The node has forgotten the attempt."""
+    ended = replace(row, started_ms=None, due_ms=None, outcome=encoded, reason="")
+    if row.stop is not None:
+        tries = row.tries + (1 if outcome.is_success or outcome.reason in _RETRY_CLASS else 0)
+        return replace(ended, state=row.stop, tries=tries, reason=row.reason)
+    if outcome.is_success:
+        return replace(ended, state=TaskState.DONE, tries=row.tries + 1)
+    match outcome.reason:
+        case EndReason.INVALID:
+            return replace(
+                ended, state=TaskState.FAILED, tries=row.tries + 1, reason=_short("it could not run", outcome)
+            )
+        case EndReason.BACKEND:
+            # A backend that always fails at once must not burn the crash limit in a second.
+            delay_ms = backoff_ms(spec, row.losses + 1)
+            lost = after_loss(spec, ended, _short("its backend failed", outcome), now_ms + delay_ms)
+        case EndReason.LOST | EndReason.CANCELLED:
+            # CANCELLED without our wish is a node that drains or stops: a loss that says good-bye.
+            lost = after_loss(spec, ended, "its node stopped it", None)
+        case reason:
+            tries = row.tries + 1
+            if tries < spec.retry.attempts and _RETRY_CLASS[reason] in spec.retry.on:
+                delay_ms = backoff_ms(spec, tries)
+                again = replace(
+                    ended, node=None, tries=tries, reason=f"try {tries} of {spec.retry.attempts} ended: {reason.value}"
+                )
+                if delay_ms:
+                    return replace(again, state=TaskState.WAITING, due_ms=now_ms + delay_ms)
+                return replace(again, state=TaskState.READY)
+            state = TaskState.TIMED_OUT if reason is EndReason.TIMEOUT else TaskState.FAILED
+            return replace(ended, state=state, tries=tries, reason=f"ended: {reason.value}")
+    # The node has let go of the attempt: it can never list it again.
+    return lost if lost.state in FINAL_STATES else replace(lost, node=None)
+
+
+def after_loss(spec: JobSpec, row: Row, why: str, due_ms: int | None) -> Row:
+    """The task's row after its attempt was lost: `on_lost`, within the crash limit. `due_ms`: not ready before then."""
+    if row.stop is not None:
+        return replace(row, state=row.stop, started_ms=None, due_ms=None)
+    losses = row.losses + 1
+    lost = replace(row, losses=losses, started_ms=None, due_ms=None, reason=why)
+    if spec.on_lost is OnLost.FAIL:
+        return replace(lost, state=TaskState.FAILED, reason=f"lost: {why}")
+    if losses >= spec.retry.crash_limit:
+        return replace(lost, state=TaskState.FAILED, reason=f"lost {losses} times, its crash limit: {why}")
+    if due_ms is not None:
+        return replace(lost, state=TaskState.WAITING, due_ms=due_ms)
+    return replace(lost, state=TaskState.READY)
+
+
+def lost_after_ms(spec: JobSpec, row: Row, now_ms: int) -> int | None:
+    """How long a lost node may take to come back to this attempt; None is for ever."""
+    if spec.on_lost is OnLost.WAIT:
+        return None
+    if spec.lost_after_ms is not None:
+        return spec.lost_after_ms
+    ran_ms = 0 if row.started_ms is None else now_ms - row.started_ms
+    return min(ran_ms // 10, LOST_AFTER_AUTO_MAX_MS)
+
+
+def backoff_ms(spec: JobSpec, failures: int) -> int:
+    """Doubles with each failure, from the first one's minimum to the maximum."""
+    # The shift is bounded: beyond 2**60 times the minimum, every maximum is reached.
+    return min(spec.retry.backoff_min_ms << min(failures - 1, 60), spec.retry.backoff_max_ms)
+
+
+def _is_bare(row: Row) -> bool:
+    return row.state is TaskState.DONE and row.outcome is None and row.attempt == 1
+
+
+def _short(why: str, outcome: Outcome) -> str:
+    return f"{why}: {outcome.message}"[:REASON_CHARS_MAX] if outcome.message else why

@@ -1,0 +1,370 @@
+"""What the state says to each query of `meshd.views`: pure, paged, bounded, and never a change.
+
+Jobs are found by id, by a prefix of it, by name, or as `last`. Ids are UUIDv7, so the
+order of ids is the order of submission, and pages are cut out of a sorted list of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from meshd import codec
+from meshd.errors import Conflict, InvalidRequest, NotFound
+from meshd.model import BackendOffer, JobId, Member, Outcome, TaskState
+from meshd.placement import Demand, passing_lacks, permanent_lacks, resources_of
+from meshd.raft.jobs import BARE_OUTCOME, Job, Row
+from meshd.raft.matching import Matching, Node
+from meshd.raft.members import Members
+from meshd.raft.moment import Moment
+from meshd.raft.queue import Queue
+from meshd.views import (
+    PAGE_MAX,
+    AnyQuery,
+    CheckToken,
+    Counts,
+    Explain,
+    Explanation,
+    GetInvites,
+    GetJob,
+    GetMembers,
+    GetSummary,
+    GetTokens,
+    InvitesView,
+    InviteView,
+    JobPage,
+    JobView,
+    Lack,
+    ListJobs,
+    ListTasks,
+    MembersView,
+    MemberView,
+    Summary,
+    TaskPage,
+    TaskView,
+    TokensView,
+    TokenView,
+)
+
+PREFIX_CHARS_MIN = 4
+
+SCAN_MAX = 10_000
+"""Jobs or tasks looked at for one page: about 10 ms. A page may be short, or empty, and still have a `next`."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What there is to ask, borrowed for one answer."""
+
+    moment: Moment
+    members: Members
+    matching: Matching
+    queue: Queue
+    digest: str
+
+
+def answer(query: AnyQuery, moment: Moment, members: Members, matching: Matching, queue: Queue, digest: str) -> Any:
+    """The query's view. Raises NotFound, Conflict, InvalidRequest."""
+    state = State(moment, members, matching, queue, digest)
+    match query:
+        case GetJob(selector):
+            return _job_view(state, _select(state, selector))
+        case ListJobs():
+            return _list_jobs(state, query)
+        case ListTasks():
+            return _list_tasks(state, query)
+        case GetMembers():
+            return _members_view(state)
+        case GetTokens():
+            return TokensView(tuple(TokenView(it.name, it.role, it.created_wall_ms) for it in members.tokens.values()))
+        case CheckToken(secret_hash):
+            token = members.tokens.get(secret_hash)
+            if token is None:
+                raise NotFound("this mesh knows no such token")
+            return TokenView(token.name, token.role, token.created_wall_ms)
+        case GetInvites():
+            return InvitesView(
+                tuple(
+                    InviteView(secret_hash, invite.roles, invite.uses_left, invite.expires_wall_ms)
+                    for secret_hash, invite in members.invites.items()
+                    if members.is_open(invite)
+                )
+            )
+        case Explain():
+            return _explain(state, query)
+        case GetSummary():
+            return _summary(state)
+        case _:
+            assert_never(query)
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def _select(state: State, selector: str) -> Job:
+    queue = state.queue
+    job = queue.jobs.get(JobId(selector))
+    if job is not None:
+        return job
+    if selector == "last":
+        if not queue.jobs:
+            raise NotFound("there is no job yet")
+        return queue.jobs[next(reversed(queue.jobs))]
+    named = queue.names.get(selector)
+    if named:
+        return queue.jobs[next(reversed(named))]
+    if len(selector) >= PREFIX_CHARS_MIN:
+        at = bisect_left(queue.ordered, selector)
+        found = [job_id for job_id in queue.ordered[at : at + 2] if job_id.startswith(selector)]
+        if len(found) > 1:
+            raise Conflict(f"several jobs begin with {selector}", hint="give more of the id: see `mesh ps`")
+        if found:
+            return queue.jobs[found[0]]
+    raise NotFound(f"no job {selector}", hint="it may be too old; see `mesh ps`")
+
+
+def _job_view(state: State, job: Job) -> JobView:
+    return JobView(
+        id=job.id,
+        name=job.spec.name,
+        state=job.state,
+        is_final=job.is_final,
+        tasks=job.spec.array.count,
+        counts=Counts(**{task_state.value: job.count(task_state) for task_state in TaskState}),
+        spec=job.spec,
+        submitted_wall_ms=job.submitted_wall_ms,
+        ended_wall_ms=job.ended_wall_ms,
+        version=job.version,
+        position=state.moment.position,
+        owner=job.owner,
+        retry_of=job.retry_of,
+    )
+
+
+def _list_jobs(state: State, query: ListJobs) -> JobPage:
+    ordered = state.queue.ordered
+    limit = _limit(query.limit)
+    at = len(ordered) if query.before is None else bisect_left(ordered, query.before)
+    stop = max(at - SCAN_MAX, 0)
+    found: list[JobView] = []
+    last: JobId | None = None
+    while at > stop and len(found) < limit:
+        at -= 1
+        last = ordered[at]
+        job = state.queue.jobs[last]
+        if _matches(job, query):
+            found.append(_job_view(state, job))
+    return JobPage(tuple(found), last if at > 0 else None, state.moment.position)
+
+
+def _matches(job: Job, query: ListJobs) -> bool:
+    return (
+        (not query.states or job.state in query.states)
+        and (not query.name or job.spec.name == query.name)
+        and (not query.labels or set(query.labels) <= set(job.spec.labels))
+    )
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _list_tasks(state: State, query: ListTasks) -> TaskPage:
+    job = _select(state, query.job)
+    count = job.spec.array.count
+    stop = count if query.stop is None else min(query.stop, count)
+    limit = _limit(query.limit)
+    found: list[TaskView] = []
+    next_start: int | None = None
+    for looked, (task, task_state) in enumerate(_tasks(job, query.states, query.start, stop)):
+        if len(found) >= limit or looked >= SCAN_MAX:
+            next_start = task
+            break
+        found.append(_task_view(job, task, task_state))
+    return TaskPage(tuple(found), next_start, state.moment.position)
+
+
+def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> Iterator[tuple[int, TaskState]]:
+    """The tasks of [start, stop) in order, with their states; only what is asked for is looked at."""
+    if not states:
+        for task in range(start, stop):
+            yield task, job.state_of(task)
+        return
+    spans: list[tuple[int, int, TaskState]] = []
+    for wanted in dict.fromkeys(states):
+        if wanted is TaskState.READY:
+            spans.extend((low, high, wanted) for low, high in job.ready.within(start, stop))
+        elif wanted in job.ended:
+            spans.extend((low, high, wanted) for low, high in job.ended[wanted].within(start, stop))
+    live = [state for state in states if not state.is_final and state is not TaskState.READY]
+    if live:
+        rows = job.rows.items()
+        spans.extend((task, task + 1, row.state) for task, row in rows if start <= task < stop and row.state in live)
+    for low, high, task_state in sorted(spans):
+        for task in range(low, high):
+            yield task, task_state
+
+
+def _task_view(job: Job, task: int, task_state: TaskState) -> TaskView:
+    row = job.row(task)
+    if row is None:
+        is_done = task_state is TaskState.DONE
+        reason = {TaskState.SKIPPED: "it ended well in the job that this one retries"}.get(task_state, "")
+        return TaskView(
+            job=job.id, task=task, state=task_state, attempt=int(is_done), tries=int(is_done), losses=0, fence=0,
+            node=None, outcome=BARE_OUTCOME if is_done else None, reason=reason,
+        )  # fmt: skip
+    return TaskView(
+        job=job.id,
+        task=task,
+        state=row.state,
+        attempt=row.attempt,
+        tries=row.tries,
+        losses=row.losses,
+        fence=row.fence,
+        node=None if row.state in (TaskState.READY, TaskState.WAITING) else row.node,
+        outcome=_outcome(row),
+        reason=row.reason,
+    )
+
+
+def _outcome(row: Row) -> Outcome | None:
+    if row.outcome is None:
+        return BARE_OUTCOME if row.state is TaskState.DONE else None
+    outcome: Outcome = codec.decode(row.outcome, Outcome)
+    return outcome
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def _members_view(state: State) -> MembersView:
+    return MembersView(
+        mesh=state.members.mesh,
+        members=tuple(_member_view(state, record.member) for record in state.members.records.values()),
+        revoked=tuple(state.members.revoked),
+        position=state.moment.position,
+        wall_ms=state.moment.wall_ms,
+    )
+
+
+def _member_view(state: State, member: Member) -> MemberView:
+    node = state.matching.nodes[member.node]
+    leases = sorted(node.leases.items())[:PAGE_MAX]
+    return MemberView(
+        member=member,
+        session="live" if node.is_live else "ended" if node.epoch else "none",
+        epoch=node.epoch,
+        slots=node.slots,
+        offer=node.offer,
+        used=resources_of(node.used),
+        leased=tuple(job.key(task, job.rows[task]) for _, (job, task) in leases),
+    )
+
+
+def _explain(state: State, query: Explain) -> Explanation:
+    job = _select(state, query.job)
+    if query.task >= job.spec.array.count:
+        raise NotFound(f"job {job.id} has {job.spec.array.count} tasks", hint="tasks are numbered from 0")
+    task_state = job.state_of(query.task)
+    row = job.row(query.task)
+    demand = Demand.of(job.spec)
+    lacks = [_lack(state, demand, record.member) for record in state.members.records.values()][:PAGE_MAX]
+    can_ever_run = any(not lack.is_permanent for lack in lacks)
+    return Explanation(
+        job=job.id,
+        task=query.task,
+        state=task_state,
+        summary=_summary_of(state, job, row, task_state, can_ever_run, lacks),
+        nodes=tuple(lacks),
+        can_ever_run=can_ever_run,
+    )
+
+
+def _lack(state: State, demand: Demand, member: Member) -> Lack:
+    node = state.matching.nodes[member.node]
+    if not member.is_worker:
+        return Lack(member.node, member.name, ("it is a server only, it runs no jobs",), is_permanent=True)
+    permanent = ("it never said what it offers",) if node.offer is None else permanent_lacks(demand, node.offer)
+    passing: list[str] = []
+    if member.is_draining:
+        passing.append("it drains")
+    if not node.is_live:
+        passing.append("it is not connected")
+    else:
+        if not node.slots:
+            passing.append("it takes no work now")
+        elif len(node.leases) >= node.slots:
+            passing.append(f"a slot ({node.slots} of {node.slots} taken)")
+        if node.offer is not None:
+            passing.extend(passing_lacks(demand, node.offer, node.used))
+            passing.extend(_later_backend(state, demand, node))
+    return Lack(member.node, member.name, permanent + tuple(passing), is_permanent=bool(permanent))
+
+
+def _later_backend(state: State, demand: Demand, node: Node) -> tuple[str, ...]:
+    """A node that has only a later alternative does not take the job while another has an earlier one."""
+    if node.offer is None or len(demand.backends) == 1:
+        return ()
+    mine = state.matching.rank_of(node, demand)
+    best = state.matching.best_rank(demand)
+    if mine is None or best is None or mine == best:
+        return ()
+    return (f"backend {demand.backends[best]}, which other nodes have and the job prefers",)
+
+
+def _summary_of(
+    state: State, job: Job, row: Row | None, task_state: TaskState, can_ever_run: bool, lacks: list[Lack]
+) -> str:
+    at_once = job.spec.array.at_once
+    match task_state:
+        case TaskState.READY if at_once and job.active >= at_once:
+            return f"waits: {job.active} of its job's tasks run, and at_once is {at_once}"
+        case TaskState.READY if not lacks:
+            return "waits: the mesh has no nodes"
+        case TaskState.READY if not can_ever_run:
+            return "cannot run: no node has what it needs"
+        case TaskState.READY if all(lack.lacks for lack in lacks):
+            return "waits for a node that fits to become free"
+        case TaskState.READY:
+            return "waits for its turn: jobs before it take what is free"
+        case TaskState.WAITING if row is not None and row.due_ms is not None:
+            in_s = max(row.due_ms - state.moment.now_ms, 0) / 1000
+            return f"waits {in_s:.1f} s before it is tried again; {row.reason}"
+        case TaskState.HELD if row is not None and row.due_ms is not None:
+            in_s = max(row.due_ms - state.moment.now_ms, 0) / 1000
+            return f"held: its node {row.node} is lost and may come back within {in_s:.1f} s"
+        case TaskState.HELD if row is not None:
+            return f"held until its node {row.node} comes back or is removed (on_lost: wait)"
+        case TaskState.LEASED | TaskState.RUNNING if row is not None and row.stop is not None:
+            return f"is being stopped at {row.node}: {row.reason}"
+        case TaskState.LEASED | TaskState.RUNNING if row is not None:
+            return f"{task_state.value} at {row.node}, attempt {row.attempt}"
+        case _:
+            return f"{task_state.value}: {row.reason}" if row is not None and row.reason else task_state.value
+
+
+def _summary(state: State) -> Summary:
+    queue = state.queue
+    backends = {
+        (backend.name, backend.version)
+        for node in state.matching.nodes.values()
+        if node.is_live and node.offer is not None
+        for backend in node.offer.backends
+    }
+    return Summary(
+        jobs=len(queue.jobs),
+        live_jobs=len(queue.jobs) - len(queue.finished),
+        counts=Counts(**{task_state.value: count for task_state, count in queue.totals.items()}),
+        backends=tuple(BackendOffer(name, version) for name, version in sorted(backends)),
+        position=state.moment.position,
+        wall_ms=state.moment.wall_ms,
+        state_digest=state.digest,
+    )
+
+
+def _limit(limit: int) -> int:
+    if not 1 <= limit <= PAGE_MAX:
+        raise InvalidRequest(f"a page has 1 to {PAGE_MAX} rows, not {limit}")
+    return limit

@@ -1,0 +1,457 @@
+"""The jobs, who holds which attempt, and every rule by which that changes (protocol.md 3, 5, 7).
+
+Nothing here knows about sessions' commands: `sessions.py` says that leases become held,
+that an attempt is adopted, lost, freed or ended; this module moves the task, keeps the
+indexes true and leases what became possible. All changes of a task go through `_move`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from msgspec.structs import replace
+
+from meshd import codec
+from meshd.errors import Busy, Conflict, InvalidRequest, NotFound
+from meshd.model import (
+    AttemptKey,
+    ItemsInline,
+    JobId,
+    JobSpec,
+    TaskState,
+)
+from meshd.placement import Demand
+from meshd.raft.agenda import Agenda
+from meshd.raft.commands import Accepted, Cancel, Ended, JobChanged, Leased, RetryJob, StopWanted, Submit, Submitted
+from meshd.raft.ids import SeenIds, number_of
+from meshd.raft.jobs import Job, Row, after_loss, after_outcome, lost_after_ms
+from meshd.raft.matching import Matching, Node
+from meshd.raft.moment import Moment
+from meshd.raft.ranges import Ranges
+
+LIVE_JOBS_MAX = 200_000
+"""About 3 KB each at every voter."""
+
+FINISHED_JOBS_MAX = 10_000
+"""Finished jobs that can still be asked for; the oldest is forgotten first."""
+
+FINISHED_ROWS_MAX = 1_000_000
+"""Tasks of finished jobs with something to tell; about 500 bytes each when nothing is inline."""
+
+OUTCOME_BYTES_MAX = 256 << 20
+"""Outcomes kept, of all jobs. Beyond it finished jobs are forgotten, then submissions are refused."""
+
+CANCEL_RANGES_MAX = 1_000
+"""Ranges in one Cancel; each is cut out of the job's sets."""
+
+RECOVERY_SHIFT = 48
+"""A fence is the recovery epoch times 2**48 plus a counter (protocol.md 5)."""
+
+_QUEUE_DEADLINE = -1
+_TOTAL_DEADLINE = -2
+"""Timers are keyed by (job number, task), or one of these for the whole job."""
+
+
+class Queue:
+    def __init__(self, moment: Moment, matching: Matching) -> None:
+        self.jobs: dict[JobId, Job] = {}
+        self.ordered: list[JobId] = []
+        """All known ids, sorted."""
+        self.names: dict[str, dict[JobId, None]] = {}
+        """Ids by the job's name, oldest first."""
+        self.finished: dict[JobId, None] = {}
+        """In the order in which they ended."""
+        self.seen = SeenIds()
+        self.recovery_epoch = 0
+        self.leases_made = 0
+        self.jobs_made = 0
+        self.outcome_bytes = 0
+        self.finished_rows = 0
+        self.totals = dict.fromkeys(TaskState, 0)
+        """Tasks of all known jobs by state."""
+        self.touched: dict[JobId, Job] = {}
+        """What this entry changed, in order."""
+        self._moment = moment
+        self._matching = matching
+        self._by_number: dict[int, Job] = {}
+        self._timers: Agenda[tuple[int, int]] = Agenda()
+
+    @property
+    def fence(self) -> int:
+        """The newest one given."""
+        return (self.recovery_epoch << RECOVERY_SHIFT) + self.leases_made
+
+    # --- what users ask for
+
+    def submit(self, command: Submit) -> Submitted:
+        number = number_of(command.id)
+        if number in self.seen or command.id in self.jobs:
+            return Submitted(command.id, is_new=False)
+        self._admit(number, command.spec)
+        job = self._new_job(command.id, command.spec, command.owner)
+        job.ready.add(0, command.spec.array.count)
+        self._start(job, number)
+        return Submitted(job.id, is_new=True)
+
+    def retry(self, command: RetryJob) -> Submitted:
+        """The tasks that did not end well, under their own numbers in a new job; the others are skipped there."""
+        number = number_of(command.new)
+        if number in self.seen or command.new in self.jobs:
+            return Submitted(command.new, is_new=False)
+        old = self.jobs.get(command.job)
+        if old is None:
+            raise NotFound(f"no job {command.job}", hint="it may be too old; see `mesh ps`")
+        if not old.is_final:
+            raise Conflict(f"job {old.id} still runs", hint=f"mesh job wait {old.id}, or cancel it first")
+        again = [
+            span
+            for state in (TaskState.FAILED, TaskState.CANCELLED, TaskState.TIMED_OUT)
+            for span in old.ended.get(state, ())
+        ]
+        if not again:
+            raise Conflict(
+                f"job {old.id} has no failed, cancelled or timed-out task", hint="nothing is to be run again"
+            )
+        self._admit(number, old.spec)
+        job = self._new_job(command.new, old.spec, old.owner)
+        job.retry_of = old.id
+        skipped = Ranges([(0, old.spec.array.count)])
+        for start, stop in again:
+            job.ready.add(start, stop)
+            skipped.remove(start, stop)
+        if skipped:
+            job.ended[TaskState.SKIPPED] = skipped
+            self.totals[TaskState.SKIPPED] += len(skipped)
+        self._start(job, number)
+        return Submitted(job.id, is_new=True)
+
+    def cancel(self, command: Cancel) -> Accepted:
+        job = self.jobs.get(command.job)
+        if job is None:
+            raise NotFound(f"no job {command.job}", hint="it may be too old; see `mesh ps`")
+        count = job.spec.array.count
+        ranges = ((0, count),) if command.tasks is None else command.tasks
+        if len(ranges) > CANCEL_RANGES_MAX:
+            raise InvalidRequest(f"at most {CANCEL_RANGES_MAX} ranges at a time, not {len(ranges)}")
+        for start, stop in ranges:
+            if not start < stop <= count:
+                raise InvalidRequest(f"tasks {start}-{stop} are not among the {count} of job {job.id}")
+        for start, stop in ranges:
+            self._stop_tasks(job, start, stop, TaskState.CANCELLED, "cancelled")
+        return Accepted()
+
+    def _admit(self, number: int, spec: JobSpec) -> None:
+        """Raises what a new job is refused for, before anything has changed."""
+        self.seen.check(number, self._moment.wall_ms)
+        demand = Demand.of(spec)
+        items = spec.array.items
+        if isinstance(items, ItemsInline) and len(items.items) != spec.array.count:
+            raise InvalidRequest(f"the array has {spec.array.count} tasks and {len(items.items)} items")
+        if len(self.jobs) - len(self.finished) >= LIVE_JOBS_MAX:
+            raise Busy(f"{LIVE_JOBS_MAX} jobs are unfinished", hint="wait, or submit arrays instead of single jobs")
+        if self.outcome_bytes > OUTCOME_BYTES_MAX:
+            raise Busy("the results of unfinished jobs fill the queue's memory", hint="wait until some have finished")
+        if not self._matching.knows(demand) and self._matching.is_full:
+            raise Busy("too many unfinished jobs with different needs", hint="wait, or round what the jobs need")
+
+    def _new_job(self, job_id: JobId, spec: JobSpec, owner: str) -> Job:
+        self.jobs_made += 1
+        moment = self._moment
+        return Job(
+            id=job_id,
+            number=self.jobs_made,
+            spec=spec,
+            owner=owner,
+            submitted_ms=moment.now_ms,
+            submitted_wall_ms=moment.wall_ms,
+        )
+
+    def _start(self, job: Job, number: int) -> None:
+        self.seen.remember(number)
+        self.add(job)
+        self.totals[TaskState.READY] += len(job.ready)
+        self.index(job)
+        self._touch(job)
+        self._matching.line_up(job)
+
+    def add(self, job: Job) -> None:
+        """Know the job by its id and its name."""
+        self.jobs[job.id] = job
+        insort(self.ordered, job.id)
+        if job.spec.name:
+            self.names.setdefault(job.spec.name, {})[job.id] = None
+
+    def index(self, job: Job) -> None:
+        """Know the live job everywhere but in line: its kind, its timers."""
+        self._by_number[job.number] = job
+        self._matching.enrol(job)
+        timeout = job.spec.timeout
+        if timeout.queue_ms:
+            self._timers.put((job.number, _QUEUE_DEADLINE), job.submitted_ms + timeout.queue_ms)
+        if timeout.total_ms:
+            self._timers.put((job.number, _TOTAL_DEADLINE), job.submitted_ms + timeout.total_ms)
+        for task, row in job.rows.items():
+            if row.due_ms is not None:
+                self._timers.put((job.number, task), row.due_ms)
+
+    # --- leases
+
+    def fill(self) -> None:
+        """Lease whatever fits a free slot."""
+        matching = self._matching
+        while (pair := matching.next_pair()) is not None:
+            number, node = pair
+            self._lease(self._by_number[number], node)
+
+    def _lease(self, job: Job, node: Node) -> None:
+        task = job.ready.first()
+        old = job.rows.get(task)
+        self.leases_made += 1
+        fence = self.fence
+        if old is None:
+            row = Row(TaskState.LEASED, attempt=1, fence=fence, node=node.id, epoch=node.epoch)
+        else:
+            row = Row(
+                TaskState.LEASED,
+                attempt=old.attempt + 1,
+                tries=old.tries,
+                losses=old.losses,
+                fence=fence,
+                node=node.id,
+                epoch=node.epoch,
+                outcome=old.outcome,
+            )
+        self._matching.take(node, fence, job, task)
+        self._move(job, task, row)
+        self._moment.events.append(Leased(node.id, node.epoch, job.key(task, row)))
+
+    def adopt(self, node: Node, key: AttemptKey) -> bool:
+        """The attempt runs on under the node's new epoch, if it is still the node's (protocol.md 5, Coming back)."""
+        found = self._find(key)
+        if found is None:
+            return False
+        job, row = found
+        if row.node != node.id:
+            return False
+        if row.state is TaskState.HELD:
+            del node.held[key.fence]
+        elif row.state is TaskState.READY:
+            # Ready by its loss and not leased since: the node still runs it, so let it, if there is room.
+            if not (node.has_room and job.may_lease and job.kind and self._matching.fits_now(node, job.kind)):
+                return False
+        else:
+            return False
+        state = TaskState.LEASED if row.started_ms is None else TaskState.RUNNING
+        self._matching.take(node, key.fence, job, key.task)
+        self._move(job, key.task, replace(row, state=state, epoch=node.epoch))
+        return True
+
+    def hold_leases(self, node: Node) -> None:
+        """The session has ended: each of its tasks waits for the node, as long as `on_lost` and `lost_after` say."""
+        for fence in sorted(node.leases):
+            job, task = node.leases[fence]
+            row = job.rows[task]
+            self._matching.give_back(node, fence)
+            if row.stop is not None:
+                self._move(job, task, after_loss(job.spec, row, "", None))
+                continue
+            node.held[fence] = (job, task)
+            after_ms = lost_after_ms(job.spec, row, self._moment.now_ms)
+            due_ms = None if after_ms is None else self._moment.now_ms + after_ms
+            self._move(job, task, replace(row, state=TaskState.HELD, due_ms=due_ms, reason="its node is lost"))
+
+    def lose_due(self, node: Node) -> None:
+        """What is held for no time at all is lost at once."""
+        now_ms = self._moment.now_ms
+        for fence, (job, task) in sorted(node.held.items()):
+            due_ms = job.rows[task].due_ms if fence in node.held else None
+            if due_ms is not None and due_ms <= now_ms:
+                self._lose(job, task, "its node was lost")
+
+    def lose_held(self, node: Node, why: str) -> None:
+        """What is still held for the node follows `on_lost` without further delay."""
+        for fence in sorted(node.held):
+            if fence in node.held:  # losing one may have cancelled the rest of its job
+                self._lose(*node.held[fence], why)
+
+    def free_unheld(self, node: Node, fence_max: int, held: frozenset[int]) -> None:
+        """Leases the node does not hold, and will refuse, were never started: ready again, nothing lost."""
+        for fence in sorted(node.leases):
+            if fence > fence_max or fence in held:
+                continue
+            job, task = node.leases[fence]
+            row = job.rows[task]
+            self._matching.give_back(node, fence)
+            freed = replace(row, state=row.stop or TaskState.READY, node=None, started_ms=None)
+            self._move(job, task, freed)
+
+    def finish(self, node: Node, ended: Ended) -> bool:
+        """The outcome of an attempt; False when it is not, or no longer, this session's."""
+        lease = node.leases.get(ended.key.fence)
+        if lease is None:
+            return False
+        job, task = lease
+        row = job.rows[task]
+        if job.key(task, row) != ended.key:
+            return False
+        self._matching.give_back(node, ended.key.fence)
+        outcome = ended.outcome
+        keeps = outcome.stdout or outcome.stderr or outcome.outputs or outcome.message or not outcome.is_success
+        encoded = codec.encode(outcome) if keeps else b""
+        after = after_outcome(job.spec, row, outcome, encoded, self._moment.now_ms)
+        self._move(job, task, after if encoded else replace(after, outcome=None))
+        self._check_fails(job)
+        return True
+
+    def mark_running(self, node: Node, key: AttemptKey) -> None:
+        lease = node.leases.get(key.fence)
+        if lease is None:
+            return
+        job, task = lease
+        row = job.rows[task]
+        if row.state is TaskState.LEASED and job.key(task, row) == key:
+            self._move(job, task, replace(row, state=TaskState.RUNNING, started_ms=self._moment.now_ms))
+
+    # --- time
+
+    def next_timer_ms(self) -> int | None:
+        """When the next timer is due, on the state's clock."""
+        head = self._timers.first()
+        return None if head is None else head[0]
+
+    def fire_due(self) -> None:
+        while (key := self._timers.take_until(self._moment.now_ms)) is not None:
+            number, task = key
+            job = self._by_number[number]
+            count = job.spec.array.count
+            if task == _TOTAL_DEADLINE:
+                self._stop_tasks(job, 0, count, TaskState.TIMED_OUT, "its total timeout is over")
+            elif task == _QUEUE_DEADLINE:
+                self._end_untouched(job, 0, count, TaskState.TIMED_OUT)
+            elif job.rows[task].state is TaskState.HELD:
+                self._lose(job, task, "its node did not come back in time")
+            else:
+                self._move(job, task, replace(job.rows[task], state=TaskState.READY, due_ms=None))
+
+    def forget(self) -> None:
+        """Drop the oldest finished jobs beyond the bounds; the newest one always stays."""
+        while len(self.finished) > 1 and (
+            len(self.finished) > FINISHED_JOBS_MAX
+            or self.finished_rows > FINISHED_ROWS_MAX
+            or self.outcome_bytes > OUTCOME_BYTES_MAX
+        ):
+            oldest = next(iter(self.finished))
+            job = self.jobs.pop(oldest)
+            del self.finished[oldest]
+            del self.ordered[bisect_left(self.ordered, oldest)]
+            if job.spec.name:
+                named = self.names[job.spec.name]
+                del named[oldest]
+                if not named:
+                    del self.names[job.spec.name]
+            self.finished_rows -= len(job.results)
+            self.outcome_bytes -= sum(_size(row) for row in job.results.values())
+            for state in job.ended:
+                self.totals[state] -= job.count(state)
+
+    # --- how a task moves
+
+    def _find(self, key: AttemptKey) -> tuple[Job, Row] | None:
+        """The live task whose newest attempt this is, by fence."""
+        job = self.jobs.get(key.job)
+        row = None if job is None else job.rows.get(key.task)
+        if job is None or row is None or row.fence != key.fence:
+            return None
+        return job, row
+
+    def _lose(self, job: Job, task: int, why: str) -> None:
+        row = job.rows[task]
+        assert row.node is not None
+        self._matching.nodes[row.node].held.pop(row.fence, None)
+        self._move(job, task, after_loss(job.spec, row, why, None))
+        self._check_fails(job)
+
+    def _stop_tasks(self, job: Job, start: int, stop: int, state: TaskState, why: str) -> None:
+        """End what does not run; what does is to be stopped, and ends so when its node says that it has."""
+        touched = [task for task in job.rows if start <= task < stop]
+        for task in sorted(touched):
+            row = job.rows[task]
+            match row.state:
+                case TaskState.LEASED | TaskState.RUNNING:
+                    if row.stop is None:
+                        assert row.node is not None
+                        self._move(job, task, replace(row, stop=state, reason=why))
+                        self._moment.events.append(StopWanted(row.node, row.epoch, job.key(task, row)))
+                case TaskState.HELD:
+                    assert row.node is not None
+                    self._matching.nodes[row.node].held.pop(row.fence, None)
+                    self._move(job, task, replace(row, state=state, node=None, due_ms=None, reason=why))
+                case _:
+                    self._move(job, task, replace(row, state=state, node=None, due_ms=None, reason=why))
+        self._end_untouched(job, start, stop, state)
+
+    def _end_untouched(self, job: Job, start: int, stop: int, state: TaskState) -> None:
+        """End, as ranges, the tasks that never had an attempt; those with one stay as they are."""
+        again = [task for task, row in job.rows.items() if row.state is TaskState.READY and start <= task < stop]
+        for task in again:
+            job.ready.remove(task, task + 1)
+        moved = job.end_untouched(start, stop, state)
+        for task in again:
+            job.ready.add(task, task + 1)
+        if moved:
+            self.totals[TaskState.READY] -= moved
+            self.totals[state] += moved
+            self._settle(job)
+
+    def _check_fails(self, job: Job) -> None:
+        most = job.spec.array.max_fails
+        failed = job.count(TaskState.FAILED) + job.count(TaskState.TIMED_OUT)
+        if most and failed > most and not job.is_final:
+            why = f"more than {most} tasks failed"
+            self._stop_tasks(job, 0, job.spec.array.count, TaskState.CANCELLED, why)
+
+    def _move(self, job: Job, task: int, row: Row) -> None:
+        """The one way in which a single task changes."""
+        before = job.rows.get(task)
+        was = TaskState.READY if before is None else before.state
+        job.put(task, row)
+        self.totals[was] -= 1
+        self.totals[row.state] += 1
+        self.outcome_bytes += _size(row) - (0 if before is None else _size(before))
+        if row.due_ms is not None:
+            self._timers.put((job.number, task), row.due_ms)
+        elif before is not None and before.due_ms is not None:
+            self._timers.drop((job.number, task))
+        self._settle(job)
+
+    def _settle(self, job: Job) -> None:
+        """After any change: the job ends with its last task, or keeps its right place in line."""
+        self._touch(job)
+        if job.unfinished:
+            self._matching.line_up(job)
+            return
+        if job.is_final:
+            return
+        job.ended_wall_ms = self._moment.wall_ms
+        self._matching.retire(job)
+        self._timers.drop((job.number, _QUEUE_DEADLINE))
+        self._timers.drop((job.number, _TOTAL_DEADLINE))
+        del self._by_number[job.number]
+        self.finished[job.id] = None
+        self.finished_rows += len(job.results)
+
+    def _touch(self, job: Job) -> None:
+        job.version = self._moment.position
+        job.record = None
+        self.touched[job.id] = job
+
+    def announce_touched(self) -> list[Job]:
+        """At the end of an entry: tell what changed."""
+        changed = list(self.touched.values())
+        self.touched.clear()
+        self._moment.events.extend(JobChanged(job.id, job.is_final) for job in changed)
+        return changed
+
+
+def _size(row: Row) -> int:
+    return 0 if row.outcome is None else len(row.outcome)

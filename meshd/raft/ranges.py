@@ -1,0 +1,88 @@
+"""Sets of task numbers as sorted, disjoint, half-open ranges: a million waiting tasks are two integers.
+
+The bounds lie in one flat array `[start, stop, start, stop, …]`. A number is in the
+set when an odd number of bounds is at or below it, which makes membership, adding
+and removing one bisection and one slice each.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+
+
+class Ranges:
+    """A mutable set of non-negative integers. `len` is its size, iteration gives `(start, stop)` in order."""
+
+    __slots__ = ("_bounds", "_size")
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._bounds = array("q")
+        self._size = 0
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        bounds = self._bounds
+        return ((bounds[i], bounds[i + 1]) for i in range(0, len(bounds), 2))
+
+    def __contains__(self, number: int) -> bool:
+        return bool(bisect_right(self._bounds, number) & 1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranges) and self._bounds == other._bounds
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def first(self) -> int:
+        """The smallest number. The set must not be empty."""
+        return self._bounds[0]
+
+    def add(self, start: int, stop: int) -> None:
+        self._replace(start, stop, keeps=0)
+
+    def remove(self, start: int, stop: int) -> None:
+        self._replace(start, stop, keeps=1)
+
+    def within(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """What of [start, stop) is in the set."""
+        found = []
+        bounds = self._bounds
+        i = bisect_right(bounds, start) - 1
+        i = max(i - (i & 1), 0)  # to the start of a range, also when `start` lies in a gap
+        while i < len(bounds) and bounds[i] < stop:
+            low, high = max(bounds[i], start), min(bounds[i + 1], stop)
+            if low < high:
+                found.append((low, high))
+            i += 2
+        return found
+
+    def packed(self) -> bytes:
+        """An immutable copy; `unpacked` reads it."""
+        return self._bounds.tobytes()
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Ranges:
+        ranges = cls()
+        ranges._bounds.frombytes(data)
+        ranges._size = sum(stop - start for start, stop in ranges)
+        return ranges
+
+    def _replace(self, start: int, stop: int, *, keeps: int) -> None:
+        """Cut [start, stop) out and put a bound where the parity `keeps` says that one is needed."""
+        if start >= stop:
+            return
+        bounds = self._bounds
+        inside = sum(high - low for low, high in self.within(start, stop))
+        low, high = bisect_left(bounds, start), bisect_right(bounds, stop)
+        patch = array("q")
+        if low & 1 == keeps:
+            patch.append(start)
+        if high & 1 == keeps:
+            patch.append(stop)
+        bounds[low:high] = patch
+        self._size += -inside if keeps else stop - start - inside

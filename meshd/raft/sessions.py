@@ -1,0 +1,156 @@
+"""Sessions of nodes: epochs, numbered commands, and the steps of opening and ending (protocol.md 4).
+
+A session is (node, epoch). Within it, commands are numbered from 1; exactly the next one
+is applied, the last one is answered as before, so a resend changes nothing. What happens
+to the tasks is the queue's business; this module says when, and in which order.
+"""
+
+from __future__ import annotations
+
+from meshd import codec
+from meshd.errors import InvalidRequest
+from meshd.model import AttemptKey, NodeId, Offer
+from meshd.raft.commands import (
+    Accepted,
+    AnyAnswer,
+    Claim,
+    EndSession,
+    OpenSession,
+    Reason,
+    Reconcile,
+    Reconciled,
+    Rejected,
+    Report,
+    Reported,
+    SessionChanged,
+    SessionOpened,
+)
+from meshd.raft.matching import Matching, Node
+from meshd.raft.moment import Moment
+from meshd.raft.queue import Queue
+
+SLOTS_MAX = 10_000
+"""Attempts that one node holds; its list must fit one command."""
+
+OFFER_LABELS_MAX = 256
+OFFER_BACKENDS_MAX = 64
+
+
+class Sessions:
+    def __init__(self, moment: Moment, matching: Matching, queue: Queue) -> None:
+        self._moment = moment
+        self._matching = matching
+        self._queue = queue
+
+    def open(self, node: Node, command: OpenSession) -> AnyAnswer:
+        if command.epoch < node.epoch or (command.epoch == node.epoch and not node.is_live):
+            return _wrong_epoch(node, command.epoch)
+        if command.epoch > node.epoch:
+            _check_offer(command.offer)
+            self._begin(node, command)
+        return SessionOpened(node.epoch, tuple(key for key in command.held if self._is_leased(node, key)))
+
+    def _begin(self, node: Node, command: OpenSession) -> None:
+        """The order matters, and is protocol.md's: otherwise listed work is thrown away, or slots are given twice."""
+        queue = self._queue
+        if node.is_live:
+            self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))
+        queue.hold_leases(node)
+        node.epoch = command.epoch
+        node.is_live = True
+        node.seq = 0
+        node.answer = b""
+        self._offers(node, command.slots, command.offer)
+        self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=True))
+        # First what is held for this node: those slots are its own. Then what was lost already, where there is room.
+        held = [key for key in command.held if key.fence in node.held]
+        lost = [key for key in command.held if key.fence not in node.held]
+        for key in held:
+            queue.adopt(node, key)
+        queue.lose_held(node, "its node came back without it")
+        for key in lost:
+            queue.adopt(node, key)
+
+    def end(self, node: Node, command: EndSession) -> Accepted:
+        """Idempotent: an end of a session that has ended, or was followed by another, changes nothing."""
+        if node.is_live and node.epoch == command.epoch:
+            self.lapse(node)
+            self._queue.lose_due(node)
+        return Accepted()
+
+    def lapse(self, node: Node) -> None:
+        """The session is over; its tasks are held."""
+        node.is_live = False
+        node.slots = 0
+        self._matching.changed(node)
+        self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))
+        self._queue.hold_leases(node)
+
+    def numbered(self, node: Node, command: Claim | Report) -> bytes:
+        """Apply exactly the next command of the session; returns the encoded answer."""
+        if not node.is_live or command.epoch != node.epoch:
+            return codec.encode(_wrong_epoch(node, command.epoch))
+        if command.seq == node.seq and node.answer:
+            return node.answer
+        if command.seq <= node.seq:
+            return codec.encode(Rejected(Reason.OLD, f"command {command.seq} came after {node.seq} was answered"))
+        if command.seq > node.seq + 1:
+            return codec.encode(Rejected(Reason.GAP, f"command {command.seq} came, {node.seq + 1} is next"))
+        answer = self._claim(node, command) if isinstance(command, Claim) else self._report(node, command)
+        node.seq = command.seq
+        node.answer = codec.encode(answer)
+        return node.answer
+
+    def _claim(self, node: Node, command: Claim) -> AnyAnswer:
+        try:
+            _check_offer(command.offer)
+        except InvalidRequest as error:
+            return Rejected(Reason.INVALID_REQUEST, error.message)
+        self._offers(node, command.slots, command.offer)
+        return Accepted()
+
+    def _report(self, node: Node, command: Report) -> AnyAnswer:
+        for key in command.running:
+            self._queue.mark_running(node, key)
+        return Reported(tuple(ended.key for ended in command.ended if not self._queue.finish(node, ended)))
+
+    def reconcile(self, node: Node, command: Reconcile) -> AnyAnswer:
+        """Compared here and not by the leader: its list may be older than a lease (protocol.md 4)."""
+        if not node.is_live or command.epoch != node.epoch:
+            return _wrong_epoch(node, command.epoch)
+        self._queue.free_unheld(node, command.fence, frozenset(key.fence for key in command.held))
+        return Reconciled(tuple(key for key in command.held if not self._is_leased(node, key)))
+
+    def leases_of(self, node_id: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
+        """What is leased to this session, by fence; nothing when it is not the live one."""
+        node = self._matching.nodes.get(node_id)
+        if node is None or not node.is_live or node.epoch != epoch:
+            return ()
+        return tuple(job.key(task, job.rows[task]) for _, (job, task) in sorted(node.leases.items()))
+
+    def stops_of(self, node_id: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
+        """What is leased to this session and not wanted any more: its node is told until it reports the end."""
+        node = self._matching.nodes.get(node_id)
+        if node is None or not node.is_live or node.epoch != epoch:
+            return ()
+        leases = [(job, task, job.rows[task]) for _, (job, task) in sorted(node.leases.items())]
+        return tuple(job.key(task, row) for job, task, row in leases if row.stop is not None)
+
+    def _is_leased(self, node: Node, key: AttemptKey) -> bool:
+        lease = node.leases.get(key.fence)
+        return lease is not None and lease[0].key(lease[1], lease[0].rows[lease[1]]) == key
+
+    def _offers(self, node: Node, slots: int, offer: Offer) -> None:
+        node.slots = min(slots, SLOTS_MAX)
+        node.offer = offer
+        self._matching.changed(node)
+
+
+def _check_offer(offer: Offer) -> None:
+    if len(offer.labels) > OFFER_LABELS_MAX or len(offer.backends) > OFFER_BACKENDS_MAX:
+        raise InvalidRequest(f"an offer has at most {OFFER_LABELS_MAX} labels and {OFFER_BACKENDS_MAX} backends")
+
+
+def _wrong_epoch(node: Node, epoch: int) -> Rejected:
+    state = "live" if node.is_live else "ended"
+    return Rejected(Reason.WRONG_EPOCH, f"epoch {epoch} is not the session's: {node.epoch} is {state}")
