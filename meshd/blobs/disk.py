@@ -1,0 +1,380 @@
+"""Blobs in a directory. Plain blocking code: `store` runs it in threads.
+
+    root/            0700, files 0600
+      aa/<hash>      a blob, in one of 256 directories by its first two digits
+      tmp/           being written; swept at start
+      partial/       being fetched, ranges in any order; swept at start
+      corrupt/       no longer what its name says; kept for people, never served
+
+A blob is written beside, hashed on the way, fsynced, renamed, and its directory
+fsynced; only then does `index` know it. So a crash between any two steps leaves
+either the whole blob or nothing that anybody can see.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from blake3 import blake3
+
+from meshd.errors import Busy, Corrupt, InvalidRequest, MeshError, NotFound, StartRefused, TooLarge, Unavailable
+from meshd.model import BlobRef
+
+CHUNK_BYTES = 1 << 20
+"""One read, write or hash step: large enough that Python's share of the work is small, small enough to stop between."""
+
+FREE_BYTES_MIN = 64 << 20
+"""What blobs leave free, so that a flood of them does not take the last bytes from the log on the same disk."""
+
+VERIFIED_MAX = 65_536
+"""Names remembered as checked by this process; about 10 MB. Past it the oldest is checked again when it is served."""
+
+_FICLONE = 0x40049409
+_NAME_LENGTH = 64
+_DIGITS = frozenset("0123456789abcdef")
+
+Checkpoint = Callable[[], None]
+"""Called between chunks; raises when whoever waits for the work has given up."""
+
+
+def is_blob_name(name: str) -> bool:
+    return len(name) == _NAME_LENGTH and _DIGITS.issuperset(name)
+
+
+class Disk:
+    def __init__(self, root: Path, *, free_bytes_min: int = FREE_BYTES_MIN, checkpoint: Checkpoint) -> None:
+        self.root = root
+        self.index: dict[str, int] = {}
+        """Size of every blob by its hash. Written in threads under the lock, read anywhere."""
+        self._free_bytes_min = free_bytes_min
+        self._checkpoint = checkpoint
+        self.changes: deque[tuple[str, bool]] = deque()
+        """(blob, is here now), in order, for whoever tells others; taken by the store after each piece of work."""
+        self._lock = threading.Lock()
+        self._verified: dict[str, None] = {}
+        self._temporaries = 0
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the directory, sweep what a crash left, read what is there. Raises StartRefused."""
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.chmod(self.root, 0o700)
+            for name in ("tmp", "partial"):
+                shutil.rmtree(self.root / name, ignore_errors=True)
+            shards = [f"{number:02x}" for number in range(256)]
+            for name in ("tmp", "partial", "corrupt", *shards):
+                (self.root / name).mkdir(mode=0o700, exist_ok=True)
+            _sync_directory(self.root)
+            self.index = {name: size for shard in shards for name, size in _blobs_in(self.root / shard)}
+            os.close(self._create_temporary())
+            self._remove_temporaries()
+        except (OSError, Busy) as error:
+            raise StartRefused(
+                f"blob directory {self.root} cannot be used: {error}", hint="check its owner, mode and disk"
+            ) from error
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def put_many(self, datas: Sequence[bytes]) -> list[BlobRef]:
+        """Make all of them durable. One call for many small ones: their syncs share the disk's own commits."""
+        refs = [BlobRef(hash=blake3(data).hexdigest(), size=len(data)) for data in datas]
+        fresh = {ref: data for ref, data in zip(refs, datas, strict=True) if not self.is_whole(ref)}
+        written: list[tuple[Path, BlobRef]] = []
+        with disk_errors("write blobs"):
+            try:
+                self.check_room(sum(len(data) for data in fresh.values()))
+                for ref, data in fresh.items():
+                    path = self.temporary_path()
+                    written.append((path, ref))
+                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                    try:
+                        write_all(descriptor, data)
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+                self.adopt(written)
+            except BaseException:
+                _unlink_all(path for path, _ in written)
+                raise
+        return refs
+
+    def put_descriptor(self, source: int, *, bytes_max: int | None) -> BlobRef:
+        """Copy an open regular file. Raises TooLarge before it is read when its size says so, or as it grows."""
+        with disk_errors("copy a file into the blob store"):
+            status = os.fstat(source)
+            if not stat.S_ISREG(status.st_mode):
+                raise InvalidRequest("only regular files can be kept as blobs")
+            if bytes_max is not None and status.st_size > bytes_max:
+                raise TooLarge(f"file of {status.st_size} bytes is over the limit of {bytes_max}")
+            self.check_room(status.st_size)
+            path = self.temporary_path()
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                hasher, size = blake3(), 0
+                while chunk := os.read(source, CHUNK_BYTES):
+                    size += len(chunk)
+                    if bytes_max is not None and size > bytes_max:
+                        raise TooLarge(f"file grew over the limit of {bytes_max} bytes while it was read")
+                    hasher.update(chunk)
+                    write_all(descriptor, chunk)
+                    self._checkpoint()
+                ref = BlobRef(hash=hasher.hexdigest(), size=size)
+                os.fsync(descriptor)
+                self.adopt([(path, ref)])
+            except BaseException:
+                _unlink_all([path])
+                raise
+            finally:
+                os.close(descriptor)
+            return ref
+
+    def adopt(self, written: Sequence[tuple[Path, BlobRef]]) -> None:
+        """Give synced files their names and sync those. Raises OSError; then `index` knows none of them."""
+        for path, ref in written:
+            os.rename(path, self.path_of(ref.hash))
+        for shard in sorted({ref.hash[:2] for _, ref in written}):
+            _sync_directory(self.root / shard)
+        with self._lock:
+            for _, ref in written:
+                if ref.hash not in self.index:
+                    self.changes.append((ref.hash, True))
+                self.index[ref.hash] = ref.size
+                self._remember_verified(ref.hash)
+
+    def is_whole(self, ref: BlobRef) -> bool:
+        """Known, and its file is still there with that size."""
+        if self.index.get(ref.hash) != ref.size:
+            return False
+        try:
+            return os.stat(self.path_of(ref.hash)).st_size == ref.size
+        except OSError:
+            return False
+
+    def check_room(self, bytes_wanted: int) -> None:
+        """Raises Busy when writing so much would leave less than the reserve."""
+        with disk_errors("look for room"):
+            status = os.statvfs(self.root)
+        free = status.f_bavail * status.f_frsize
+        if free - bytes_wanted < self._free_bytes_min:
+            raise Busy(
+                f"blob store {self.root} has no room for {bytes_wanted} bytes: {free} free, "
+                f"{self._free_bytes_min} of them kept for the log",
+                hint="remove blobs with `mesh blob rm`, or give the node a larger disk",
+            )
+
+    def temporary_path(self) -> Path:
+        with self._lock:
+            self._temporaries += 1
+            return self.root / "tmp" / str(self._temporaries)
+
+    def _create_temporary(self) -> int:
+        return os.open(self.temporary_path(), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def _remove_temporaries(self) -> None:
+        _unlink_all((self.root / "tmp").iterdir())
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, blob: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes, fewer at the end. Not verified: see `verify`."""
+        descriptor = self.open_blob(blob)
+        try:
+            with disk_errors(f"read blob {blob}"):
+                return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+    def get(self, ref: BlobRef, *, bytes_max: int) -> bytes:
+        if ref.size > bytes_max:
+            raise TooLarge(f"blob {ref.hash} of {ref.size} bytes is over the limit of {bytes_max}")
+        descriptor = self.open_blob(ref.hash)
+        try:
+            with disk_errors(f"read blob {ref.hash}"):
+                # One byte more than promised: a file that grew is found out by its hash.
+                with os.fdopen(os.dup(descriptor), "rb") as file:
+                    data = file.read(ref.size + 1)
+                if len(data) > ref.size or blake3(data).hexdigest() != ref.hash:
+                    self.refuse(ref, descriptor)
+                return data
+        finally:
+            os.close(descriptor)
+
+    def verify(self, blob: str) -> None:
+        """Check the whole blob once per process. Raises NotFound, or Corrupt after putting it aside."""
+        if blob in self._verified:
+            return
+        descriptor = self.open_blob(blob)
+        try:
+            with disk_errors(f"verify blob {blob}"):
+                digest, size = self.hash_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+        if digest != blob:
+            raise self.put_aside(blob)
+        with self._lock:
+            self.index[blob] = size
+            self._remember_verified(blob)
+
+    def export(self, ref: BlobRef, target: str | Path, *, executable: bool, directory: int | None = None) -> None:
+        """A private, verified copy that may be written to. `target` must not exist; `directory` is what it is relative to."""
+        source = self.open_blob(ref.hash)
+        try:
+            with disk_errors(f"copy blob {ref.hash} to {target}"):
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                copy = os.open(target, flags, 0o700 if executable else 0o600, dir_fd=directory)
+                try:
+                    digest, size = self._copy(source, copy)
+                    if (digest, size) != (ref.hash, ref.size):
+                        self.refuse(ref, source)
+                except BaseException:
+                    with suppress(OSError):
+                        os.unlink(target, dir_fd=directory)
+                    raise
+                finally:
+                    os.close(copy)
+        finally:
+            os.close(source)
+
+    def _copy(self, source: int, copy: int) -> tuple[str, int]:
+        """Digest and size of what was copied: the clone's own bytes where the file system can share them."""
+        try:
+            fcntl.ioctl(copy, _FICLONE, source)
+        except OSError:
+            hasher, size = blake3(), 0
+            while chunk := os.read(source, CHUNK_BYTES):
+                hasher.update(chunk)
+                write_all(copy, chunk)
+                size += len(chunk)
+                self._checkpoint()
+            return hasher.hexdigest(), size
+        return self.hash_descriptor(copy)
+
+    def hash_descriptor(self, descriptor: int) -> tuple[str, int]:
+        """Digest and size of a whole file, wherever its position is."""
+        hasher, size = blake3(), 0
+        while chunk := os.pread(descriptor, CHUNK_BYTES, size):
+            hasher.update(chunk)
+            size += len(chunk)
+            self._checkpoint()
+        return hasher.hexdigest(), size
+
+    def open_blob(self, blob: str) -> int:
+        """A descriptor to read it. Raises NotFound."""
+        if blob not in self.index:
+            raise NotFound(f"blob {blob} is not on this node")
+        try:
+            return os.open(self.path_of(blob), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._forget(blob)
+            raise NotFound(f"blob {blob} is not on this node: its file was removed") from None
+        except OSError as error:
+            raise _named(error, f"open blob {blob}") from error
+
+    def refuse(self, ref: BlobRef, descriptor: int) -> None:
+        """The bytes are not what was asked for: is the disk wrong, or the one who asks? Always raises."""
+        digest, size = self.hash_descriptor(descriptor)
+        if digest != ref.hash:
+            raise self.put_aside(ref.hash)
+        raise InvalidRequest(f"blob {ref.hash} has {size} bytes, not {ref.size}")
+
+    # --- taking away -------------------------------------------------------------------------------------------------
+
+    def put_aside(self, blob: str) -> Corrupt:
+        """Rename it to where nothing is served from; returns the error to raise."""
+        aside = self.root / "corrupt" / blob
+        with suppress(OSError):
+            os.rename(self.path_of(blob), aside)
+        self._forget(blob)
+        return Corrupt(f"blob {blob} on this disk is not what was written; put aside as {aside}", hint="fetch it again")
+
+    def remove(self, blob: str) -> bool:
+        if blob not in self.index:
+            return False
+        with disk_errors(f"remove blob {blob}"), suppress(FileNotFoundError):
+            os.unlink(self.path_of(blob))
+        return self._forget(blob)
+
+    def _forget(self, blob: str) -> bool:
+        with self._lock:
+            self._verified.pop(blob, None)
+            was_here = self.index.pop(blob, None) is not None
+            if was_here:
+                self.changes.append((blob, False))
+        return was_here
+
+    def _remember_verified(self, blob: str) -> None:
+        self._verified[blob] = None
+        if len(self._verified) > VERIFIED_MAX:
+            del self._verified[next(iter(self._verified))]
+
+    def path_of(self, blob: str) -> Path:
+        # A name from a peer reaches the file system only here.
+        assert is_blob_name(blob), f"not a blob's name: {blob!r}"
+        return self.root / blob[:2] / blob
+
+
+@contextmanager
+def disk_errors(doing: str) -> Generator[None, None, None]:
+    """Whatever the operating system refuses becomes an error that says whose turn it is."""
+    try:
+        yield
+    except OSError as error:
+        raise _named(error, doing) from error
+
+
+def _named(error: OSError, doing: str) -> MeshError:
+    why = f"cannot {doing}: {error.strerror or error}"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return Busy(why, hint="the disk is full: remove blobs with `mesh blob rm`, or give the node a larger one")
+        case errno.EMFILE | errno.ENFILE:
+            return Busy(why, hint="raise the limit of open files of the agent")
+        case errno.EEXIST | errno.ELOOP | errno.ENAMETOOLONG | errno.EISDIR:
+            return InvalidRequest(why)
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return Unavailable(why, hint="check owner and mode of the directory, and that its disk is writable")
+        case _:
+            return Unavailable(why)
+
+
+def _blobs_in(shard: Path) -> list[tuple[str, int]]:
+    with os.scandir(shard) as entries:
+        return [
+            (entry.name, entry.stat(follow_symlinks=False).st_size)
+            for entry in entries
+            if is_blob_name(entry.name) and entry.name[:2] == shard.name and entry.is_file(follow_symlinks=False)
+        ]
+
+
+def write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:
+    """All of it, at the file's position or at `offset`: one call may write less than it was given."""
+    rest = memoryview(data)
+    while rest:
+        written = os.write(descriptor, rest) if offset is None else os.pwrite(descriptor, rest, offset)
+        rest = rest[written:]
+        offset = None if offset is None else offset + written
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unlink_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
