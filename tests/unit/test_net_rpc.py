@@ -26,6 +26,7 @@ from meshd.errors import (
 from meshd.model import NodeId
 from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.net.rpc import BODY_BYTES_MAX, CALLS_MAX, PROTOCOL, Admit, Greeting, StreamRpc, admit_anyone
+from meshd.ports import Stream
 
 A, B = NodeId("a"), NodeId("b")
 
@@ -90,7 +91,7 @@ async def test_an_answer_reaches_its_caller(autojump_clock: MockClock) -> None:
 
 async def test_ten_thousand_calls_share_one_stream_and_few_writes(autojump_clock: MockClock) -> None:
     async with mesh() as m:
-        a, b = await m.node(A), await m.node(B)
+        a, _ = await m.node(A), await m.node(B)
         answers: dict[int, bytes] = {}
 
         async def ask(first: int) -> None:
@@ -274,14 +275,18 @@ HELLO = b"\x00\x00\x00\x05\x93\x00\xc3\xc4\x00"
 """An empty greeting, as it is on the wire."""
 
 
+async def _read_to_end(stream: Stream) -> None:
+    while await stream.read(65536):
+        pass
+
+
 async def _speak(attacker: Node, data: bytes, *, linger_s: float = 1) -> None:
     """Raw bytes on an RPC stream to b; the stream then ends or breaks."""
     try:
         stream = await attacker.transport.open_stream(B, PROTOCOL, timeout_s=5)
         await stream.write(data)
         with trio.move_on_after(linger_s):
-            while await stream.read(65536):
-                pass
+            await _read_to_end(stream)
         await stream.aclose()
     except MeshError:
         pass
@@ -331,8 +336,7 @@ async def test_a_peer_that_stalls_within_a_frame_or_a_greeting_is_let_go(autojum
         halfway = await bad.transport.open_stream(B, PROTOCOL, timeout_s=5)
         await halfway.write(HELLO + b"\x00\x00\x10\x00 and then nothing")
         with trio.fail_after(15), pytest.raises(Unavailable):
-            while True:
-                await halfway.read(100)
+            await _read_to_end(halfway)
         assert b.rpc.counters()["peers_silent"] == 1
 
 
@@ -349,10 +353,14 @@ async def test_a_peer_that_leaves_its_answers_unread_is_cut_off(autojump_clock: 
         stream = await bad.transport.open_stream(B, PROTOCOL, timeout_s=5)
         await stream.write(HELLO)
         ask = b"\x94\x01\xa4give\xcd\xff\xff\xc4\x00"
-        with pytest.raises(Unavailable):
+
+        async def ask_on() -> None:
             while True:
                 await stream.write(len(ask).to_bytes(4, "big") + ask)
                 await trio.sleep(0.01)
+
+        with pytest.raises(Unavailable):
+            await ask_on()
         assert b.rpc.counters()["frames_malformed"] == 1
 
 
@@ -372,14 +380,13 @@ async def test_stopping_fails_the_calls_that_wait(autojump_clock: MockClock) -> 
         b = await m.node(B)
         b.rpc.register("dawdle", dawdle)
         a = await m.node(A, answers=False)
-        async with trio.open_nursery() as outer:
-            async with trio.open_nursery() as running:
-                await running.start(a.rpc.serve)
 
-                async def ask() -> None:
-                    with pytest.raises(UnknownOutcome, match="stopping"):
-                        await a.rpc.call(B, "dawdle", b"", timeout_s=60)
+        async def ask() -> None:
+            with pytest.raises(UnknownOutcome, match="stopping"):
+                await a.rpc.call(B, "dawdle", b"", timeout_s=60)
 
-                outer.start_soon(ask)
-                await trio.sleep(1)
-                running.cancel_scope.cancel()
+        async with trio.open_nursery() as outer, trio.open_nursery() as running:
+            await running.start(a.rpc.serve)
+            outer.start_soon(ask)
+            await trio.sleep(1)
+            running.cancel_scope.cancel()
