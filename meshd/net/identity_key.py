@@ -50,7 +50,7 @@ class KeyPair:
 
     @classmethod
     def from_secret(cls, secret: bytes) -> KeyPair:
-        """From the 32 bytes of `secret_bytes`. Raises InvalidRequest."""
+        """From the 32 bytes of `secret`. Raises InvalidRequest."""
         try:
             return cls(Ed25519PrivateKey.from_private_bytes(secret))
         except ValueError as error:
@@ -89,7 +89,7 @@ class KeyPair:
         return cls.load(path)
 
     @property
-    def secret_bytes(self) -> bytes:
+    def secret(self) -> bytes:
         """The 32 bytes that are the key. For other servers only; never log them."""
         return self.private.private_bytes_raw()
 

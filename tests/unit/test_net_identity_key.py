@@ -95,7 +95,7 @@ def test_only_the_signer_and_only_these_bytes_verify() -> None:
 
 def test_a_secret_makes_the_same_key_again_and_does_not_show_in_its_repr() -> None:
     key = KeyPair.generate()
-    assert KeyPair.from_secret(key.secret_bytes).node_id == key.node_id
-    assert key.secret_bytes.hex() not in repr(key)
+    assert KeyPair.from_secret(key.secret).node_id == key.node_id
+    assert key.secret.hex() not in repr(key)
     with pytest.raises(InvalidRequest):
         KeyPair.from_secret(b"short")
