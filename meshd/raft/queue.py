@@ -243,7 +243,7 @@ class Queue:
             return False
         state = TaskState.LEASED if row.started_ms is None else TaskState.RUNNING
         self._matching.take(node, key.fence, job, key.task)
-        self._move(job, key.task, replace(row, state=state, epoch=node.epoch))
+        self._move(job, key.task, replace(row, state=state, epoch=node.epoch, due_ms=None, reason=""))
         return True
 
     def hold_leases(self, node: Node) -> None:
