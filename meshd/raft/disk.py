@@ -1,0 +1,94 @@
+"""The few things the journal and the snapshots need of a disk, so that tests can lose power.
+
+All of it may block and belongs in a thread. A name is one file of one private directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Protocol
+
+from meshd.errors import StartRefused
+
+
+class OpenFile(Protocol):
+    def write_at(self, offset: int, data: bytes) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Disk(Protocol):
+    def names(self) -> list[str]: ...
+    def read(self, name: str) -> bytes: ...
+    def open(self, name: str) -> OpenFile:
+        """For writing, made if there is none; what is in it stays."""
+        ...
+
+    def rename(self, name: str, to: str) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def sync_directory(self) -> None:
+        """After it, renames and removals outlive a loss of power."""
+        ...
+
+
+class DirectoryDisk:
+    """A directory of the file system, private to this process."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises StartRefused when another process holds the directory."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
+        # Two processes appending to one journal would destroy it; the lock dies with its process.
+        self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise StartRefused(
+                f"{directory} is in use by another agent", hint="stop it first, or start this one in another directory"
+            ) from error
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._directory))
+
+    def read(self, name: str) -> bytes:
+        return (self._directory / name).read_bytes()
+
+    def open(self, name: str) -> OpenFile:
+        return _File(self._directory / name)
+
+    def rename(self, name: str, to: str) -> None:
+        os.rename(self._directory / name, self._directory / to)
+
+    def remove(self, name: str) -> None:
+        os.unlink(self._directory / name)
+
+    def sync_directory(self) -> None:
+        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def sync(self) -> None:
+        # fdatasync also writes the file's size when it grew, which is all that reading it again needs.
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)

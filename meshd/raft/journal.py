@@ -1,0 +1,458 @@
+"""The log on disk: entries, truncations, term and vote in one chain of frames, one sync for each turn.
+
+    segment   [header frame][frame][frame]…      every frame begins at a 4 KiB boundary
+    frame     length, CRC, CRC of the frame before, offset known durable before it, records
+
+What was synced is never rewritten. The CRC also covers the incarnation, the segment, the
+offset and a random of this start, so neither a user's payload nor an old file that lies
+in re-used space can pass for a frame. Each frame proves that all before it were synced;
+the last one proves nothing about itself, so a start rewrites it into a new segment,
+beside, before the node says a word (protocol.md 9).
+
+`Journal` is also PySyncObj's journal: a list of (command, index, term) whose first item
+stands for all that a snapshot covers. Memory changes at once, the disk with `commit`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from msgspec import Struct, structs
+from pysyncobj.journal import Journal as StockJournal
+
+from meshd import codec
+from meshd.errors import Corrupt, MeshError, StartRefused
+from meshd.raft.disk import Disk, OpenFile
+from meshd.raft.messages import Entry, VoterId
+
+BLOCK = 4096
+"""A sync of one frame never touches the pages of another."""
+
+SEGMENT_BYTES_MAX = 64 << 20
+"""A new segment begins beyond this: what one unlink gives back, and what one read at start holds in memory."""
+
+RELEASE_BYTES_MIN = 4 << 20
+"""A snapshot begins a new segment only when the present one is worth giving back."""
+
+FRAME_BODY_BYTES_MAX = 64 << 20
+"""No group commit comes near; a length beyond it is not a frame."""
+
+FIRST_INDEX = 1
+"""PySyncObj's log begins with a placeholder at index 1, term 0."""
+
+_NO_OP = b"\x01"
+_FRAME = struct.Struct("<IIIQ")
+_PLACE = struct.Struct("<QQ")
+_PREFIX = "journal-"
+
+Record = tuple[Any, ...]
+"""("e", command, index, term) | ("t", term, vote) | ("x", from index) | ("r", index, term)"""
+
+
+class LocalHeader(Struct, frozen=True):
+    """What begins each segment: whose log this is, and what trimming must not lose."""
+
+    mesh: str
+    recovery: int
+    incarnation: str
+    start: int
+    """How often this journal has been opened."""
+    random: str
+    """Of this start, in hex."""
+    term: int = 0
+    vote: VoterId | None = None
+    is_in_doubt: bool = False
+    founding: tuple[VoterId, ...] = ()
+    """The first configuration; only the founder's is not empty."""
+    takes_over: tuple[int, int] | None = None
+    """(segment, offset): what that segment holds from there on is ignored, not judged."""
+    base: tuple[int, int] = (FIRST_INDEX, 0)
+    """(index, term) of the last entry before this segment."""
+
+
+class Journal(StockJournal):  # type: ignore[misc]
+    """Made by `create_journal` or `open_journal`. Not safe for two threads: whoever calls `commit` waits for it."""
+
+    def __init__(self, disk: Disk, header: LocalHeader, number: int, entries: list[Entry]) -> None:
+        self.header = header
+        self._disk = disk
+        self._entries = entries
+        self._term = header.term
+        self._vote = header.vote
+        self._staged: list[Record] = []
+        self._segments: dict[int, _Segment] = {}
+        self._number = number
+        self._file: OpenFile | None = None
+        self._offset = 0
+        self._last_crc = 0
+        self._disk_last = (entries[-1][1], entries[-1][2])
+        self._has_failed = False
+        self._is_witnessed = True
+        self.durable_index = entries[-1][1]
+        """The last entry that is on this disk for sure."""
+
+    # --- the list of entries, as PySyncObj sees it --------------------------------------------------------------------
+
+    def add(self, command: bytes, idx: int, term: int) -> None:
+        self._entries.append((command, idx, term))
+        self._staged.append(("e", command, idx, term))
+
+    def deleteEntriesFrom(self, entryFrom: int) -> None:
+        if entryFrom < len(self._entries):
+            index = self._entries[entryFrom][1]
+            del self._entries[entryFrom:]
+            self._staged.append(("x", index))
+            self.durable_index = min(self.durable_index, index - 1)
+
+    def deleteEntriesTo(self, entryTo: int) -> None:
+        """Forget what a durable snapshot covers; `release` gives back the disk."""
+        del self._entries[:entryTo]
+
+    def reset(self, index: int, term: int) -> None:
+        """All entries give way to a snapshot at (index, term)."""
+        self._entries = [(_NO_OP, index, term)]
+        self._staged.append(("r", index, term))
+        self.durable_index = index
+
+    def clear(self) -> None:
+        raise AssertionError("a journal is reset to a snapshot, never emptied")
+
+    @overload
+    def __getitem__(self, item: int) -> Entry: ...
+    @overload
+    def __getitem__(self, item: slice) -> list[Entry]: ...
+    def __getitem__(self, item: int | slice) -> Entry | list[Entry]:
+        return self._entries[item]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def setCurrentTerm(self, term: int, votedForNodeId: VoterId | None) -> None:
+        if (term, votedForNodeId) != (self._term, self._vote):
+            self._term, self._vote = term, votedForNodeId
+            self._staged.append(("t", term, votedForNodeId))
+
+    def getCurrentTerm(self) -> int:
+        return self._term
+
+    def getVotedForNodeId(self) -> VoterId | None:
+        return self._vote
+
+    def setRaftCommitIndex(self, raftCommitIndex: int) -> None:
+        """Not kept: Raft learns it again, and a stored one was seen to outlive the entries it named."""
+
+    def getRaftCommitIndex(self) -> int:
+        return self._entries[0][1]
+
+    def onOneSecondTimer(self) -> None:
+        """Stock saves its metadata now and then; here it is in the chain."""
+
+    def _destroy(self) -> None:
+        self.close()
+
+    # --- the disk ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._staged)
+
+    @property
+    def is_vote_staged(self) -> bool:
+        """A term or a vote waits for the next commit: nothing may be said in it before."""
+        return any(record[0] == "t" for record in self._staged)
+
+    @property
+    def wants_witness(self) -> bool:
+        """The last frame has no later one to prove it; an idle moment is well spent on an empty one."""
+        return not self._is_witnessed
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return self._offset + sum(segment.size for segment in self._segments.values())
+
+    def commit(self) -> None:
+        """Write what was staged as one frame and sync it (blocks). Raises Corrupt when the disk fails, and ever after:
+
+        after a failed fsync the kernel may have thrown the pages away and would report success the next time.
+        """
+        if not self._staged and self._is_witnessed:
+            return
+        if self._has_failed or self._file is None:
+            raise Corrupt(f"journal {_name(self._number)} failed before and takes nothing more")
+        last = self._entries[-1]
+        records, self._staged = self._staged, []
+        try:
+            if self._offset > SEGMENT_BYTES_MAX:
+                self._begin_segment(takes_over_at=self._offset, records=[])
+            self._write_frame(records)
+            self._file.sync()
+        except OSError as error:
+            self._has_failed = True
+            raise Corrupt(
+                f"journal {_name(self._number)} could not be written: {error}",
+                hint="this server stops so that it never acknowledges what it may lose; check the disk, then start it",
+            ) from error
+        self.durable_index = last[1]
+        self._disk_last = (last[1], last[2])
+        self._is_witnessed = not records
+
+    def release(self, snapshot_index: int) -> None:
+        """Unlink the segments that a durable snapshot at this index covers (blocks). Call it with nothing staged."""
+        assert not self._staged
+        try:
+            if self._offset > RELEASE_BYTES_MIN:
+                self._begin_segment(takes_over_at=self._offset, records=[])
+            for number in sorted(self._segments)[:-1]:
+                # The next segment must join the snapshot without this one's help.
+                if self._segments[number + 1].base > snapshot_index:
+                    break
+                self._disk.remove(_name(number))
+                del self._segments[number]
+        except OSError as error:
+            self._has_failed = True
+            raise Corrupt(f"journal could not be trimmed: {error}") from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin_segment(self, *, takes_over_at: int | None, records: list[Record]) -> None:
+        """A new segment, complete and durable under its name before anything refers to it."""
+        old, new = self._number, self._number + 1
+        self.close()
+        if old in self._segments:
+            self._segments[old].size = max(self._segments[old].size, self._offset)
+        self.header = structs.replace(
+            self.header,
+            term=self._term,
+            vote=self._vote,
+            takes_over=None if takes_over_at is None else (old, takes_over_at),
+            base=self._disk_last,
+        )
+        beside = _name(new) + ".new"
+        self._file, self._number, self._offset, self._last_crc = self._disk.open(beside), new, 0, 0
+        self._write_body(codec.encode(self.header))
+        if records:
+            self._write_frame(records)
+        self._file.sync()
+        self._disk.rename(beside, _name(new))
+        self._disk.sync_directory()
+        self._segments[new] = _Segment(base=self._disk_last[0])
+
+    def _write_frame(self, records: list[Record]) -> None:
+        self._write_body(codec.pack(records))
+
+    def _write_body(self, body: bytes) -> None:
+        assert self._file is not None
+        crc = _crc(self.header, self._number, self._offset, self._last_crc, self._offset, body)
+        self._file.write_at(self._offset, _FRAME.pack(len(body), crc, self._last_crc, self._offset) + body)
+        self._last_crc = crc
+        self._offset = _aligned(self._offset + _FRAME.size + len(body))
+
+
+@dataclass(slots=True)
+class _Segment:
+    base: int
+    """The last entry before it."""
+    size: int = 0
+    """Bytes, once it is closed."""
+
+
+def create_journal(disk: Disk, header: LocalHeader) -> Journal:
+    """The first segment of a new incarnation (blocks). The directory holds no journal."""
+    assert not journal_names(disk)
+    journal = Journal(disk, header, 0, [(_NO_OP, FIRST_INDEX, 0)])
+    journal._begin_segment(takes_over_at=None, records=[])
+    return journal
+
+
+def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot: tuple[int, int] | None) -> Journal:
+    """Replay, cut a torn tail, and begin this start's own segment (blocks).
+
+    `snapshot` is the (index, term) of the newest one, already verified. Raises Corrupt
+    with file and offset when what was durable cannot be read; StartRefused when the
+    journal belongs to another mesh.
+    """
+    for name in disk.names():
+        if name.startswith(_PREFIX) and name.endswith(".new"):
+            disk.remove(name)
+    replay = _Replay()
+    names = journal_names(disk)
+    contents = [disk.read(name) for name in names]
+    headers = [_read_header(name, data) for name, data in zip(names, contents, strict=True)]
+    numbers = [int(name.removeprefix(_PREFIX)) for name in names]
+    successors = [*headers[1:], None]
+    for name, number, header, data, after in zip(names, numbers, headers, contents, successors, strict=True):
+        if header.mesh != mesh or header.recovery != recovery:
+            raise StartRefused(
+                f"the journal {name} belongs to mesh {header.mesh}, not {mesh}", hint="start in that mesh's directory"
+            )
+        if after is not None and (after.takes_over is None or after.takes_over[0] != number):
+            raise Corrupt(f"journal segment after {name} is missing")
+        limit = None if after is None or after.takes_over is None else after.takes_over[1]
+        replay.segment(name, number, header, data, limit)
+
+    header, number = headers[-1], numbers[-1]
+    entries = replay.entries_after(snapshot)
+    journal = Journal(disk, structs.replace(header, start=header.start + 1, random=random), number, entries)
+    journal._term, journal._vote = replay.term, replay.vote
+    journal._segments = {
+        number: _Segment(header.base[0], len(data))
+        for number, header, data in zip(numbers, headers, contents, strict=True)
+    }
+    journal._disk_last = replay.durable_last
+    journal._begin_segment(takes_over_at=replay.durable_offset, records=replay.unproven)
+    journal._disk_last = (entries[-1][1], entries[-1][2])
+    return journal
+
+
+def journal_names(disk: Disk) -> list[str]:
+    return sorted(name for name in disk.names() if name.startswith(_PREFIX) and not name.endswith(".new"))
+
+
+class _Replay:
+    """What the frames say, in order; and which of them no later one proves durable."""
+
+    def __init__(self) -> None:
+        self.term = 0
+        self.vote: VoterId | None = None
+        self.entries: list[Entry] = []
+        self.durable_offset = 0
+        self.durable_last = (FIRST_INDEX, 0)
+        self.unproven: list[Record] = []
+        self._base: tuple[int, int] | None = None
+
+    def segment(self, name: str, number: int, header: LocalHeader, data: bytes, limit: int | None) -> None:
+        if self._base is None:
+            self._base = header.base
+        if header.term > self.term:
+            self.term, self.vote = header.term, header.vote
+        elif header.term == self.term and header.vote is not None:
+            self.vote = header.vote
+        self.unproven = []
+        # The header was synced before its segment got a name.
+        self.durable_offset, self.durable_last = 0, self._last()
+        end = 0
+        for offset, end, body in _frames(name, number, header, data, limit):
+            if offset == 0:
+                self.durable_offset = end
+                continue
+            self.durable_offset, self.durable_last = offset, self._last()
+            self.unproven = _records(name, offset, body)
+            for record in self.unproven:
+                self._take(name, offset, record)
+        if limit is not None and end != limit:
+            raise Corrupt(f"journal {name} ends at byte {end}, its successor says {limit}")
+
+    def entries_after(self, snapshot: tuple[int, int] | None) -> list[Entry]:
+        """The log as memory holds it: a placeholder for the snapshot, and what joins it."""
+        base = self._base or (FIRST_INDEX, 0)
+        index, term = snapshot or (FIRST_INDEX, 0)
+        placeholder = (_NO_OP, index, term)
+        if base[0] > index:
+            raise Corrupt(f"the journal begins after entry {base[0]}, the newest snapshot ends at {index}")
+        covered = index - base[0]
+        # A log that holds the snapshot's last entry agrees with it, and its tail may have been acknowledged.
+        # Any other log is older than the snapshot or contradicts it.
+        if covered > len(self.entries) or (covered > 0 and self.entries[covered - 1][2] != term):
+            return [placeholder]
+        if covered == 0 and base[1] != term:
+            return [placeholder]
+        return [placeholder, *self.entries[covered:]]
+
+    def _last(self) -> tuple[int, int]:
+        if self.entries:
+            return self.entries[-1][1], self.entries[-1][2]
+        return self._base or (FIRST_INDEX, 0)
+
+    def _take(self, name: str, offset: int, record: Record) -> None:
+        match record:
+            case ("e", bytes(command), int(index), int(term)):
+                if index != self._last()[0] + 1:
+                    raise Corrupt(f"journal {name} at byte {offset}: entry {index} follows {self._last()[0]}")
+                self.entries.append((command, index, term))
+            case ("t", int(term), vote):
+                self.term, self.vote = term, vote
+            case ("x", int(index)):
+                while self.entries and self.entries[-1][1] >= index:
+                    self.entries.pop()
+                if self._last()[0] >= index:
+                    # Reaches into segments that were given back: only a snapshot can cover what lies before.
+                    self._base = (index - 1, 0)
+            case ("r", int(index), int(term)):
+                self.entries, self._base = [], (index, term)
+            case _:
+                raise Corrupt(f"journal {name} at byte {offset}: unknown record")
+
+
+def _frames(
+    name: str, number: int, header: LocalHeader, data: bytes, limit: int | None
+) -> Iterator[tuple[int, int, bytes]]:
+    """(offset, end, body) of each frame of the chain, up to `limit` or a torn tail. Raises Corrupt."""
+    offset, previous = 0, 0
+    while limit is None or offset < limit:
+        frame = _frame_at(header, number, data, offset)
+        if frame is None or frame[1] != previous:
+            break
+        body, _, crc, _ = frame
+        end = _aligned(offset + _FRAME.size + len(body))
+        yield offset, end, body
+        offset, previous = end, crc
+    else:
+        return
+    if offset == 0:
+        raise Corrupt(f"journal {name} is damaged at byte 0: its header is not what was written")
+    if limit is not None:
+        raise Corrupt(f"journal {name} is damaged at byte {offset}, before byte {limit} where its successor takes over")
+    for later in range(offset + BLOCK, len(data), BLOCK):
+        frame = _frame_at(header, number, data, later)
+        if frame is not None and frame[3] > offset:
+            raise Corrupt(f"journal {name} is damaged at byte {offset}: the frame at {later} proves it was durable")
+
+
+def _frame_at(header: LocalHeader, number: int, data: bytes, offset: int) -> tuple[bytes, int, int, int] | None:
+    """(body, CRC of the frame before, own CRC, offset durable before), or None when there is no whole frame here."""
+    if offset + _FRAME.size > len(data):
+        return None
+    length, crc, previous, durable = _FRAME.unpack_from(data, offset)
+    start = offset + _FRAME.size
+    if length > FRAME_BODY_BYTES_MAX or start + length > len(data):
+        return None
+    body = data[start : start + length]
+    if crc != _crc(header, number, offset, previous, durable, body):
+        return None
+    return body, previous, crc, durable
+
+
+def _crc(header: LocalHeader, number: int, offset: int, previous: int, durable: int, body: bytes) -> int:
+    place = f"{header.incarnation}{header.random}".encode() + _PLACE.pack(number, offset)
+    return zlib.crc32(body, zlib.crc32(place + _FRAME.pack(len(body), 0, previous, durable)))
+
+
+def _read_header(name: str, data: bytes) -> LocalHeader:
+    try:
+        length = _FRAME.unpack_from(data, 0)[0]
+        return codec.decode(data[_FRAME.size : _FRAME.size + length], LocalHeader)
+    except (MeshError, struct.error) as error:
+        raise Corrupt(f"journal {name} is damaged at byte 0: its header cannot be read") from error
+
+
+def _records(name: str, offset: int, body: bytes) -> list[Record]:
+    try:
+        records: Sequence[Record] = codec.unpack(body, bytes_max=FRAME_BODY_BYTES_MAX)
+    except MeshError as error:
+        raise Corrupt(f"journal {name} at byte {offset}: {error.message}") from error
+    return list(records)
+
+
+def _name(number: int) -> str:
+    return f"{_PREFIX}{number:012d}"
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // BLOCK) * BLOCK

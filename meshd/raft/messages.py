@@ -1,0 +1,149 @@
+"""What servers say to each other about the log. Typed, so that nonsense from a peer is one clear error.
+
+An election asks (`Vote`, first with `is_trial`), a leader feeds (`Append`, `Chunk`) and
+is told how far (`Appended`, `Received`); the rest lets any server propose and read
+through the leader. Every message of a leader carries a round and when that round was
+sent, and the answer repeats both: that is how a leader knows that it still leads
+(protocol.md 2). Nobody can hand over a ready-made entry but the leader of a term.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NewType
+
+from msgspec import Meta, Struct
+
+from meshd.model import NodeId, ShortText
+
+VoterId = NewType("VoterId", str)
+"""A server with one life of its journal: `peer id/incarnation`. A lost journal is another voter (protocol.md 1)."""
+
+TERM_MAX = 2**53
+"""No mesh elects that often; a larger number is nonsense."""
+
+Number = Annotated[int, Meta(ge=0, le=TERM_MAX)]
+Entry = tuple[bytes, Number, Number]
+"""(command, index, term): PySyncObj's own shape of a log entry."""
+
+SNAPSHOT_BYTES_MAX = 1 << 30
+"""A larger state is refused; the live state of a mesh is bounded far below."""
+
+
+def voter_id(node: NodeId, incarnation: str) -> VoterId:
+    return VoterId(f"{node}/{incarnation}")
+
+
+def node_of(voter: VoterId) -> NodeId:
+    return NodeId(voter.partition("/")[0])
+
+
+class Message(Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages."""
+
+
+class Vote(Message, frozen=True, array_like=True, tag=True):
+    """Would you (`is_trial`), or do you, vote for me in this term? My log ends at (last_index, last_term)."""
+
+    term: Number
+    last_index: Number
+    last_term: Number
+    is_trial: bool
+
+
+class Voted(Message, frozen=True, array_like=True, tag=True):
+    """`term` is the voter's own; `asked` the term of the question."""
+
+    term: Number
+    asked: Number
+    is_granted: bool
+    is_trial: bool
+
+
+class Append(Message, frozen=True, array_like=True, tag=True):
+    """Entries after (prev_index, prev_term). prev_index 0: only a round, nothing is said about the log."""
+
+    term: Number
+    round: Number
+    sent_ms: Number
+    commit: Number
+    prev_index: Number
+    prev_term: Number
+    entries: tuple[Entry, ...] = ()
+
+
+class Appended(Message, frozen=True, array_like=True, tag=True):
+    """`is_ok`: everything before `next` is the leader's own and on disk here. Else: send from `next` (0: just an answer)."""
+
+    term: Number
+    round: Number
+    sent_ms: Number
+    is_ok: bool
+    next: Number
+    wall_ms: Number = 0
+
+
+class Chunk(Message, frozen=True, array_like=True, tag=True):
+    """A range of the leader's snapshot at (index, snapshot_term), `size` bytes with BLAKE3 `digest` in all."""
+
+    term: Number
+    round: Number
+    sent_ms: Number
+    index: Number
+    snapshot_term: Number
+    size: Annotated[int, Meta(ge=1, le=SNAPSHOT_BYTES_MAX)]
+    digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    offset: Number
+    data: bytes
+
+
+class Received(Message, frozen=True, array_like=True, tag=True):
+    """So many bytes of the snapshot at `index` have come."""
+
+    term: Number
+    round: Number
+    sent_ms: Number
+    index: Number
+    offset: Number
+
+
+class TimeoutNow(Message, frozen=True, array_like=True, tag=True):
+    """The leader hands over: ask for votes at once."""
+
+    term: Number
+
+
+class Propose(Message, frozen=True, array_like=True, tag=True):
+    """A command for the leader to batch. The origin was authenticated by the server that sends this."""
+
+    request: Number
+    origin: NodeId
+    command: bytes
+
+
+class Proposed(Message, frozen=True, array_like=True, tag=True):
+    """`outcome` is committed, not_committed or unknown."""
+
+    request: Number
+    outcome: ShortText
+    answer: bytes = b""
+    position: Number = 0
+    why: str = ""
+
+
+class Read(Message, frozen=True, array_like=True, tag=True):
+    """Up to where must a reader have applied that asks now?"""
+
+    request: Number
+
+
+class ReadAt(Message, frozen=True, array_like=True, tag=True):
+    """`position` 0: I do not lead."""
+
+    request: Number
+    position: Number
+
+
+RaftMessage = Vote | Voted | Append | Appended | Chunk | Received | TimeoutNow
+"""For the engine."""
+
+AnyMessage = RaftMessage | Propose | Proposed | Read | ReadAt

@@ -1,0 +1,157 @@
+"""Commands on their way into the log: queued at the leader, or forwarded to it, each with one end.
+
+Committed, certainly not committed, or unknown: a command that was never put into a batch
+can be taken back; one that was, or that left for another server, is unknown until an
+answer comes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from msgspec import Raw
+
+from meshd import codec
+from meshd.errors import InvalidRequest
+from meshd.model import NodeId
+from meshd.ports import Committed, NotCommitted, ProposeResult, Unknown
+from meshd.raft.commands import BATCH_COMMANDS_MAX, Stamped
+from meshd.raft.messages import Proposed, VoterId
+
+BATCH_BYTES_MAX = 256 << 10
+"""Of one entry, unless a single command is larger."""
+PENDING_MAX = 20_000
+"""Commands waiting at the leader: twenty full batches."""
+PENDING_BYTES_MAX = 32 << 20
+
+Resolve = Callable[[ProposeResult], None]
+
+
+class Proposal:
+    """One command and who waits for it."""
+
+    __slots__ = ("_resolve", "command", "is_batched", "is_over", "origin")
+
+    def __init__(self, origin: NodeId, command: bytes, resolve: Resolve) -> None:
+        self.origin = origin
+        self.command = command
+        self.is_batched = False
+        self.is_over = False
+        self._resolve = resolve
+
+    def end(self, result: ProposeResult) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self._resolve(result)
+
+
+class Pending:
+    """What waits for the next batch at the leader."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Proposal] = deque()
+        self._bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def add(self, proposal: Proposal) -> bool:
+        """False, and nothing kept, when the queue is full."""
+        if len(self._queue) >= PENDING_MAX or self._bytes >= PENDING_BYTES_MAX:
+            return False
+        self._queue.append(proposal)
+        self._bytes += len(proposal.command)
+        return True
+
+    def take_batch(self) -> list[Proposal]:
+        batch: list[Proposal] = []
+        size = 0
+        while self._queue and len(batch) < BATCH_COMMANDS_MAX:
+            proposal = self._queue[0]
+            if batch and size + len(proposal.command) > BATCH_BYTES_MAX:
+                break
+            self._queue.popleft()
+            self._bytes -= len(proposal.command)
+            if not proposal.is_over:
+                size += len(proposal.command)
+                proposal.is_batched = True
+                batch.append(proposal)
+        return batch
+
+    def refuse_all(self, why: str) -> None:
+        queue, self._queue, self._bytes = self._queue, deque(), 0
+        for proposal in queue:
+            proposal.end(NotCommitted(why))
+
+
+def stamped(batch: list[Proposal]) -> tuple[Stamped, ...]:
+    return tuple(Stamped(proposal.origin, Raw(proposal.command)) for proposal in batch)
+
+
+def resolver(batch: list[Proposal]) -> Callable[[list[bytes] | None, int, str], None]:
+    """Ends each proposal of a batch when the engine knows what became of it."""
+
+    def resolve(answers: list[bytes] | None, index: int, why: str) -> None:
+        if answers is not None and len(answers) == len(batch):
+            for proposal, answer in zip(batch, answers, strict=True):
+                proposal.end(Committed(answer, index))
+            return
+        result: ProposeResult = NotCommitted(why) if not index else Unknown(why or "the answers are lost")
+        for proposal in batch:
+            proposal.end(result)
+
+    return resolve
+
+
+def is_one_value(command: bytes) -> bool:
+    """Whether these bytes are one msgpack value: anything else would spoil the whole batch around it."""
+    try:
+        codec.decode(command, Raw, bytes_max=codec.COMMAND_BYTES_MAX)
+    except InvalidRequest:
+        return False
+    return True
+
+
+class Forwarded:
+    """What went to the leader from here and is not answered."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[VoterId, Proposal]] = {}
+        self._next = 0
+
+    def add(self, leader: VoterId, proposal: Proposal) -> int:
+        self._next += 1
+        self._waiting[self._next] = (leader, proposal)
+        return self._next
+
+    def forget(self, request: int) -> None:
+        self._waiting.pop(request, None)
+
+    def answered(self, peer: VoterId, m: Proposed) -> None:
+        leader, proposal = self._waiting.get(m.request, (None, None))
+        if proposal is None or leader != peer:
+            return
+        del self._waiting[m.request]
+        match m.outcome:
+            case "committed":
+                proposal.end(Committed(m.answer, m.position))
+            case "not_committed":
+                proposal.end(NotCommitted(m.why))
+            case _:
+                proposal.end(Unknown(m.why))
+
+    def lost(self, peer: VoterId) -> None:
+        """The stream to this leader broke: what it took may or may not be in the log."""
+        for request in [request for request, (leader, _) in self._waiting.items() if leader == peer]:
+            self._waiting.pop(request)[1].end(Unknown(f"the connection to the leader {peer} was lost"))
+
+
+def as_message(request: int, result: ProposeResult) -> Proposed:
+    match result:
+        case Committed(answer, position):
+            return Proposed(request, "committed", answer, position)
+        case NotCommitted(why):
+            return Proposed(request, "not_committed", why=why)
+        case Unknown(why):
+            return Proposed(request, "unknown", why=why)

@@ -1,0 +1,126 @@
+"""The state at one index, on disk and on its way to a peer that is too far behind for entries.
+
+    file   magic, local header, image, BLAKE3 of all before it
+    image  msgpack (mesh, index, term, voters, state): the same bytes travel to peers
+
+A snapshot is written beside, synced, read back and verified, renamed, and its directory
+synced, before it replaces the one before it or the log that it covers (protocol.md 9).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from blake3 import blake3
+from msgspec import Struct
+
+from meshd import codec
+from meshd.errors import Corrupt, MeshError, PeerFault
+from meshd.raft.disk import Disk
+from meshd.raft.journal import LocalHeader
+from meshd.raft.messages import SNAPSHOT_BYTES_MAX, VoterId
+
+_MAGIC = b"meshdsn1"
+_LENGTHS = struct.Struct("<II")
+_DIGEST_BYTES = 32
+_PREFIX = "snapshot-"
+
+
+class Image(Struct, frozen=True, array_like=True):
+    """What a snapshot says, whoever holds it."""
+
+    mesh: str
+    index: int
+    term: int
+    voters: tuple[VoterId, ...]
+    """The configuration as of `index`."""
+    state: bytes
+
+
+class Packed(Struct, frozen=True):
+    """An image as bytes, ready to be sent or written."""
+
+    index: int
+    term: int
+    data: bytes
+    digest: bytes
+
+
+def pack_image(image: Image) -> Packed:
+    """Blocks for as long as packing and hashing take; for a thread."""
+    data = codec.encode(image)
+    return Packed(image.index, image.term, data, blake3(data).digest())
+
+
+def unpack_image(data: bytes, *, digest: bytes, mesh: str) -> Image:
+    """What a peer sent, verified and parsed (blocks). Raises PeerFault."""
+    if blake3(data).digest() != digest:
+        raise PeerFault("a snapshot's bytes do not have its digest")
+    try:
+        return _parse(data, mesh, "a snapshot from a peer")
+    except Corrupt as error:
+        raise PeerFault(error.message) from error
+
+
+def save(disk: Disk, packed: Packed, header: LocalHeader) -> None:
+    """Durable and read back when it returns (blocks); older ones are removed only then. Raises Corrupt."""
+    name = f"{_PREFIX}{packed.index:020d}"
+    beside = name + ".new"
+    local = codec.encode(header)
+    content = _MAGIC + _LENGTHS.pack(len(local), len(packed.data)) + local + packed.data
+    content += blake3(content).digest()
+    try:
+        file = disk.open(beside)
+        try:
+            file.write_at(0, content)
+            file.sync()
+        finally:
+            file.close()
+        if disk.read(beside) != content:
+            raise Corrupt(f"{beside} does not read back as it was written")
+        disk.rename(beside, name)
+        disk.sync_directory()
+        for older in _names(disk):
+            if older < name:
+                disk.remove(older)
+    except OSError as error:
+        raise Corrupt(f"snapshot {name} could not be written: {error}") from error
+
+
+def load(disk: Disk, *, mesh: str) -> tuple[Image, Packed] | None:
+    """The newest snapshot, verified (blocks); None when there is none. Raises Corrupt.
+
+    An unreadable one is never skipped: starting empty, or from an older one whose log
+    is gone, would lose what this voter has acknowledged.
+    """
+    for name in disk.names():
+        if name.startswith(_PREFIX) and name.endswith(".new"):
+            disk.remove(name)
+    names = _names(disk)
+    if not names:
+        return None
+    name = names[-1]
+    content = disk.read(name)
+    start = len(_MAGIC) + _LENGTHS.size
+    if len(content) < start + _DIGEST_BYTES or content[: len(_MAGIC)] != _MAGIC:
+        raise Corrupt(f"{name} is not a snapshot")
+    if blake3(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
+        raise Corrupt(f"{name} is damaged: its {len(content)} bytes do not have its digest")
+    local, size = _LENGTHS.unpack_from(content, len(_MAGIC))
+    data = content[start + local : start + local + size]
+    image = _parse(data, mesh, name)
+    return image, Packed(image.index, image.term, data, blake3(data).digest())
+
+
+def _parse(data: bytes, mesh: str, what: str) -> Image:
+    try:
+        image: Image = codec.decode(data, Image, bytes_max=SNAPSHOT_BYTES_MAX)
+    except MeshError as error:
+        raise Corrupt(f"{what} cannot be read: {error.message}") from error
+    if image.mesh != mesh:
+        raise Corrupt(f"{what} belongs to mesh {image.mesh}, not {mesh}")
+    return image
+
+
+def _names(disk: Disk) -> list[str]:
+    return sorted(name for name in disk.names() if name.startswith(_PREFIX) and not name.endswith(".new"))
