@@ -217,10 +217,14 @@ class Leash:
 
     def __init__(self, deadline_s: float | None = None) -> None:
         self.deadline_s = deadline_s
+        self.watchers: set[Callable[[float | None], None]] = set()
+        """Told each new deadline at once; must not wait or raise. A set, so that a run costs no task of its own."""
         self._changed = trio.Event()
 
     def move(self, deadline_s: float | None) -> None:
         self.deadline_s = deadline_s
+        for told in tuple(self.watchers):
+            told(deadline_s)
         self._changed.set()
         self._changed = trio.Event()
 

@@ -1,0 +1,182 @@
+"""A helper process of the agent, and the line to it.
+
+Runners and the spawner are ordinary Python programs of this package, started without
+`site` and with a clean environment. They end when their socket closes: that is how
+jobs die with their agent, whatever killed it. A `Link` carries frames: four bytes of
+length, little endian, then that many bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import trio
+
+from meshd.codec import FRAME_BYTES_MAX
+from meshd.errors import TooLarge
+
+LAST_WORDS_BYTES_MAX = 1000
+"""How much of a dead helper's stderr goes into the message: enough for the end of a traceback."""
+
+READ_BYTES = 64 << 10
+
+_length = struct.Struct("<I")
+
+
+class Link:
+    """Our end of a stream socket. Frames go out without waiting while the kernel takes them."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._out = bytearray()
+        self._in = bytearray()
+        self._flushing = trio.Lock()
+
+    def post(self, payload: bytes) -> None:
+        """Send at once as far as possible; `flush` sends the rest. A dead peer shows in `receive`, not here."""
+        if len(payload) > FRAME_BYTES_MAX:
+            raise TooLarge(f"message of {len(payload)} bytes is over the limit of {FRAME_BYTES_MAX}")
+        frame = _length.pack(len(payload)) + payload
+        if self._out:
+            self._out += frame
+            return
+        sent = self._send(frame)
+        if sent < len(frame):
+            self._out += memoryview(frame)[sent:]
+
+    async def flush(self) -> None:
+        """Wait until everything posted is with the kernel. Cancelling loses nothing: a later flush goes on."""
+        if not self._out:
+            return
+        async with self._flushing:
+            while self._out:
+                await trio.lowlevel.wait_writable(self._sock.fileno())
+                del self._out[: self._send(self._out)]
+
+    async def receive(self) -> bytes | None:
+        """The next frame; None when the other end is gone, or sent nonsense. Cancelling loses nothing."""
+        while True:
+            if len(self._in) >= _length.size:
+                (size,) = _length.unpack_from(self._in)
+                if size > FRAME_BYTES_MAX:
+                    return None
+                end = _length.size + size
+                if len(self._in) >= end:
+                    payload = bytes(memoryview(self._in)[_length.size : end])
+                    del self._in[:end]
+                    return payload
+            try:
+                data = self._sock.recv(READ_BYTES)
+            except BlockingIOError:
+                try:
+                    await trio.lowlevel.wait_readable(self._sock.fileno())
+                except trio.ClosedResourceError:
+                    return None
+                continue
+            except OSError:
+                return None
+            if not data:
+                return None
+            self._in += data
+
+    def close(self) -> None:
+        if self._sock.fileno() != -1:
+            trio.lowlevel.notify_closing(self._sock.fileno())
+            self._sock.close()
+
+    def _send(self, data: bytes | bytearray) -> int:
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)  # nobody reads it any more; the reader of this link learns of it
+
+
+class Child:
+    """A running helper. Its stdout and stderr go to a file in memory, read only when it dies."""
+
+    def __init__(self, process: trio.Process, words: int) -> None:
+        self._process = process
+        self._words = words
+        self.pid = process.pid
+
+    @classmethod
+    async def start(cls, module: str, arguments: Sequence[str], sockets: Sequence[socket.socket]) -> Child:
+        """Start `python -m module FD… arguments…`, with its ends of the sockets, which are closed here. Raises OSError."""
+        words = os.memfd_create(module)
+        try:
+            with trio.CancelScope(shield=True):  # a started process without an owner would be a leak
+                process = await trio.lowlevel.open_process(
+                    # No site, no user packages, no current directory: only what the agent itself imports from.
+                    [sys.executable, "-S", "-s", "-P", "-m", module, *(str(s.fileno()) for s in sockets), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=words,
+                    pass_fds=[s.fileno() for s in sockets],
+                    env=_environment(),
+                    # Ctrl-C at a terminal stops the agent, which then stops these in order.
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(words)
+            raise
+        finally:
+            for sock in sockets:
+                sock.close()
+        return cls(process, words)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.returncode is None
+
+    def kill(self) -> None:
+        if self.is_running:
+            self._process.send_signal(signal.SIGKILL)
+
+    async def wait(self) -> None:
+        await self._process.wait()
+
+    def describe_end(self) -> str:
+        """Why it is gone, for people."""
+        code = self._process.poll()
+        if code is None:
+            return "closed its socket"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
+        words = self._last_words()
+        return f"{how}: {words}" if words else how
+
+    def close(self) -> None:
+        if self._words != -1:
+            os.close(self._words)
+            self._words = -1
+
+    def _last_words(self) -> str:
+        if self._words == -1:
+            return ""
+        size = os.fstat(self._words).st_size
+        tail = os.pread(self._words, LAST_WORDS_BYTES_MAX, max(0, size - LAST_WORDS_BYTES_MAX))
+        return tail.decode(errors="replace").strip()
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of the agent's own environment (it may hold secrets) but how to find our modules and libraries."""
+    paths = (os.path.abspath(path) for path in sys.path)
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(paths)}
+    if libraries := os.environ.get("LD_LIBRARY_PATH"):
+        environment["LD_LIBRARY_PATH"] = libraries
+    return environment
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
