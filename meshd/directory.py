@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from meshd import certificates
 from meshd.certificates import Greeting, Verify
+from meshd.errors import NotAllowed
 from meshd.home import KnownPeer
 from meshd.model import NodeId, Role
 from meshd.views import MembersView
@@ -89,7 +90,7 @@ class Directory:
         """A member showed its certificate. Raises NotAllowed."""
         certificates.check(greeting.certificate, self._mesh, self._public_key, peer, self._verify)
         if peer in self._revoked:
-            raise certificates.NotAllowed(
+            raise NotAllowed(
                 f"node {peer} was removed from this mesh", hint="join again with a new invite and a new data directory"
             )
         self._learn(peer, greeting.name, greeting.addresses, greeting.api_address, is_fresh=True)

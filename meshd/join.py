@@ -22,7 +22,7 @@ from meshd.directory import JOIN_PROTOCOL
 from meshd.errors import Busy, InvalidRequest, MeshError, NotAllowed, PeerFault, TooLarge, Unavailable, from_code
 from meshd.home import KnownPeer
 from meshd.invites import Invite
-from meshd.model import Certificate, Member, NodeId, Role
+from meshd.model import Certificate, Member, NodeId
 from meshd.ports import Stream, Transport
 from meshd.raft.commands import AnyAnswer, Join, Joined
 
@@ -75,7 +75,7 @@ class JoinDesk:
         public_key: bytes,
         ca_pem: str,
         propose: Callable[[Join], Awaitable[AnyAnswer]],
-        certify: Callable[[NodeId, tuple[Role, ...], int], Awaitable[Certificate]],
+        certify: Callable[[NodeId, int], Awaitable[Certificate]],
         members: Callable[[], Sequence[KnownPeer]],
         wall_ms: Callable[[], int],
     ) -> None:
@@ -125,7 +125,7 @@ class JoinDesk:
         answer = await self._propose(Join(invites.hash_secret(request.secret), member))
         if not isinstance(answer, Joined):
             raise PeerFault(f"the mesh answered a join with {type(answer).__name__}")
-        certificate = await self._certify(peer, answer.member.roles, answer.certificate_version)
+        certificate = await self._certify(peer, answer.certificate_version)
         log.info(
             "join.accepted", peer=peer, name=answer.member.name, roles=[role.value for role in answer.member.roles]
         )
@@ -145,7 +145,7 @@ async def knock(transport: Transport, invite: Invite, request: JoinRequest, *, t
                 try:
                     await stream.write(codec.encode(request))
                     await stream.close_write()
-                    reply = codec.decode(await read_all(stream, REPLY_BYTES_MAX), Reply, bytes_max=REPLY_BYTES_MAX)
+                    reply: Reply = codec.decode(await read_all(stream, REPLY_BYTES_MAX), Reply, bytes_max=REPLY_BYTES_MAX)
                 finally:
                     await stream.aclose()
         except trio.TooSlowError:

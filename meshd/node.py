@@ -74,7 +74,6 @@ class Node:
         drains: Drain,
         addresses: Callable[[], Sequence[str]],
         clock_offset_ms: Callable[[NodeId], int | None],
-        is_server: bool,
     ) -> None:
         self._me = me
         self._name = name
@@ -92,7 +91,6 @@ class Node:
         self._drains = drains
         self._addresses = addresses
         self._clock_offset_ms = clock_offset_ms
-        self._is_server = is_server
 
     @property
     def me(self) -> NodeId:

@@ -133,6 +133,11 @@ class Shell:
     def attempts_running(self) -> int:
         return len(self._scopes)
 
+    @property
+    def holds_anything(self) -> bool:
+        """Attempts that run, or whose end is not yet answered."""
+        return bool(self._scopes) or bool(self._agent.worker.attempts.all())
+
     async def _tick(self) -> None:
         while True:
             self._stirred = trio.Event()

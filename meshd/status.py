@@ -54,7 +54,7 @@ async def cluster_status(
                 health="alive" if node == me else _word(health),
                 roles=row.member.roles if row else tuple(r for r in Role if directory.has_role(node, r)),
                 is_leader=raft is not None and raft.leader == node,
-                is_voter=raft is not None and node in {voter.node for voter in raft.voters},
+                is_voter=raft is not None and node in raft.voters,
                 is_draining=row.member.is_draining if row else False,
                 version=version if node == me else (row.offer.version if row and row.offer else ""),
                 addresses=known.addresses if known else (row.member.addresses if row else ()),
@@ -63,7 +63,7 @@ async def cluster_status(
                 last_heard_ms=0 if node == me else (health.since_ms if health else None),
             )
         )
-    voters = tuple(voter.node for voter in raft.voters) if raft else ()
+    voters = raft.voters if raft else ()
     alive = {node.node for node in nodes if node.health == "alive"}
     survived = raft.failures_survived if raft else 0
     return ClusterStatus(

@@ -138,13 +138,21 @@ class MeshLog:
         return await self._somewhere(here, there, timeout_s=timeout_s + ATTEMPT_S, attempt_s=timeout_s)
 
     async def status(self, *, timeout_s: float) -> RaftStatus:
+        """Of the leader where it answers, since only it knows how far the others are; else of any voter."""
+
         async def here(replica: Replica, left_s: float) -> RaftStatus:
             return replica.log.status()
 
         async def there(peer: NodeId, left_s: float) -> RaftStatus:
             return codec.decode(await self._rpc.call(peer, "log.status", b"", timeout_s=left_s), RaftStatus)
 
-        return await self._somewhere(here, there, timeout_s=timeout_s, attempt_s=2.0)
+        found = await self._somewhere(here, there, timeout_s=timeout_s, attempt_s=2.0)
+        if found.leader is None or found.leader == found.me:
+            return found
+        try:
+            return await there(found.leader, 1.0)
+        except MeshError:
+            return found
 
     async def _somewhere(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import trio
 from msgspec import Raw, Struct
@@ -39,8 +39,6 @@ WAITERS_MAX = 10_000
 """Long polls standing at one voter."""
 POLL_S_MAX = 30.0
 """The longest that one long poll stands; the asker polls again."""
-
-V = TypeVar("V")
 
 
 class ProposeCall(Struct, frozen=True, array_like=True):
@@ -124,7 +122,7 @@ class Replica:
     async def propose(self, origin: NodeId, command: bytes, *, timeout_s: float) -> ProposeResult:
         return await self.log.propose(origin, command, timeout_s=timeout_s)
 
-    async def answer(self, query: AnyQuery, *, timeout_s: float, is_stale_ok: bool = False) -> Struct:
+    async def answer(self, query: AnyQuery, *, timeout_s: float, is_stale_ok: bool = False) -> Any:
         """The view as of a moment after this was asked. Raises the query's error, or Unavailable."""
         if not is_stale_ok:
             await self.log.barrier(timeout_s=timeout_s)

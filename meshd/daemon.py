@@ -1,0 +1,744 @@
+"""The only file that knows every adapter: builds them, opens their nurseries, stops them in order.
+
+    home, key ─▶ found | join | resume ─▶ transport ─▶ calls ─▶ log (servers) ─▶ gossip ─▶ blobs ─▶ backends ─▶ shell ─▶ API
+
+Each stage serves in a nursery of its own, inside the one before: stopping runs the other way round,
+so that the API answers nothing that could no longer be done, and attempts are stopped while the log
+still takes their reports.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version as package_version
+from typing import Any
+
+import structlog
+import trio
+from msgspec.structs import replace
+
+from meshd import certificates, codec, tls
+from meshd.agent import Agent, AgentEvent, Tick
+from meshd.api import server as api_server
+from meshd.authority import Authority
+from meshd.backends import registry
+from meshd.blobs.fetch import Fetcher
+from meshd.blobs.replicate import Replicator
+from meshd.blobs.serve import BlobServer
+from meshd.blobs.store import Store
+from meshd.certificates import Greeting
+from meshd.config import Config, split_address
+from meshd.directory import JOIN_PROTOCOL, Directory
+from meshd.drain import Drain
+from meshd.errors import Busy, Conflict, MeshError, NotAllowed, StartRefused
+from meshd.executor import Executor
+from meshd.gossip.membership import State
+from meshd.gossip.service import GossipService
+from meshd.greetings import DOUBLE, Greetings
+from meshd.home import Counters, Home, KnownPeer, MeshFile
+from meshd.invites import Invite
+from meshd.join import JoinDesk, JoinRequest, knock
+from meshd.keeper import Applied, Keeper, PeerGone
+from meshd.logs import LogDesk, LogReader
+from meshd.model import Member, NodeId, Offer, Role
+from meshd.net.identity_key import KeyPair, verify
+from meshd.net.libp2p import Libp2pTransport
+from meshd.net.rpc import StreamRpc
+from meshd.node import Node
+from meshd.offer import make_offer, slots
+from meshd.ports import BackendSettings, ProposeResult
+from meshd.raft.commands import Event, Found, MembersChanged, UpdateMember
+from meshd.raft.engine import RaftSettings
+from meshd.raft.log import ServerLog
+from meshd.raft.machine import Machine
+from meshd.raft.remote import MeshLog
+from meshd.raft.replica import Replica
+from meshd.shell import Shell
+from meshd.views import GetMembers, MembersView
+from meshd.worker import HandOver, Offering, Worker
+
+JOIN_S = 20.0
+HELLO_S = 12.0
+"""How long a refusal as a double is tried again: a peer notices within 10 s that an older start of ours is gone."""
+REFRESH_S = 1.0
+"""How often a node without a replica looks whether gossip announces a change of members …"""
+REFRESH_S_MAX = 30.0
+"""… and how often it asks regardless."""
+SAVE_EVERY_S = 2.0
+"""peers.json is a hint: not written more often than this."""
+STOP_S = 5.0
+"""For handing back what runs, when the agent is asked to stop."""
+
+VERSION = package_version("meshd")
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a person wants to know once the agent is up."""
+
+    me: NodeId
+    name: str
+    mesh: str
+    is_founded: bool
+    addresses: tuple[str, ...]
+    api_port: int | None
+    node: Node
+
+
+def wall_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def boot_ms() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+async def run(
+    config: Config,
+    *,
+    invite: Invite | None = None,
+    may_found: bool = True,
+    settings: RaftSettings | None = None,
+    task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """An agent, until cancelled. Raises StartRefused and other MeshErrors when it cannot start or must stop."""
+    home = Home(config.home)
+    try:
+        key = KeyPair.load_or_create(home.identity_key)
+        name = config.name or socket.gethostname()
+        mesh_file = home.mesh()
+        is_founded = False
+        if mesh_file is None and invite is None:
+            if not may_found:
+                raise StartRefused(
+                    f"{home.path} belongs to no mesh yet", hint="found one with `meshd up`, or join: `meshd up --join INVITE`"
+                )
+            mesh_file = await trio.to_thread.run_sync(_found, home, key, name, config.roles)
+            is_founded = True
+        elif mesh_file is None:
+            assert invite is not None
+            mesh_file = await _join(home, key, name, config, invite)
+        elif invite is not None and invite.mesh != mesh_file.mesh:
+            raise StartRefused(
+                f"{home.path} belongs to mesh {mesh_file.mesh}, the invite is for {invite.mesh}",
+                hint="join with another --data-dir",
+            )
+        if mesh_file.has_journal and not home.has_journal():
+            raise StartRefused(
+                f"this identity has lost its journal: {home.raft} is empty",
+                hint="restore the directory, or give the identity up: remove the node and join with a new --data-dir",
+            )
+        await _Daemon(config, home, key, mesh_file, settings or RaftSettings()).run(is_founded, task_status)
+    finally:
+        home.close()
+
+
+def _found(home: Home, key: KeyPair, name: str, roles: tuple[Role, ...]) -> MeshFile:
+    """A new mesh: its key first, mesh.json last, so that a start in between founds again from the same key."""
+    if Role.SERVER not in roles:
+        raise StartRefused("the founder of a mesh is a server", hint="add --role server")
+    mesh_key = KeyPair.load_or_create(home.mesh_key)
+    mesh = certificates.mesh_id(mesh_key.public_bytes)
+    mesh_file = MeshFile(
+        mesh=mesh,
+        public_key=mesh_key.public_bytes.hex(),
+        ca_pem=tls.make_authority(mesh_key.private, mesh),
+        certificate=certificates.certify(mesh_key.sign, mesh, key.node_id, roles, 1),
+        name=name,
+        is_founder=True,
+    )
+    home.write_mesh(mesh_file)
+    return mesh_file
+
+
+async def _join(home: Home, key: KeyPair, name: str, config: Config, invite: Invite) -> MeshFile:
+    """Knock with a transport that only dials; what listens starts afterwards, as a member."""
+    transport = Libp2pTransport(
+        key, listen=["/ip4/127.0.0.1/tcp/0"], gate=lambda peer, protocol: False, book=lambda peer: (), events=_Deaf()
+    )
+    request = JoinRequest(
+        mesh=invite.mesh,
+        secret=invite.secret,
+        name=name,
+        addresses=tuple(_multiaddr(address) for address in config.advertise),
+        api_address=config.api,
+        version=VERSION,
+        wall_ms=wall_ms(),
+    )
+    async with _serving(transport.serve):
+        welcome = await knock(transport, invite, request, timeout_s=JOIN_S)
+    if certificates.mesh_id(welcome.public_key) != invite.mesh:
+        raise NotAllowed("who answered is not of the mesh that the invite names")
+    certificates.check(welcome.certificate, invite.mesh, welcome.public_key, key.node_id, verify)
+    if abs(offset_ms := welcome.wall_ms - wall_ms()) > 5000:
+        log.warning("clock.off", seconds=round(offset_ms / 1000, 1), against="the member that let us in")
+    mesh_file = MeshFile(
+        mesh=invite.mesh,
+        public_key=welcome.public_key.hex(),
+        ca_pem=welcome.ca_pem,
+        certificate=welcome.certificate,
+        name=name,
+    )
+    known = {peer.node: peer for peer in welcome.members}
+    home.write_peers(tuple(known[node] for node in sorted(known) if node != key.node_id))
+    home.write_mesh(mesh_file)
+    return mesh_file
+
+
+class _Deaf:
+    def peer_up(self, peer: NodeId) -> None: ...
+    def peer_down(self, peer: NodeId) -> None: ...
+
+
+class _Daemon:
+    """One running agent. Attributes are set as the stages are built; each is whole before the next begins."""
+
+    def __init__(
+        self, config: Config, home: Home, key: KeyPair, mesh_file: MeshFile, settings: RaftSettings
+    ) -> None:
+        self.config = config
+        self.home = home
+        self.key = key
+        self.me = key.node_id
+        self.mesh_file = mesh_file
+        self.mesh = mesh_file.mesh
+        self.public_key = bytes.fromhex(mesh_file.public_key)
+        self.settings = settings
+        self.has_log = Role.SERVER in mesh_file.certificate.roles
+        self.is_worker = Role.WORKER in mesh_file.certificate.roles
+        self.start_random = secrets.token_bytes(16)
+        self.counters = Counters()
+        self.offer = Offer()
+        self.is_draining = False
+        self.api_address = config.api
+        self.work: trio.Nursery
+        self.gossip: GossipService | None = None
+        self.shell: Shell | None = None
+        self.replica: Replica | None = None
+        self.server_log: ServerLog | None = None
+        self.removed = trio.Event()
+        self.peers_changed = trio.Event()
+
+    async def run(self, is_founded: bool, task_status: trio.TaskStatus[Started]) -> None:
+        counters = self.home.counters()
+        self.counters = replace(counters, starts=counters.starts + 1)
+        await trio.to_thread.run_sync(self.home.write_counters, self.counters)
+        self.directory = Directory(self.me, self.mesh, self.public_key, verify, self.home.peers())
+        self.directory.on_change = self._directory_changed
+        async with AsyncExitStack() as stages, trio.open_nursery() as self.work:
+            try:
+                started = await self._start(stages, is_founded)
+                task_status.started(started)
+                await self.removed.wait()
+                raise NotAllowed(
+                    "this node was removed from its mesh", hint="join again with a new invite and a new --data-dir"
+                )
+            finally:
+                with trio.CancelScope(shield=True), trio.move_on_after(STOP_S):
+                    await self._hand_back()
+                self.work.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await stages.aclose()
+
+    async def _start(self, stages: AsyncExitStack, is_founded: bool) -> Started:
+        await self._start_net(stages)
+        await self._start_log(stages, is_founded)
+        await self._start_gossip(stages)
+        await self._start_blobs(stages)
+        await self._start_work(stages)
+        api_port = await self._start_api(stages)
+        self.work.start_soon(self._keep_members_fresh)
+        self.work.start_soon(self._keep_peers_saved)
+        self.work.start_soon(self._tell_about_self)
+        if self.has_log and not self.authority.holds_key:
+            self.work.start_soon(self._obtain_key)
+        return Started(
+            self.me, self.mesh_file.name, self.mesh, is_founded, tuple(self.addresses()), api_port, self.node
+        )
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    async def _start_net(self, stages: AsyncExitStack) -> None:
+        host, port = split_address(self.config.listen)
+        self.transport = Libp2pTransport(
+            self.key,
+            listen=[_multiaddr(f"{host}:{port}")],
+            gate=self.directory.gate,
+            book=self.directory.book,
+            events=self,
+        )
+        self.greetings = Greetings(
+            directory=self.directory,
+            greeting=self._greeting,
+            hears=lambda peer: self.rpc.hears(peer),
+            wall_ms=wall_ms,
+        )
+        self.rpc = StreamRpc(self.transport, greeting=self.greetings.ours, admit=self.greetings.admit)
+        self.rpc.register("mesh.hello", _hello)
+        await stages.enter_async_context(_serving(self.transport.serve))
+        await stages.enter_async_context(_serving(self.rpc.serve))
+        await self._say_hello()
+
+    async def _say_hello(self) -> None:
+        """Greet who is known; learn at once if another start of this identity is running."""
+        doubles: list[Conflict] = []
+
+        async def greet(peer: NodeId) -> None:
+            try:
+                await self.rpc.call(peer, "mesh.hello", b"", timeout_s=3)
+            except Conflict as error:
+                if DOUBLE in error.message:
+                    doubles.append(error)
+            except MeshError as error:
+                log.info("peer.unreached", peer=peer, error=str(error))
+
+        deadline = trio.current_time() + HELLO_S
+        while True:
+            doubles.clear()
+            with trio.move_on_after(4):
+                async with trio.open_nursery() as nursery:
+                    for peer in self.directory.members()[:16]:
+                        nursery.start_soon(greet, peer)
+            if not doubles:
+                return
+            if trio.current_time() > deadline:
+                raise StartRefused(doubles[0].message, hint=doubles[0].hint)
+            await trio.sleep(1)
+
+    async def _start_log(self, stages: AsyncExitStack, is_founded: bool) -> None:
+        if self.has_log:
+            machine = Machine()
+            is_founding = self.mesh_file.is_founder and not self.mesh_file.has_journal and not self.home.has_journal()
+            self.server_log = ServerLog(
+                directory=self.home.raft,
+                mesh=self.mesh,
+                me=self.me,
+                machine=machine,
+                transport=self.transport,
+                servers=machine.server_ids,
+                draining=lambda: [node for node in machine.server_ids() if machine.is_draining(node)],
+                founding=is_founding,
+                settings=self.settings,
+                on_applied=self._applied,
+                on_leadership=self._leadership_changed,
+            )
+            self.replica = Replica(self.server_log, machine, self._events_happened)
+            self.replica.register(self.rpc)
+            self.machine = machine
+        self.log = MeshLog(self.me, self.rpc, self._voters, self.replica)
+        self.authority = Authority(
+            home=self.home,
+            me=self.me,
+            mesh=self.mesh,
+            public_key=self.public_key,
+            ca_pem=self.mesh_file.ca_pem,
+            rpc=self.rpc,
+            servers=self.directory.servers,
+            find_member=self._find_member,
+        )
+        desk = JoinDesk(
+            mesh=self.mesh,
+            public_key=self.public_key,
+            ca_pem=self.mesh_file.ca_pem,
+            propose=lambda command: self.log.propose(command, timeout_s=JOIN_S / 2),
+            certify=self.authority.certify,
+            members=lambda: (self._myself_as_peer(), *self.directory.peers()),
+            wall_ms=wall_ms,
+        )
+        self.transport.handle(JOIN_PROTOCOL, desk.answer)
+        if self.server_log is not None:
+            await stages.enter_async_context(_serving(self.server_log.serve))
+            if not self.mesh_file.has_journal:
+                self.mesh_file = replace(self.mesh_file, has_journal=True)
+                await trio.to_thread.run_sync(self.home.write_mesh, self.mesh_file)
+            if self.mesh_file.is_founder:
+                await self._claim_founding()
+
+    async def _claim_founding(self) -> None:
+        """The first command of a new mesh; on a later start the state has it already."""
+        if self.machine.mesh:
+            return
+        member = Member(
+            self.me,
+            self.mesh_file.name,
+            self.mesh_file.certificate.roles,
+            tuple(self.addresses()),
+            self.api_address,
+            wall_ms(),
+        )
+        with trio.move_on_after(10):
+            try:
+                await self.log.propose(Found(self.mesh, member), timeout_s=10)
+            except Conflict:
+                return  # founded long ago: the journal had not been replayed yet
+
+    async def _start_gossip(self, stages: AsyncExitStack) -> None:
+        self.gossip = GossipService(
+            self.me,
+            self.rpc,
+            sign=self.key.sign,
+            verify=verify,
+            rng=random.Random(),  # noqa: S311
+            clock_ms=boot_ms,
+            incarnation=self.counters.starts,
+            on_change=self._liveness_changed,
+        )
+        self.gossip.set_members(self.directory.members())
+        await stages.enter_async_context(_serving(self.gossip.serve))
+
+    async def _start_blobs(self, stages: AsyncExitStack) -> None:
+        assert self.gossip is not None
+        gossip = self.gossip
+        self.store = await Store.open(self.home.blobs)
+        for ref in await self.store.list():
+            self._blob_changed(ref.hash, True)
+        self.store.on_change(self._blob_changed)
+        self.fetcher = Fetcher(self.transport, self.rpc, self.store, gossip.holders)
+        BlobServer(self.transport, self.rpc, self.store, may_remove=lambda peer: peer in self.directory.members())
+        self.replicator = Replicator(self.rpc, self.store, self.fetcher, self._replica_peers)
+
+    async def _start_work(self, stages: AsyncExitStack) -> None:
+        probes: Sequence[Any] = ()
+        backends = registry.load(
+            BackendSettings(directory=self.home.backends, term_grace_s=self.config.term_grace_s)
+        )
+        if self.config.backends:
+            backends = {name: each for name, each in backends.items() if name in self.config.backends}
+        if self.is_worker:
+            probes = await registry.probe_all(backends)
+            for probe in probes:
+                log.info("backend.probed", backend=probe.name, works=probe.works, reason=probe.reason or probe.version)
+            for backend in backends.values():
+                await stages.enter_async_context(_serving(backend.serve))
+        self.offer = make_offer(self.config, self.mesh_file.name, VERSION, probes)
+        offered = tuple(each.name for each in self.offer.backends)
+        self.executor = Executor(
+            directory=self.home.attempts,
+            me=self.me,
+            store=self.store,
+            fetcher=self.fetcher,
+            replicator=self.replicator,
+            backends=backends,
+            offered=lambda: offered,
+        )
+        await trio.to_thread.run_sync(self.executor.sweep)
+        keeper = Keeper(self.machine) if self.has_log else None
+        self.shell = Shell(
+            me=self.me,
+            agent=Agent(Worker(epoch=self.counters.epoch), keeper),
+            rpc=self.rpc,
+            world=self,
+            runs=self.executor,
+            propose=self._propose_once,
+            save_epoch=self._save_epoch,
+        )
+        self.log_desk = LogDesk(self.executor, self.rpc)
+        self.drains = Drain(
+            me=self.me,
+            rpc=self.rpc,
+            mesh_log=self.log,
+            directory=self.directory,
+            store=self.store,
+            replicator=self.replicator,
+            attempts_running=lambda: self.shell.attempts_running if self.shell else 0,
+            is_voter=lambda: self.server_log is not None and self.server_log.is_voter,
+            hand_over=lambda: self._feed(HandOver()),
+            leave_lead=self._leave_lead,
+        )
+        await stages.enter_async_context(_serving(self.shell.serve))
+        self.shell.feed(Tick(self.leading_term()))
+        if self.is_worker:
+            self.shell.feed(Offering(slots(self.config), self.offer))
+
+    async def _start_api(self, stages: AsyncExitStack) -> int | None:
+        assert self.gossip is not None
+        self.node = Node(
+            me=self.me,
+            name=self.mesh_file.name,
+            mesh=self.mesh,
+            version=VERSION,
+            ca_pem=self.mesh_file.ca_pem,
+            mesh_log=self.log,
+            rpc=self.rpc,
+            directory=self.directory,
+            gossip=self.gossip,
+            store=self.store,
+            fetcher=self.fetcher,
+            replicator=self.replicator,
+            logs=LogReader(self.me, self.rpc, self.log_desk, self.log, self.store, self.fetcher),
+            drains=self.drains,
+            addresses=self.addresses,
+            clock_offset_ms=self.greetings.offset_ms,
+        )
+        tcp = split_address(self.config.api) if self.config.api else None
+        context = await self._tls_context(tcp[0]) if tcp is not None else None
+        listening = await stages.enter_async_context(
+            _serving(api_server.serve, self.node, socket_path=self.home.socket, tcp=tcp, tls=context)
+        )
+        if tcp is not None:
+            host = tcp[0] if tcp[0] not in ("0.0.0.0", "::") else self._public_host()
+            self.api_address = f"{host}:{listening.tcp_port}"
+        port: int | None = listening.tcp_port
+        return port
+
+    async def _tls_context(self, host: str) -> ssl.SSLContext:
+        key_file, certificate_file = self.home.path / "api.key", self.home.path / "api.pem"
+        hosts = (host, self._public_host(), socket.gethostname())
+        request = await trio.to_thread.run_sync(tls.make_request, key_file, self.me, hosts)
+        if not certificate_file.exists():
+            pem = await self.authority.api_certificate(request)
+            await trio.to_thread.run_sync(certificate_file.write_text, pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(certificate_file, key_file)
+        return context
+
+    # --- what others ask of this node --------------------------------------------------------------------------------
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where this node can be found, as multiaddrs without /p2p."""
+        told = tuple(_multiaddr(address) for address in self.config.advertise)
+        return tuple(dict.fromkeys((*told, *self.transport.addresses)))[:8]
+
+    def _public_host(self) -> str:
+        for address in self.addresses():
+            host = address.split("/")[2]
+            if not host.startswith("127."):
+                return host
+        return "127.0.0.1"
+
+    def _greeting(self) -> Greeting:
+        return Greeting(
+            certificate=self.mesh_file.certificate,
+            start_counter=self.counters.starts,
+            start_random=self.start_random,
+            wall_ms=wall_ms(),
+            name=self.mesh_file.name,
+            addresses=self.addresses(),
+            api_address=self.api_address,
+            version=VERSION,
+        )
+
+    def _myself_as_peer(self) -> KnownPeer:
+        return KnownPeer(
+            self.me, self.mesh_file.name, self.addresses(), self.api_address, self.mesh_file.certificate
+        )
+
+    async def _find_member(self, node: NodeId) -> Member | None:
+        view = await self.log.query(GetMembers(), MembersView, timeout_s=5)
+        return next((row.member for row in view.members if row.member.node == node), None)
+
+    async def _propose_once(self, command: bytes) -> ProposeResult:
+        return await self.log.propose_once(command, timeout_s=5)
+
+    async def _save_epoch(self, epoch: int) -> None:
+        if epoch > self.counters.epoch:
+            self.counters = replace(self.counters, epoch=epoch)
+            await trio.to_thread.run_sync(self.home.write_counters, self.counters)
+
+    # --- shell.World --------------------------------------------------------------------------------------------------
+
+    def now_ms(self) -> int:
+        return boot_ms()
+
+    def leading_term(self) -> int | None:
+        if self.server_log is None or not self.server_log.leads():
+            return None
+        return self.server_log.term
+
+    def leader(self) -> NodeId | None:
+        if self.server_log is not None and self.server_log.is_voter:
+            return self.server_log.leader
+        voters = self._voters()
+        return voters[0] if voters else None
+
+    def voters(self) -> Sequence[NodeId]:
+        return self._voters()
+
+    def is_server(self, node: NodeId) -> bool:
+        return node == self.me or self.directory.has_role(node, Role.SERVER)
+
+    def _voters(self) -> list[NodeId]:
+        """Other servers, the likely leader first and the dead last: any voter will do, some answer sooner."""
+        servers = list(self.directory.servers())
+        if self.gossip is None:
+            return servers
+        leaders = {node: codec.decode(value, int) for (node, _), value in self.gossip.facts("leader").items()}
+        health = self.gossip.liveness()
+
+        def rank(node: NodeId) -> tuple[bool, int]:
+            is_dead = node in health and health[node].state is State.DEAD
+            return is_dead, -leaders.get(node, -1)
+
+        return sorted(servers, key=rank)
+
+    def _replica_peers(self) -> Sequence[NodeId]:
+        """Who may take copies of blobs: everybody that is thought alive and stays."""
+        health = self.gossip.liveness() if self.gossip is not None else {}
+        return tuple(
+            node
+            for node in self.directory.members()
+            if not self.directory.is_draining(node) and (node not in health or health[node].state is not State.DEAD)
+        )
+
+    # --- what happens ------------------------------------------------------------------------------------------------
+
+    def _feed(self, event: AgentEvent) -> None:
+        if self.shell is not None:
+            self.shell.feed(event)
+
+    def _applied(self, position: int) -> None:
+        if self.replica is not None:
+            self.replica.applied(position)
+
+    def _events_happened(self, events: Sequence[Event]) -> None:
+        self._feed(Applied(events, self.leading_term()))
+        if any(isinstance(event, MembersChanged) for event in events):
+            self._members_known(self.machine.answer(GetMembers()))
+
+    def _leadership_changed(self, is_leader: bool) -> None:
+        log.info("raft.leading" if is_leader else "raft.following", term=self.server_log.term if self.server_log else 0)
+        if is_leader and self.gossip is not None and self.server_log is not None:
+            self.gossip.publish("leader", codec.encode(self.server_log.term))
+        self._feed(Tick(self.leading_term()))
+
+    def _members_known(self, view: MembersView) -> None:
+        self.directory.learn_members(view)
+        if self.me in view.revoked:
+            self.removed.set()
+            return
+        mine = next((row.member for row in view.members if row.member.node == self.me), None)
+        if mine is not None and mine.is_draining != self.is_draining:
+            self.is_draining = mine.is_draining
+            log.info("node.draining" if self.is_draining else "node.in_service")
+            if self.is_worker:
+                self._feed(Offering(0 if self.is_draining else slots(self.config), self.offer))
+            if self.is_draining and self.shell is not None:
+                self.work.start_soon(self.drains.move_out)
+
+    def _liveness_changed(self, node: NodeId, state: State) -> None:
+        log.info("node." + state.value, node=node, name=self.directory.name(node))
+        is_gone = state is State.DEAD and node not in self.transport.connected()
+        self._feed(PeerGone(node, is_gone))
+
+    def _blob_changed(self, blob: str, is_present: bool) -> None:
+        try:
+            if self.gossip is not None:
+                self.gossip.publish_blob(blob, present=is_present)
+        except Busy:
+            return  # more blobs than gossip tells of: whoever wants this one asks around
+
+    def _directory_changed(self) -> None:
+        self.peers_changed.set()
+        if self.gossip is not None:
+            self.gossip.set_members(self.directory.members())
+
+    def peer_up(self, peer: NodeId) -> None:
+        if self.gossip is not None:
+            self.gossip.peer_up(peer)
+
+    def peer_down(self, peer: NodeId) -> None:
+        if self.gossip is not None:
+            self.gossip.peer_down(peer)
+
+    def _leave_lead(self) -> None:
+        if self.server_log is not None and self.server_log.leads():
+            self.work.start_soon(self.server_log.hand_over)
+
+    # --- kept up in the background -----------------------------------------------------------------------------------
+
+    async def _keep_members_fresh(self) -> None:
+        """Voters see changes as they apply them and announce the position; the others then ask."""
+        assert self.gossip is not None
+        announced = -1
+        asked_at = float("-inf")
+        while True:
+            if self.log.local is not None:
+                if self.directory.position != announced:
+                    announced = self.directory.position
+                    self.gossip.publish("members", codec.encode(announced))
+            else:
+                newest = max((codec.decode(v, int) for v in self.gossip.facts("members").values()), default=0)
+                is_due = trio.current_time() - asked_at > REFRESH_S_MAX
+                if newest > self.directory.position or is_due or self.directory.position == 0:
+                    try:
+                        self._members_known(await self.log.query(GetMembers(), MembersView, timeout_s=5))
+                        asked_at = trio.current_time()
+                    except MeshError as error:
+                        log.info("members.not_refreshed", error=str(error))
+            await trio.sleep(REFRESH_S)
+
+    async def _keep_peers_saved(self) -> None:
+        while True:
+            await self.peers_changed.wait()
+            self.peers_changed = trio.Event()
+            await trio.to_thread.run_sync(self.home.write_peers, self.directory.peers())
+            await trio.sleep(SAVE_EVERY_S)
+
+    async def _tell_about_self(self) -> None:
+        """Tell the mesh where this node is now, when that is not what the state says."""
+        while True:
+            try:
+                member = await self._find_member(self.me)
+                told = (self.mesh_file.name, self.addresses(), self.api_address)
+                if member is not None and (member.name, member.addresses, member.api_address) != told:
+                    await self.log.propose(UpdateMember(*told), timeout_s=10)
+                return
+            except MeshError as error:
+                log.info("node.not_told", error=str(error))
+                await trio.sleep(1)
+
+    async def _obtain_key(self) -> None:
+        while True:
+            try:
+                await self.authority.obtain_key()
+                log.info("mesh.key_obtained")
+                return
+            except MeshError as error:
+                log.info("mesh.key_not_obtained", error=str(error))
+                await trio.sleep(1)
+
+    async def _hand_back(self) -> None:
+        """Asked to stop: lead no more, stop what runs and report it, so that others go on at once."""
+        if self.server_log is not None and self.server_log.leads():
+            with trio.move_on_after(2):
+                await self.server_log.hand_over()
+        if self.shell is not None and self.is_worker:
+            self._feed(Offering(0, self.offer))
+            self._feed(HandOver())
+            while self.shell.holds_anything:
+                await trio.sleep(0.02)
+
+
+async def _hello(peer: NodeId, body: bytes) -> bytes:
+    return b""
+
+
+def _multiaddr(address: str) -> str:
+    host, port = split_address(address)
+    try:
+        parsed = ipaddress.ip_address(host)
+    except ValueError:
+        return f"/dns/{host}/tcp/{port}"
+    return f"/ip{parsed.version}/{host}/tcp/{port}"
+
+
+@asynccontextmanager
+async def _serving(serve: Callable[..., Awaitable[None]], *arguments: Any, **options: Any) -> AsyncIterator[Any]:
+    """A service runs for the length of the block; what it says once it can be used is the block's value."""
+    async with trio.open_nursery() as nursery:
+        value = await nursery.start(partial(serve, *arguments, **options))
+        try:
+            yield value
+        finally:
+            nursery.cancel_scope.cancel()
