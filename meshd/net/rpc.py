@@ -160,6 +160,10 @@ class StreamRpc:
         """The smoothed time of a ping, in milliseconds; None while no stream to the peer is open."""
         return self._rtt_ms.get(peer)
 
+    def hears(self, peer: NodeId) -> bool:
+        """Is a stream of calls from this peer open, and admitted?"""
+        return peer in self._answering
+
     def close(self, peer: NodeId) -> None:
         """End the streams with the peer, both ways; the next call opens a new one and is greeted again."""
         if peer in self._calling:
