@@ -128,6 +128,10 @@ class Forwarded:
     def forget(self, request: int) -> None:
         self._waiting.pop(request, None)
 
+    def forget_proposal(self, proposal: Proposal) -> None:
+        for request in [request for request, (_, waiting) in self._waiting.items() if waiting is proposal]:
+            del self._waiting[request]
+
     def answered(self, peer: VoterId, m: Proposed) -> None:
         leader, proposal = self._waiting.get(m.request, (None, None))
         if proposal is None or leader != peer:

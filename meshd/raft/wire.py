@@ -24,6 +24,7 @@ from meshd.errors import MeshError, PeerFault
 from meshd.model import NodeId, ShortText
 from meshd.ports import Stream, Transport
 from meshd.raft.messages import AnyMessage, Number, VoterId, voter_id
+from meshd.raft.server import Down, Incident, Mail, Up
 
 PROTOCOL = "/meshd/raft/1"
 
@@ -50,28 +51,6 @@ class Greeting(Struct, frozen=True, array_like=True):
     incarnation: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[0-9a-f]+$")]
     start: Number
     random: ShortText
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """Frames can be sent to it from now on; nothing that was sent before is on its way."""
-
-    peer: VoterId
-
-
-@dataclass(frozen=True, slots=True)
-class Down:
-    peer: VoterId
-
-
-@dataclass(frozen=True, slots=True)
-class Mail:
-    peer: VoterId
-    message: AnyMessage
-    size: int
-
-
-Incident = Up | Down | Mail
 
 
 @dataclass(slots=True)

@@ -1,0 +1,451 @@
+"""One server's log between two syncs: everything that a turn does and that does not wait.
+
+    begin    contact is checked, mail is read, the autopilot steers, a batch is written
+    (early)  a leader's frames may leave: it counts itself only when it has synced
+    sync     the owner writes the journal
+    finish   what is now durable counts: commit, apply, answer
+    flush    the owner lets the frames leave
+
+`log.py` turns it under trio, with threads for the disk; the simulator turns it on virtual
+time, on a disk that loses power.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol, assert_never
+
+from meshd import codec
+from meshd.errors import Corrupt, MeshError
+from meshd.model import NodeId
+from meshd.ports import NotCommitted, ProposeResult
+from meshd.raft.commands import Batch
+from meshd.raft.engine import Engine, RaftSettings
+from meshd.raft.journal import Journal
+from meshd.raft.messages import AnyMessage, Propose, Proposed, Read, ReadAt, VoterId, node_of, voter_id
+from meshd.raft.proposals import Forwarded, Pending, Proposal, Resolve, as_message, is_one_value, resolver, stamped
+from meshd.raft.reads import Reads
+from meshd.raft.snapshot import Image, Packed
+from meshd.raft.stamp import OwnClock, agreed_wall_ms
+from meshd.raft.voters import Add, HandOver, Peer, Remove, View, decide, learners
+
+MAIL_SLICE_S = 0.005
+"""Reading mail stops after so long, and the turn goes on."""
+STEER_S = 0.05
+"""The autopilot looks no more often …"""
+STEER_IDLE_S = 1.0
+"""… and no less often while leading."""
+WITNESS_S = 0.1
+"""So long after the last frame an empty one proves it (protocol.md 9)."""
+TICK_MS_MIN = 10
+"""Between ticks, whatever the state machine says."""
+TICK_MS_MAX = 60_000
+"""One entry counts at most a minute, so while something is pending there is one each minute."""
+HAND_OVER_PAUSE_S = 0.5
+"""No batches for so long after another voter was asked to lead: it must have everything."""
+NEVER_MS = 1 << 40
+
+
+class StateMachine(Protocol):
+    """What is replicated."""
+
+    wall_ms: int
+    """The state's wall time."""
+
+    def apply(self, index: int, batch: bytes) -> list[bytes]:
+        """Encoded answers, one for each command. Total and deterministic."""
+        ...
+
+    def capture(self) -> Callable[[], bytes]:
+        """Cheap and consistent; the packer it returns may run in a thread."""
+        ...
+
+    def restore(self, data: bytes) -> None: ...
+
+    def next_timer_ms(self) -> int | None:
+        """State time until something timed is due; None: no ticks are needed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """Frames can be sent to it from now on; nothing that was sent before is on its way."""
+
+    peer: VoterId
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    peer: VoterId
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    peer: VoterId
+    message: AnyMessage
+    size: int = 0
+
+
+Incident = Up | Down | Mail
+
+
+class Links(Protocol):
+    """The streams to other servers, as far as a turn needs them."""
+
+    def send(self, peer: VoterId, message: AnyMessage) -> bool:
+        """Stage a frame for the next flush; False when it cannot be."""
+        ...
+
+    def take(self) -> Incident | None: ...
+    def connected(self) -> list[VoterId]: ...
+    def reach(self, peers: Collection[NodeId]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    now_s: Callable[[], float]
+    """CLOCK_BOOTTIME."""
+    wall_ms: Callable[[], int]
+    is_synchronised: Callable[[], bool]
+    """The kernel calls the wall clock synchronised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A state to be written down: packing and writing may take their time in a thread."""
+
+    index: int
+    term: int
+    voters: tuple[VoterId, ...]
+    pack: Callable[[], bytes]
+
+
+class Server:
+    def __init__(
+        self,
+        *,
+        node: NodeId,
+        journal: Journal,
+        image: Image | None,
+        machine: StateMachine,
+        links: Links,
+        servers: Callable[[], Sequence[NodeId]],
+        draining: Callable[[], Collection[NodeId]],
+        settings: RaftSettings,
+        clocks: Clocks,
+        random: Random,
+        packed: Callable[[], Packed | None],
+        report: Callable[[str, dict[str, object]], None],
+    ) -> None:
+        """`image` is the newest snapshot; `packed` gives it as bytes to send, or None while it is fetched."""
+        if image is not None:
+            machine.restore(image.state)
+        self._journal = journal
+        self._machine = machine
+        self._links = links
+        self._servers = servers
+        self._draining = draining
+        self._settings = settings
+        self._clocks = clocks
+        self._now = clocks.now_s
+        self._report = report
+        self.engine = Engine(
+            me=voter_id(node, journal.header.incarnation),
+            voters=journal.header.founding if image is None else image.voters,
+            journal=journal,
+            apply=self._apply,
+            send=links.send,
+            snapshot=packed,
+            now=clocks.now_s,
+            wall_ms=clocks.wall_ms,
+            random=random,
+            settings=settings,
+            on_bug=lambda index, error: report("raft.bug", {"index": index, "error": repr(error)}),
+        )
+        self.reads = Reads()
+        self.own_clock = OwnClock()
+        self._pending = Pending()
+        self._forwarded = Forwarded()
+        self._batch_at = (0, 0)
+        self._steered_s = float("-inf")
+        self._paused_until_s = float("-inf")
+        self._written_s = float("-inf")
+        self._saved_index = self.engine.applied
+        self._bytes_since_saved = 0
+
+    # --- a turn -------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Raises Corrupt when this server must stop."""
+        self.engine.check_contact()
+        self._read_mail()
+        if not self.engine.is_leader:
+            self._pending.refuse_all("this server does not lead any more")
+        self._steer()
+        self._serve_reads()
+        self._propose_batch()
+        self.engine.doTick(0.0)
+
+    @property
+    def may_send_early(self) -> bool:
+        return self.engine.is_leader and not self._journal.is_vote_staged
+
+    @property
+    def wants_sync(self) -> bool:
+        is_witness_due = self._journal.wants_witness and self._now() >= self._written_s + WITNESS_S
+        return self._journal.is_dirty or is_witness_due
+
+    def synced(self) -> None:
+        self._written_s = self._now()
+
+    def finish(self) -> None:
+        self.engine.synced()
+
+    @property
+    def has_work(self) -> bool:
+        """Another turn is due at once."""
+        return self.engine.has_more_to_apply or (bool(self._pending) and self._may_batch())
+
+    def next_due_s(self) -> float | None:
+        """When a turn is due although nothing happens."""
+        due = [self.engine.next_deadline(), self._tick_due_s()]
+        if self.engine.is_leader:
+            due.append(self._steered_s + STEER_IDLE_S)
+        if self._journal.wants_witness:
+            due.append(self._written_s + WITNESS_S)
+        return min((at for at in due if at is not None), default=None)
+
+    def stop(self) -> None:
+        self._pending.refuse_all("this server stops")
+
+    # --- mail ---------------------------------------------------------------------------------------------------------
+
+    def _read_mail(self) -> None:
+        until = self._now() + MAIL_SLICE_S
+        while (incident := self._links.take()) is not None:
+            match incident:
+                case Up(peer):
+                    self.engine.peer_up(peer)
+                case Down(peer):
+                    self.engine.peer_down(peer)
+                    self._forwarded.lost(peer)
+                    self.reads.lost(peer)
+                case Mail(peer, message):
+                    try:
+                        self._read(peer, message)
+                    except Corrupt:
+                        raise
+                    except MeshError as error:
+                        self._report("raft.bad_message", {"peer": peer, "why": str(error)})
+                case _:
+                    assert_never(incident)
+            if self._now() >= until:
+                break
+
+    def _read(self, peer: VoterId, message: AnyMessage) -> None:
+        match message:
+            case Propose(request, origin, command):
+                self._admit(Proposal(origin, command, lambda result: self._answer_proposal(peer, request, result)))
+            case Proposed():
+                self._forwarded.answered(peer, message)
+            case Read(request):
+                self.engine.barrier(lambda position: self._answer_read(peer, request, position))
+            case ReadAt(request, position):
+                self.reads.answered(peer, request, position)
+            case _:
+                self.engine.receive(peer, message)
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def submit(self, origin: NodeId, command: bytes, resolve: Resolve) -> Proposal | None:
+        """Queued here or sent to the leader; None when nobody is known to lead. `resolve` may be called at once."""
+        leader = self.engine.leader
+        if leader is None:
+            return None
+        proposal = Proposal(origin, command, resolve)
+        if leader == self.engine.me:
+            self._admit(proposal)
+            return proposal
+        request = self._forwarded.add(leader, proposal)
+        if self._links.send(leader, Propose(request, origin, command)):
+            proposal.is_batched = True  # from here on only the leader knows
+        else:
+            self._forwarded.forget(request)
+            proposal.end(NotCommitted(f"the leader {leader} cannot be reached"))
+        return proposal
+
+    def forget(self, proposal: Proposal) -> None:
+        """Nobody waits for it any more; if it is still queued it will not be written."""
+        proposal.is_over = True
+        self._forwarded.forget_proposal(proposal)
+
+    def _admit(self, proposal: Proposal) -> None:
+        if not self.engine.is_leader:
+            proposal.end(NotCommitted("this server does not lead"))
+        elif not is_one_value(proposal.command):
+            proposal.end(NotCommitted("malformed command"))
+        elif not self._pending.add(proposal):
+            proposal.end(NotCommitted("the leader's queue is full"))
+
+    def _answer_proposal(self, peer: VoterId, request: int, result: ProposeResult) -> None:
+        self._links.send(peer, as_message(request, result))
+
+    def _may_batch(self) -> bool:
+        """One batch at a time: what arrives meanwhile makes the next one larger."""
+        term, index = self._batch_at
+        is_free = term != self.engine.term or self.engine.applied >= index
+        return self.engine.is_settled() and is_free and self._now() >= self._paused_until_s
+
+    def _propose_batch(self) -> None:
+        """What arrived while the last batch was being committed; or a tick, when something timed is due."""
+        if not self._may_batch():
+            return
+        batch = self._pending.take_batch()
+        tick_s = self._tick_due_s()
+        if not batch and (tick_s is None or tick_s > self._now()):
+            return
+        now_ms = int(self._now() * 1000)
+        elapsed_ms = max(0, now_ms - int(self.engine.received_s * 1000))
+        entry = Batch(elapsed_ms, self._stamp_wall(now_ms, elapsed_ms), stamped(batch))
+        self._batch_at = (self.engine.term, self.engine.last + 1)
+        self.engine.propose(codec.encode(entry), resolver(batch))
+
+    def _tick_due_s(self) -> float | None:
+        """When an empty batch is due; None while nothing timed is pending, or a batch is on its way."""
+        if not self._may_batch() or (timer_ms := self._machine.next_timer_ms()) is None:
+            return None
+        return self.engine.received_s + min(max(timer_ms, TICK_MS_MIN), TICK_MS_MAX) / 1000
+
+    def _stamp_wall(self, now_ms: int, elapsed_ms: int) -> int:
+        engine, state_ms, own_ms = self.engine, self._machine.wall_ms, self._clocks.wall_ms()
+        expected_ms = state_ms + elapsed_ms
+        if engine.voters == (engine.me,):
+            stamp_ms = self.own_clock.wall_ms(
+                now_ms=now_ms,
+                own_ms=own_ms,
+                expected_ms=expected_ms,
+                is_founding=state_ms == 0,
+                is_synchronised=self._clocks.is_synchronised(),
+            )
+            return max(state_ms, stamp_ms)
+        offsets = [
+            progress.clock_offset_ms
+            for peer, progress in engine.progress.items()
+            if peer in engine.voters and progress.clock_offset_ms is not None
+        ]
+        agreed_ms = agreed_wall_ms(now_ms, [own_ms - now_ms, *offsets], len(engine.voters))
+        return expected_ms if agreed_ms is None else max(expected_ms, agreed_ms)
+
+    def _apply(self, index: int, batch: bytes) -> list[bytes]:
+        self._bytes_since_saved += len(batch)
+        return self._machine.apply(index, batch)
+
+    # --- reads --------------------------------------------------------------------------------------------------------
+
+    def _serve_reads(self) -> None:
+        """One round, or one question to the leader, for all that asked since the last turn."""
+        if not self.reads.has_new:
+            return
+        leader = self.engine.leader
+        if leader is None or leader == self.engine.me:
+            self.engine.barrier(self.reads.begin())
+            return
+        request = self.reads.begin_remote(leader)
+        if not self._links.send(leader, Read(request)):
+            self.reads.answered(leader, request, 0)
+
+    def _answer_read(self, peer: VoterId, request: int, position: int | None) -> None:
+        self._links.send(peer, ReadAt(request, position or 0))
+
+    # --- who votes ----------------------------------------------------------------------------------------------------
+
+    def _steer(self) -> None:
+        engine, now = self.engine, self._now()
+        if not engine.is_leader:
+            self._links.reach([node_of(voter) for voter in engine.voters] if engine.is_voter else [])
+            return
+        if now - self._steered_s < STEER_S:
+            return
+        self._steered_s = now
+        servers = self._servers()
+        self._links.reach({*servers, *(node_of(voter) for voter in engine.voters)})
+        view = View(
+            me=engine.me,
+            voters=engine.voters,
+            peers={voter: self._peer(voter) for voter in {*self._links.connected(), *engine.progress}},
+            servers=servers,
+            draining=self._draining(),
+            leading_ms=int(engine.leading_s * 1000),
+        )
+        engine.set_learners(learners(view))
+        if not engine.may_change_voters() or not engine.leads():
+            return
+        match decision := decide(view):
+            case Add(voter):
+                self._report("raft.voter_added", {"voter": voter})
+                engine.change_voters([*engine.voters, voter])
+            case Remove(voter):
+                self._report("raft.voter_removed", {"voter": voter})
+                engine.change_voters([other for other in engine.voters if other != voter])
+            case HandOver(to):
+                self._hand_over_to(to)
+            case None:
+                pass
+            case _:
+                assert_never(decision)
+
+    def hand_over(self) -> bool:
+        """Ask the voter that has most to lead; False when there is none."""
+        engine = self.engine
+        others = [voter for voter in engine.voters if voter in engine.progress]
+        if not others:
+            return False
+        self._hand_over_to(
+            max(others, key=lambda voter: (engine.progress[voter].contact_s, engine.progress[voter].match))
+        )
+        return True
+
+    def _hand_over_to(self, voter: VoterId) -> None:
+        self._paused_until_s = self._now() + HAND_OVER_PAUSE_S
+        self.engine.transfer_to(voter)
+
+    def _peer(self, voter: VoterId) -> Peer:
+        progress = self.engine.progress.get(voter)
+        if progress is None:
+            return Peer(lag=self.engine.last, silent_ms=NEVER_MS)
+        return Peer(lag=self.engine.last - progress.match, silent_ms=self.silent_ms(progress.contact_s))
+
+    def silent_ms(self, contact_s: float) -> int:
+        return NEVER_MS if contact_s == float("-inf") else max(0, int((self._now() - contact_s) * 1000))
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def capture(self) -> Capture | None:
+        """The state, when enough was applied since it was last written down."""
+        index = self.engine.applied
+        is_due = (
+            index - self._saved_index >= self._settings.snapshot_entries
+            or self._bytes_since_saved >= self._settings.snapshot_bytes
+        )
+        if not is_due or index == self._saved_index:
+            return None
+        self._bytes_since_saved = 0
+        return Capture(index, self.engine.term_at(index), self.engine.voters_at(index), self._machine.capture())
+
+    def saved(self, index: int) -> None:
+        """A snapshot at `index` is durable."""
+        self._saved_index = max(self._saved_index, index)
+        if index > self.engine.first:
+            self.engine.compact(index)
+
+    def install(self, image: Image) -> None:
+        """A leader's snapshot is verified and durable here."""
+        self.engine.install(image, self._machine.restore)
+        self._saved_index = max(self._saved_index, image.index)
+        self._bytes_since_saved = 0
+
+    @property
+    def saved_index(self) -> int:
+        return self._saved_index
