@@ -170,6 +170,10 @@ class BlobStore(Protocol):
 
     async def put_bytes(self, data: bytes) -> BlobRef: ...
 
+    async def put_many(self, datas: Sequence[bytes]) -> Sequence[BlobRef]:
+        """Small ones together: one thread call, durable when it returns."""
+        ...
+
     async def put_file(self, path: Path) -> BlobRef: ...
 
     async def read(self, blob: str, offset: int, length: int) -> bytes:

@@ -109,14 +109,12 @@ class Disk:
                 raise
         return refs
 
-    def put_descriptor(self, source: int, *, bytes_max: int | None) -> BlobRef:
-        """Copy an open regular file. Raises TooLarge before it is read when its size says so, or as it grows."""
+    def put_descriptor(self, source: int) -> BlobRef:
+        """Copy an open regular file. Raises InvalidRequest for anything else, Busy when it does not fit."""
         with disk_errors("copy a file into the blob store"):
             status = os.fstat(source)
             if not stat.S_ISREG(status.st_mode):
                 raise InvalidRequest("only regular files can be kept as blobs")
-            if bytes_max is not None and status.st_size > bytes_max:
-                raise TooLarge(f"file of {status.st_size} bytes is over the limit of {bytes_max}")
             self.check_room(status.st_size)
             path = self.temporary_path()
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -124,8 +122,6 @@ class Disk:
                 hasher, size = blake3(), 0
                 while chunk := os.read(source, CHUNK_BYTES):
                     size += len(chunk)
-                    if bytes_max is not None and size > bytes_max:
-                        raise TooLarge(f"file grew over the limit of {bytes_max} bytes while it was read")
                     hasher.update(chunk)
                     write_all(descriptor, chunk)
                     self._checkpoint()
@@ -226,20 +222,20 @@ class Disk:
             self.index[blob] = size
             self._remember_verified(blob)
 
-    def export(self, ref: BlobRef, target: str | Path, *, executable: bool, directory: int | None = None) -> None:
-        """A private, verified copy that may be written to. `target` must not exist; `directory` is what it is relative to."""
+    def export(self, ref: BlobRef, target: Path, *, executable: bool) -> None:
+        """A private, verified copy that may be written to. `target` must not exist."""
         source = self.open_blob(ref.hash)
         try:
             with disk_errors(f"copy blob {ref.hash} to {target}"):
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                copy = os.open(target, flags, 0o700 if executable else 0o600, dir_fd=directory)
+                copy = os.open(target, flags, 0o700 if executable else 0o600)
                 try:
                     digest, size = self._copy(source, copy)
                     if (digest, size) != (ref.hash, ref.size):
                         self.refuse(ref, source)
                 except BaseException:
                     with suppress(OSError):
-                        os.unlink(target, dir_fd=directory)
+                        os.unlink(target)
                     raise
                 finally:
                     os.close(copy)
@@ -340,7 +336,7 @@ def _named(error: OSError, doing: str) -> MeshError:
             return Busy(why, hint="the disk is full: remove blobs with `mesh blob rm`, or give the node a larger one")
         case errno.EMFILE | errno.ENFILE:
             return Busy(why, hint="raise the limit of open files of the agent")
-        case errno.EEXIST | errno.ELOOP | errno.ENAMETOOLONG | errno.EISDIR:
+        case errno.EEXIST | errno.ELOOP | errno.ENOTDIR | errno.ENAMETOOLONG | errno.EISDIR:
             return InvalidRequest(why)
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Unavailable(why, hint="check owner and mode of the directory, and that its disk is writable")

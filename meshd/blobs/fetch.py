@@ -8,7 +8,7 @@ loses its turn. What has arrived is kept when a fetch gives up, and the next one
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,9 +26,9 @@ from meshd.blobs.messages import (
     Coming,
     Contents,
     Names,
-    Presence,
     Refusal,
     Reply,
+    Sizes,
     Want,
     Wire,
 )
@@ -93,13 +93,17 @@ class Fetcher:
         self._transport = transport
         self._rpc = rpc
         self._store = store
-        self._holders = holders
+        self.holders = holders
         self._flights: dict[BlobRef, _Flight] = {}
         self._plans: dict[BlobRef, Plan] = {}
         self._banned_until: dict[NodeId, float] = {}
         self._large = trio.CapacityLimiter(LARGE_MAX)
         self._small = trio.CapacityLimiter(SMALL_MAX)
         self._log = structlog.get_logger()
+
+    @property
+    def me(self) -> NodeId:
+        return self._transport.me
 
     async def fetch(self, ref: BlobRef, *, hints: Sequence[NodeId] = (), timeout_s: float) -> None:
         """The blob is on this disk, whole, verified and durable. `hints` are asked before anyone else.
@@ -144,7 +148,17 @@ class Fetcher:
         self, blob: str, *, enough: int | None = None, but: Collection[NodeId] = ()
     ) -> tuple[NodeId, ...]:
         """Asks every connected member, except `but`; stops when `enough` said yes. This node is not among them."""
-        found: list[NodeId] = []
+        return tuple(await self._sizes_at(blob, enough=enough, but=but))
+
+    async def size_of(self, blob: str) -> int | None:
+        """What most of the connected members that have it say; None when none of them does."""
+        if self._store.has(blob):
+            return self._store.size(blob)
+        sizes = Counter((await self._sizes_at(blob, enough=None, but=())).values())
+        return sizes.most_common(1)[0][0] if sizes else None
+
+    async def _sizes_at(self, blob: str, *, enough: int | None, but: Collection[NodeId]) -> dict[NodeId, int]:
+        found: dict[NodeId, int] = {}
         body = codec.encode(Names((blob,)))
         at_once = trio.CapacityLimiter(ASKED_AT_ONCE_MAX)
 
@@ -152,18 +166,19 @@ class Fetcher:
             async with at_once:
                 try:
                     answer = await self._rpc.call(peer, "blob.have", body, timeout_s=ASK_S)
-                    if codec.decode(answer, Presence).here == (True,):
-                        found.append(peer)
+                    sizes = codec.decode(answer, Sizes).sizes
                 except MeshError:
                     return  # whoever cannot say does not have it for us
+                if len(sizes) == 1 and sizes[0] is not None:
+                    found[peer] = sizes[0]
                 if enough is not None and len(found) >= enough:
                     asking.cancel_scope.cancel()
 
         async with trio.open_nursery() as asking:
             for peer in sorted(self._transport.connected()):
-                if peer not in but and peer != self._transport.me:
+                if peer not in but and peer != self.me:
                     asking.start_soon(ask, peer)
-        return tuple(found)
+        return found
 
     # --- one fetch ---------------------------------------------------------------------------------------------------
 
@@ -221,9 +236,9 @@ class Fetcher:
         )
 
     def _known_sources(self, ref: BlobRef, hints: Iterable[NodeId]) -> list[NodeId]:
-        banned = {*self._banned(), self._transport.me}
+        banned = {*self._banned(), self.me}
         connected = self._transport.connected()
-        known = [node for node in unique_nodes([*hints, *self._holders(ref.hash)]) if node not in banned]
+        known = [node for node in unique_nodes([*hints, *self.holders(ref.hash)]) if node not in banned]
         return sorted(known, key=lambda node: node not in connected)
 
     async def _fetch_from(self, ref: BlobRef, sources: Sequence[NodeId], why: dict[NodeId, str]) -> bool:
@@ -440,14 +455,14 @@ async def _receive_range(wire: Wire, ref: BlobRef, expected: Range) -> bytes:
     raise Unavailable(f"gave less than a range in {RANGE_S:g} s")
 
 
-def batches(refs: Sequence[BlobRef]) -> list[list[BlobRef]]:
-    """Runs of small blobs that fit one call."""
+def batches(refs: Sequence[BlobRef], *, bytes_max: int | None = CALL_BYTES_MAX) -> list[list[BlobRef]]:
+    """Runs that fit one call each, by number and, where their bytes travel along, by bytes."""
     runs: list[list[BlobRef]] = []
     room = 0
     for ref in refs:
-        if not runs or ref.size > room or len(runs[-1]) == NAMES_MAX:
+        if not runs or len(runs[-1]) == NAMES_MAX or (bytes_max is not None and ref.size > room):
             runs.append([])
-            room = CALL_BYTES_MAX
+            room = bytes_max or 0
         runs[-1].append(ref)
         room -= ref.size
     return runs

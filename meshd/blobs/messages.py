@@ -1,7 +1,7 @@
 """What nodes say to each other about blobs.
 
 RPC     blob.get    small blobs, whole, many at a time        Names    -> Contents
-        blob.have   who has these?                            Names    -> Presence
+        blob.have   who has these, and how large are they?    Names    -> Sizes
         blob.pull   fetch these and make them durable         Pull     -> Presence
         blob.list   a page of all that a node has             ListFrom -> Page
         blob.remove take it off this node                     Name     -> Presence
@@ -39,6 +39,7 @@ MESSAGE_BYTES_MAX = 4096
 """On a blob stream; anything longer is no message of ours."""
 
 BlobName = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Meta(ge=0, le=2**53)]
 SmallBytes = Annotated[bytes, Meta(max_length=SMALL_BYTES_MAX)]
 
 
@@ -56,8 +57,14 @@ class Contents(Struct, frozen=True):
     datas: Annotated[tuple[SmallBytes | None, ...], Meta(max_length=NAMES_MAX)]
 
 
+class Sizes(Struct, frozen=True):
+    """In bytes, in the order of the names; None for what is not here."""
+
+    sizes: Annotated[tuple[Size | None, ...], Meta(max_length=NAMES_MAX)]
+
+
 class Presence(Struct, frozen=True):
-    """In the order of the names: is it here (for blob.pull: durable here; for blob.remove: was it here)?"""
+    """In the order of the names: is it durable here (for blob.remove: was it here)?"""
 
     here: Annotated[tuple[bool, ...], Meta(max_length=NAMES_MAX)]
     why: Annotated[str, Meta(max_length=1024)] = ""
@@ -84,14 +91,14 @@ class Page(Struct, frozen=True):
 
 class Want(Struct, frozen=True, array_like=True):
     blob: BlobName
-    offset: Annotated[int, Meta(ge=0, le=2**53)]
+    offset: Size
     length: Annotated[int, Meta(ge=1, le=CALL_BYTES_MAX)]
 
 
 class Coming(Struct, frozen=True, tag=True):
     """`length` bytes follow."""
 
-    size: Annotated[int, Meta(ge=0, le=2**53)]
+    size: Size
     """Of the whole blob."""
     length: Annotated[int, Meta(ge=1, le=CALL_BYTES_MAX)]
 

@@ -26,6 +26,7 @@ from meshd.blobs.messages import (
     Page,
     Presence,
     Refusal,
+    Sizes,
     Want,
     Wire,
 )
@@ -120,7 +121,7 @@ class BlobServer:
 
     async def _have(self, _peer: NodeId, body: bytes) -> bytes:
         names = codec.decode(body, Names).blobs
-        return codec.encode(Presence(tuple(self._store.has(blob) for blob in names)))
+        return codec.encode(Sizes(tuple(self._store.size(blob) if self._store.has(blob) else None for blob in names)))
 
     async def _list(self, _peer: NodeId, body: bytes) -> bytes:
         return codec.encode(page_after(await self._store.list(), codec.decode(body, ListFrom).after))

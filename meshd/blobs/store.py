@@ -82,15 +82,11 @@ class Store:
                 # Non-blocking: opening a FIFO nobody writes to would hold the thread for ever.
                 source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                return self._disk.put_descriptor(source, bytes_max=None)
+                return self._disk.put_descriptor(source)
             finally:
                 os.close(source)
 
         return await self._run(put)
-
-    def put_descriptor(self, descriptor: int, *, bytes_max: int | None) -> BlobRef:
-        """Blocking, for work that is in a thread of `run` already. Raises TooLarge, InvalidRequest, Busy."""
-        return self._disk.put_descriptor(descriptor, bytes_max=bytes_max)
 
     async def resume(self, ref: BlobRef) -> PartialBlob:
         """A file to put ranges of `ref` into, in any order; goes on where an earlier one of this process stopped."""
@@ -138,13 +134,7 @@ class Store:
             os.close(descriptor)
 
     async def export(self, ref: BlobRef, target: Path, *, executable: bool = False) -> None:
-        await self._run(partial(self.export_at, ref, target, executable=executable))
-
-    def export_at(
-        self, ref: BlobRef, target: str | Path, *, executable: bool = False, directory: int | None = None
-    ) -> None:
-        """Blocking, for work that is in a thread of `run` already; `target` is relative to the open `directory`."""
-        self._disk.export(ref, target, executable=executable, directory=directory)
+        await self._run(partial(self._disk.export, ref, target, executable=executable))
 
     async def remove(self, blob: str) -> bool:
         return await self._run(self._disk.remove, blob)
@@ -154,10 +144,6 @@ class Store:
         return await self._run(lambda: [BlobRef(hash=blob, size=index[blob]) for blob in sorted(index)])
 
     # --- in threads --------------------------------------------------------------------------------------------------
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Blocking disk work of others that uses this store, in one of its threads."""
-        return await self._run(work)
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         try:
@@ -192,16 +178,16 @@ class Writer:
         self._waiting.append(data)
         self._waiting_bytes += len(data)
         if self._waiting_bytes >= CHUNK_BYTES:
-            await self._store.run(self._flush)
+            await self._store._run(self._flush)
 
     async def commit(self, *, expected: BlobRef | None = None) -> BlobRef:
         assert not self._is_over
-        return await self._store.run(partial(self._finish, expected))
+        return await self._store._run(partial(self._finish, expected))
 
     async def abort(self) -> None:
         """Nothing is left behind, also when the caller is being cancelled. Harmless after `commit`."""
         with trio.CancelScope(shield=True):
-            await self._store.run(self._discard)
+            await self._store._run(self._discard)
 
     def _flush(self) -> None:
         with disk_errors("write a blob"):
@@ -259,7 +245,7 @@ class PartialBlob:
                     os.close(descriptor)
             return blake3(data).hexdigest()
 
-        return await self._store.run(write)
+        return await self._store._run(write)
 
     async def commit(self) -> bool:
         """Make it durable if it is `ref`. False when it is not; then the ranges are kept to be replaced."""
@@ -276,7 +262,7 @@ class PartialBlob:
                 self._disk.adopt([(self._path, self.ref)])
             return True
 
-        return await self._store.run(finish)
+        return await self._store._run(finish)
 
     async def discard(self) -> None:
         def unlink() -> None:
@@ -284,7 +270,7 @@ class PartialBlob:
                 self._path.unlink()
 
         with trio.CancelScope(shield=True):
-            await self._store.run(unlink)
+            await self._store._run(unlink)
 
 
 def unique(refs: Iterable[BlobRef]) -> tuple[BlobRef, ...]:

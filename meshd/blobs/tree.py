@@ -1,0 +1,242 @@
+"""Directories as blobs, and back: what goes in is files only, what comes out stays in its directory.
+
+    collect      files that patterns name in a job's working directory   -> Inline | TreeRef
+    pack_tree    all files of a directory                                -> TreeRef
+    materialise  a tree                                                  -> files in a directory
+
+A job may leave anything behind: links that point out, FIFOs, a terabyte of nothing.
+`match` finds files without following links, and sizes are judged before a byte is
+read. A tree that comes from elsewhere is judged before anything is written.
+
+In a tree, files up to 1 KiB are part of the list while that stays below 4 MiB: a
+thousand small results are one blob on two disks, not a thousand. Empty directories
+are not kept. Equal directories make equal trees.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from meshd import codec
+from meshd.blobs.disk import disk_errors
+from meshd.blobs.match import FILES_MAX, Found, check_path, find, open_directory, open_file
+from meshd.errors import InvalidRequest
+from meshd.model import INLINE_BYTES_MAX, BlobRef, Inline, Tree, TreeEntry, TreeRef
+from meshd.ports import BlobStore
+
+INLINE_FILE_BYTES_MAX = 1024
+"""A file of this size in the list costs less than naming and syncing it as a blob."""
+
+LIST_BYTES_MAX = 4 << 20
+"""Of a list with files in it; one of names only may be larger, up to 100,000 files."""
+
+ENTRY_BYTES = 96
+"""An entry without its path and content, at most."""
+
+SMALL_FILE_BYTES_MAX = 64 << 10
+"""Read and written many at a time; larger ones are copied one by one."""
+
+BATCH_BYTES = 4 << 20
+"""Small files in memory at a time."""
+
+OUTPUTS_BYTES_MAX = 16 << 30
+"""Of one attempt. A sparse file counts with its full size: that is what it is for whoever fetches it."""
+
+T = TypeVar("T")
+
+
+async def collect(
+    workdir: Path, patterns: Sequence[str], store: BlobStore, *, bytes_max: int = OUTPUTS_BYTES_MAX
+) -> Inline | TreeRef | None:
+    """What the patterns name (see `match`), in the store; in itself when all of it fits a command. None for no patterns.
+
+    Raises InvalidRequest (missing, a link, a FIFO, unreadable), TooLarge, Busy (disk full).
+    """
+    if not patterns:
+        return None
+    return await _pack(workdir, patterns, store, bytes_max, inline_bytes_max=INLINE_BYTES_MAX)
+
+
+async def pack_tree(directory: Path, store: BlobStore, *, bytes_max: int = OUTPUTS_BYTES_MAX) -> TreeRef:
+    """All files of a directory. Raises as `collect` does."""
+    packed = await _pack(directory, ["."], store, bytes_max, inline_bytes_max=0)
+    assert isinstance(packed, TreeRef)
+    return packed
+
+
+async def materialise(tree: Tree, target: Path, store: BlobStore) -> None:
+    """Its files below `target`, which is made if it is not there. Everything it names must be in the store.
+
+    Raises InvalidRequest (a path that leads out, or is taken), NotFound, Corrupt; what was written then stays.
+    """
+    check_tree(tree)
+    root = await _in_thread(lambda: _open_target(target))
+    try:
+        for above, entries in groupby(tree.entries, key=lambda entry: entry.path.split("/")[:-1]):
+            await _lay(root, above, list(entries), store)
+    finally:
+        os.close(root)
+
+
+def check_tree(tree: Tree) -> None:
+    """Raises InvalidRequest for a tree that could not have come from a directory."""
+    if len(tree.entries) > FILES_MAX:
+        raise InvalidRequest(f"a tree of {len(tree.entries)} files is over the limit of {FILES_MAX}")
+    directories: set[str] = set()
+    files: set[str] = set()
+    before = ""
+    for entry in tree.entries:
+        if check_path(entry.path) <= before:
+            raise InvalidRequest(f"tree: {entry.path!r} is there twice or out of order")
+        before = entry.path
+        files.add(entry.path)
+        above = entry.path.rpartition("/")[0]
+        while above and above not in directories:
+            directories.add(above)
+            above = above.rpartition("/")[0]
+    if both := files & directories:
+        raise InvalidRequest(f"tree: {min(both)!r} is a file and a directory")
+
+
+def refs_of(tree: Tree) -> list[BlobRef]:
+    """The blobs that its files are, each once; not that of the list itself."""
+    return list(dict.fromkeys(entry.content for entry in tree.entries if isinstance(entry.content, BlobRef)))
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+async def _pack(
+    directory: Path, patterns: Sequence[str], store: BlobStore, bytes_max: int, *, inline_bytes_max: int
+) -> Inline | TreeRef:
+    root = await _in_thread(lambda: _open_source(directory))
+    try:
+        found = await _in_thread(lambda: find(root, patterns, bytes_max=bytes_max))
+        bytes_total = sum(file.size for file in found)
+        if bytes_total + sum(len(file.path) for file in found) <= inline_bytes_max:
+            datas = await _in_thread(partial(_read_all, root, found))
+            tree = Tree(
+                tuple(
+                    TreeEntry(file.path, Inline(data), file.executable) for file, data in zip(found, datas, strict=True)
+                )
+            )
+            if len(encoded := codec.encode(tree)) <= inline_bytes_max:
+                return Inline(encoded)
+        entries = await _keep(root, found, store)
+        blob = await store.put_bytes(codec.encode(Tree(entries)))
+        return TreeRef(blob, files=len(found), bytes_total=bytes_total)
+    finally:
+        os.close(root)
+
+
+async def _keep(root: int, found: Sequence[Found], store: BlobStore) -> tuple[TreeEntry, ...]:
+    room = LIST_BYTES_MAX - sum(ENTRY_BYTES + len(file.path.encode()) for file in found)
+    inline: set[str] = set()
+    for file in found:
+        if file.size <= INLINE_FILE_BYTES_MAX and file.size <= room:
+            inline.add(file.path)
+            room -= file.size
+    contents: dict[str, BlobRef | Inline] = {}
+    for batch in _batches([file for file in found if file.size <= SMALL_FILE_BYTES_MAX]):
+        datas = await _in_thread(partial(_read_all, root, batch))
+        kept = [(file, data) for file, data in zip(batch, datas, strict=True) if file.path not in inline]
+        refs = await store.put_many([data for _, data in kept]) if kept else []
+        contents |= {file.path: Inline(data) for file, data in zip(batch, datas, strict=True) if file.path in inline}
+        contents |= {file.path: ref for (file, _), ref in zip(kept, refs, strict=True)}
+    for file in found:
+        if file.size > SMALL_FILE_BYTES_MAX:
+            contents[file.path] = await _put_large(root, file, store)
+    return tuple(TreeEntry(file.path, contents[file.path], file.executable) for file in found)
+
+
+async def _put_large(root: int, file: Found, store: BlobStore) -> BlobRef:
+    descriptor, status = await _in_thread(lambda: open_file(root, file.path))
+    try:
+        if status.st_size > file.size:
+            raise InvalidRequest(f"{file.path!r} grew while it was collected")
+        # The open file itself, by whatever name it has by now.
+        return await store.put_file(Path(f"/proc/self/fd/{descriptor}"))
+    finally:
+        os.close(descriptor)
+
+
+def _read_all(root: int, files: Sequence[Found]) -> list[bytes]:
+    return [_read(root, file) for file in files]
+
+
+def _read(root: int, file: Found) -> bytes:
+    descriptor, _ = open_file(root, file.path)
+    with os.fdopen(descriptor, "rb") as opened:
+        data = opened.read(file.size + 1)
+    if len(data) != file.size:
+        raise InvalidRequest(f"{file.path!r} changed while it was collected")
+    return data
+
+
+def _batches(files: Sequence[Found]) -> list[list[Found]]:
+    batches: list[list[Found]] = []
+    room = 0
+    for file in files:
+        if not batches or file.size > room:
+            batches.append([])
+            room = BATCH_BYTES
+        batches[-1].append(file)
+        room -= file.size + ENTRY_BYTES
+    return batches
+
+
+# --- laying out ------------------------------------------------------------------------------------------------------
+
+
+async def _lay(root: int, above: Sequence[str], entries: Sequence[TreeEntry], store: BlobStore) -> None:
+    """The files of one directory."""
+
+    def write_inline() -> int:
+        with (
+            disk_errors(f"lay out {'/'.join(above) or 'files'}"),
+            open_directory(root, above, create=True) as directory,
+        ):
+            for entry in entries:
+                if isinstance(entry.content, Inline):
+                    _write(directory, entry, entry.content.data)
+            return os.dup(directory)
+
+    directory = await _in_thread(write_inline)
+    try:
+        for entry in entries:
+            if isinstance(entry.content, BlobRef):
+                # Through the open directory: what its path leads to may have changed.
+                target = Path(f"/proc/self/fd/{directory}") / entry.path.rpartition("/")[2]
+                await store.export(entry.content, target, executable=entry.executable)
+    finally:
+        os.close(directory)
+
+
+def _write(directory: int, entry: TreeEntry, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    name = entry.path.rpartition("/")[2]
+    descriptor = os.open(name, flags, 0o700 if entry.executable else 0o600, dir_fd=directory)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _open_source(directory: Path) -> int:
+    with disk_errors(f"read {directory}"):
+        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _open_target(target: Path) -> int:
+    with disk_errors(f"make {target}"):
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await trio.to_thread.run_sync(work)
