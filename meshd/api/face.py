@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal, Protocol, TypeVar
 
-from meshd.model import JobId, NodeId, Role
+from meshd.model import BlobRef, JobId, NodeId, Role
 from meshd.raft.commands import AnyAnswer, AnyCommand
 from meshd.views import AnyQuery, BlobList, BlobView, ClusterStatus, DrainView, EventView, JobView
 
@@ -37,7 +37,7 @@ class Face(Protocol):
     def version(self) -> str: ...
 
     @property
-    def ca_pem(self) -> str:
+    def ca_pem(self) -> bytes:
         """The mesh's CA certificate, PEM: what signs the API certificates of all its nodes. Empty without TLS."""
         ...
 
@@ -77,6 +77,14 @@ class Face(Protocol):
 
     async def put_blob(self, chunks: AsyncIterator[bytes], *, replicas: int) -> BlobView:
         """On `min(replicas, nodes)` disks, fsynced, when it returns; `holders` says which. Raises Busy (disk full)."""
+        ...
+
+    async def ensure_blobs(self, refs: Sequence[BlobRef], *, replicas: int) -> None:
+        """Each of these is on `min(replicas, nodes)` disks, fsynced, when this returns (protocol.md 6).
+
+        Asked before a submission names them; those that are there already cost nothing. NotFound: nobody
+        has it; InvalidRequest: it has another size.
+        """
         ...
 
     def get_blob(self, blob: str) -> AsyncIterator[bytes]:
