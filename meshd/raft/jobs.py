@@ -274,7 +274,7 @@ class JobRecord(Struct, frozen=True, array_like=True):
         return job
 
 
-def after_outcome(spec: JobSpec, row: Row, outcome: Outcome, encoded: bytes, now_ms: int) -> Row:
+def after_outcome(spec: JobSpec, row: Row, outcome: Outcome, encoded: bytes | None, now_ms: int) -> Row:
     """The task's row after its current attempt ended with this outcome. The node has forgotten the attempt."""
     ended = replace(row, started_ms=None, due_ms=None, outcome=encoded, reason="")
     if row.stop is not None:

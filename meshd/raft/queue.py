@@ -296,10 +296,10 @@ class Queue:
             return False
         self._matching.give_back(node, ended.key.fence)
         outcome = ended.outcome
-        keeps = outcome.stdout or outcome.stderr or outcome.outputs or outcome.message or not outcome.is_success
-        encoded = codec.encode(outcome) if keeps else b""
-        after = after_outcome(job.spec, row, outcome, encoded, self._moment.now_ms)
-        self._move(job, task, after if encoded else replace(after, outcome=None))
+        says = outcome.stdout or outcome.stderr or outcome.outputs or outcome.message
+        # A good end that carries nothing is one more number in a range, not a row.
+        encoded = None if outcome.is_success and not says and row.stop is None else codec.encode(outcome)
+        self._move(job, task, after_outcome(job.spec, row, outcome, encoded, self._moment.now_ms))
         self._check_fails(job)
         return True
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from meshd.model import Array, TaskState
-from meshd.raft.commands import Reported
-from tests.scene import BAD, GOOD, A, B, Scene, spec
+from meshd.model import (
+    Array,
+    BackendOffer,
+    EndReason,
+    Inline,
+    Needs,
+    Offer,
+    Outcome,
+    Resources,
+    TaskState,
+)
+from meshd.raft.commands import Claim, Ended, Reason, Report, Reported, SetDraining
+from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, spec
 
 
 def test_a_job_is_leased_in_the_entry_that_brings_it():
@@ -22,3 +32,190 @@ def test_a_finished_task_gives_its_slot_to_the_next():
     assert scene.finish(A) == Reported()
     assert scene.job(first).state is TaskState.DONE and scene.job(first).is_final
     assert scene.state(second) is TaskState.LEASED
+
+
+def test_a_late_worker_cannot_overwrite_its_successor():
+    scene = Scene(A, B)
+    job = scene.submit(spec(lost_after_ms=0))
+    [old] = scene.leases(A)
+    scene.end(A)
+    [new] = scene.leases(B)
+    assert new.attempt == 2 and new.fence > old.fence
+    scene.open(A, 2)
+    assert scene.report(A, (old, GOOD), epoch=2) == Reported(stale=(old,))
+    assert scene.state(job) is TaskState.LEASED
+    scene.finish(B)
+    assert scene.state(job) is TaskState.DONE
+
+
+def test_another_node_cannot_finish_a_task_it_does_not_hold():
+    scene = Scene(A, B)
+    job = scene.submit()
+    [key] = scene.leases(A)
+    assert scene.report(B, (key, GOOD)) == Reported(stale=(key,))
+    assert scene.state(job) is TaskState.LEASED
+
+
+def test_a_finished_task_never_moves():
+    scene = Scene(A)
+    job = scene.submit()
+    [key] = scene.leases(A)
+    scene.report(A, (key, BAD))
+    assert scene.report(A, (key, GOOD)) == Reported(stale=(key,))
+    assert scene.state(job) is TaskState.FAILED
+
+
+def test_higher_priority_goes_first_then_age():
+    scene = Scene(A)
+    scene.submit()
+    low = scene.submit(spec(priority=10))
+    old, young = scene.submit(spec(priority=90)), scene.submit(spec(priority=90))
+    order = []
+    for _ in range(3):
+        scene.finish(A)
+        [key] = scene.leases(A)
+        order.append(key.job)
+    assert order == [old, young, low]
+
+
+def test_a_claim_says_how_many_in_all_and_stands():
+    scene = Scene(A, slots=2)
+    job = scene.submit(spec(count=10))
+    assert len(scene.leases(A)) == 2
+    scene.claim(A, 5)
+    assert len(scene.leases(A)) == 5
+    scene.finish(A)
+    assert len(scene.leases(A)) == 5
+    scene.claim(A, 3)
+    scene.finish(A)
+    scene.finish(A)
+    assert len(scene.leases(A)) == 3
+    assert scene.job(job).counts.done == 3
+
+
+def test_a_claim_of_nothing_is_the_drain():
+    scene = Scene(A)
+    scene.claim(A, 0)
+    job = scene.submit()
+    assert scene.state(job) is TaskState.READY
+    scene.claim(A, 1)
+    assert scene.state(job) is TaskState.LEASED
+
+
+def test_a_draining_member_gets_no_work_until_it_is_taken_back():
+    scene = Scene(A, B, slots=1)
+    scene.do(B, SetDraining(A, is_draining=True))
+    first, second = scene.submit(), scene.submit()
+    assert scene.task(first).node == B
+    assert scene.state(second) is TaskState.READY
+    scene.do(B, SetDraining(A, is_draining=False))
+    assert scene.task(second).node == A
+
+
+def test_work_is_spread_over_the_nodes():
+    scene = Scene(A, B, C, slots=4)
+    scene.submit(spec(count=6))
+    assert [len(scene.leases(node)) for node in (A, B, C)] == [2, 2, 2]
+
+
+def test_resources_taken_by_one_task_are_not_given_to_another():
+    offer = Offer(backends=(BackendOffer("wasm"),), resources=Resources(cpu_milli=4000, custom=(("license", 1),)))
+    scene = Scene(A, slots=10, offer=offer)
+    licensed = Needs(resources=Resources(cpu_milli=1000, custom=(("license", 1),)))
+    first, second = scene.submit(spec(needs=licensed)), scene.submit(spec(needs=licensed))
+    others = scene.submit(spec(count=10))
+    assert scene.state(first) is TaskState.LEASED and scene.state(second) is TaskState.READY
+    assert scene.job(others).counts.leased == 3
+    scene.finish(A)
+    assert scene.state(second) is TaskState.LEASED
+
+
+def test_a_new_offer_makes_waiting_work_fit():
+    scene = Scene(A, B)
+    job = scene.submit(spec(needs=Needs(resources=Resources(gpu=1))))
+    assert scene.state(job) is TaskState.READY
+    scene.claim(B, 1, offer=Offer(OFFER.backends, Resources(cpu_milli=1000, gpu=1)))
+    assert scene.task(job).node == B
+
+
+def test_the_first_backend_that_some_node_offers_is_used():
+    process = Offer((BackendOffer("process"),), OFFER.resources)
+    scene = Scene(A, slots=0)
+    scene.open(A, 1, slots=2, offer=process)
+    job = scene.submit(spec(backend=("wasm", "process"), count=3))
+    assert scene.job(job).counts.leased == 2
+    scene.claim(A, 3, offer=Offer((BackendOffer("process"), BackendOffer("wasm")), OFFER.resources))
+    assert scene.job(job).counts.leased == 3
+
+
+def test_a_later_alternative_is_used_when_the_node_with_the_first_is_gone():
+    process = Offer((BackendOffer("process"),), OFFER.resources)
+    scene = Scene(A, B, slots=0)
+    scene.open(A, 1, slots=1)
+    scene.open(B, 1, slots=1, offer=process)
+    first, second = (scene.submit(spec(backend=("wasm", "process"))) for _ in range(2))
+    assert scene.task(first).node == A and scene.state(second) is TaskState.READY
+    assert "prefers" in str(scene.explain(second).nodes[1].lacks)
+    scene.claim(A, 0)
+    assert scene.task(second).node == B
+
+
+def test_at_once_bounds_what_runs():
+    scene = Scene(A, slots=8)
+    job = scene.submit(spec(array=Array(count=5, at_once=2)))
+    assert scene.job(job).counts.leased == 2
+    scene.finish(A)
+    assert scene.job(job).counts == scene.job(job).counts.__class__(ready=2, leased=2, done=1)
+    assert "at_once" in scene.machine.answer(_explain(job, 4)).summary
+
+
+def _explain(job, task):
+    from meshd.views import Explain
+
+    return Explain(job, task)
+
+
+def test_running_is_what_the_node_reports():
+    scene = Scene(A)
+    job = scene.submit()
+    scene.report(A, running=scene.leases(A))
+    assert scene.state(job) is TaskState.RUNNING
+    scene.finish(A)
+    assert scene.state(job) is TaskState.DONE
+
+
+def test_an_outcome_is_kept_and_a_bare_one_costs_nothing():
+    scene = Scene(A)
+    spoken = Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"hello"), holders=(A,))
+    job = scene.submit(spec(count=2))
+    scene.finish(A, spoken)
+    scene.finish(A)
+    first, second = scene.task(job, 0), scene.task(job, 1)
+    assert first.outcome == spoken and first.node == A
+    assert second.outcome == GOOD
+    assert scene.machine._queue.jobs[job].results.keys() == {0}
+
+
+def test_commands_of_a_session_are_applied_once_and_in_order():
+    scene = Scene(A, slots=2)
+    job = scene.submit(spec(count=3))
+    first, second = scene.leases(A)
+    report = Report(1, 1, (Ended(first, GOOD),))
+    assert scene.do(A, report) == Reported()
+    assert scene.do(A, report) == Reported()
+    assert scene.do(A, Report(1, 3, (Ended(second, GOOD),))).reason is Reason.GAP
+    assert scene.do(A, Report(1, 2)) == Reported()
+    assert scene.do(A, report).reason is Reason.OLD
+    assert scene.do(A, Claim(2, 1, 1, OFFER)).reason is Reason.WRONG_EPOCH
+    assert scene.job(job).counts.done == 1
+
+
+def test_a_fence_only_rises_over_tries_and_jobs():
+    scene = Scene(A)
+    scene.submit(spec(attempts=3))
+    scene.submit()
+    fences = []
+    for outcome in (BAD, BAD, GOOD, GOOD):
+        fences.append(scene.leases(A)[0].fence)
+        scene.finish(A, outcome)
+    assert fences == sorted(set(fences))

@@ -1,0 +1,207 @@
+"""Tries, backoff, cancelling and timeouts: how tasks end other than well."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshd.model import Array, EndReason, OnLost, Outcome, Retry, RetryOn, TaskState, Timeout
+from meshd.raft.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
+from tests.scene import BAD, GOOD, A, B, Scene, job_id, spec
+
+
+def test_a_failed_try_is_repeated_after_a_backoff_that_doubles():
+    scene = Scene(A)
+    job = scene.submit(spec(retry=Retry(attempts=4, backoff_min_ms=1000, backoff_max_ms=3000)))
+    for wait_ms in (1000, 2000, 3000):
+        scene.finish(A, BAD)
+        assert scene.state(job) is TaskState.WAITING
+        assert scene.machine.next_timer_ms() == wait_ms
+        scene.tick(wait_ms - 1)
+        assert scene.state(job) is TaskState.WAITING
+        scene.tick(1)
+        assert scene.state(job) is TaskState.LEASED
+    scene.finish(A, BAD)
+    assert (scene.state(job), scene.task(job).tries) == (TaskState.FAILED, 4)
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"),
+    [
+        (EndReason.EXIT, TaskState.FAILED),
+        (EndReason.TRAP, TaskState.FAILED),
+        (EndReason.SIGNAL, TaskState.FAILED),
+        (EndReason.MEMORY_LIMIT, TaskState.FAILED),
+        (EndReason.TIMEOUT, TaskState.TIMED_OUT),
+        (EndReason.INVALID, TaskState.FAILED),
+    ],
+)
+def test_how_a_task_ends_says_why(reason: EndReason, state: TaskState):
+    scene = Scene(A)
+    job = scene.submit()
+    scene.finish(A, Outcome(reason=reason, exit_code=3))
+    assert (scene.state(job), scene.task(job).outcome.reason) == (state, reason)
+
+
+def test_only_what_the_job_names_is_tried_again():
+    scene = Scene(A)
+    job = scene.submit(spec(retry=Retry(attempts=5, on=(RetryOn.TIMEOUT,), backoff_min_ms=0)))
+    scene.finish(A, Outcome(reason=EndReason.TIMEOUT))
+    assert scene.state(job) is TaskState.LEASED
+    scene.finish(A, BAD)
+    assert scene.state(job) is TaskState.FAILED
+
+
+def test_what_can_never_run_is_not_tried_again():
+    scene = Scene(A)
+    job = scene.submit(spec(attempts=5))
+    scene.finish(A, Outcome(reason=EndReason.INVALID, message="not a wasm module"))
+    assert scene.state(job) is TaskState.FAILED
+    assert "not a wasm module" in scene.task(job).reason
+
+
+def test_a_failing_backend_is_a_loss_and_not_a_try():
+    scene = Scene(A)
+    job = scene.submit(spec(retry=Retry(crash_limit=2, backoff_min_ms=500)))
+    scene.finish(A, Outcome(reason=EndReason.BACKEND))
+    assert (scene.state(job), scene.task(job).losses, scene.task(job).tries) == (TaskState.WAITING, 1, 0)
+    scene.tick(500)
+    scene.finish(A, Outcome(reason=EndReason.BACKEND))
+    assert scene.state(job) is TaskState.FAILED
+
+
+def test_cancel_ends_what_does_not_run_and_stops_what_does():
+    scene = Scene(A, slots=2)
+    job = scene.submit(spec(count=5))
+    keys = scene.leases(A)
+    assert scene.do(A, Cancel(job)) == Accepted()
+    assert scene.stops() == list(keys) == list(scene.machine.stops_of(A, 1))
+    assert scene.job(job).counts.cancelled == 3 and not scene.job(job).is_final
+    scene.report(A, (keys[0], Outcome(reason=EndReason.CANCELLED)), (keys[1], GOOD))
+    assert scene.job(job).state is TaskState.CANCELLED and scene.job(job).counts.cancelled == 5
+    assert scene.task(job, 1).outcome == Outcome(reason=EndReason.EXIT, exit_code=0)
+    assert scene.do(A, Cancel(job)) == Accepted()
+
+
+def test_cancelling_twice_tells_the_node_once():
+    scene = Scene(A)
+    job = scene.submit()
+    scene.do(A, Cancel(job))
+    scene.do(A, Cancel(job))
+    assert len(scene.stops()) == 1
+
+
+def test_cancelled_work_of_a_lost_node_ends_with_the_session():
+    scene = Scene(A)
+    job = scene.submit(spec(on_lost=OnLost.WAIT))
+    [key] = scene.leases(A)
+    scene.do(A, Cancel(job))
+    scene.end(A)
+    assert scene.state(job) is TaskState.CANCELLED
+    assert scene.open(A, 2, (key,)).leased == ()
+
+
+def test_held_work_can_be_cancelled():
+    scene = Scene(A)
+    job = scene.submit(spec(on_lost=OnLost.WAIT))
+    scene.end(A)
+    scene.do(A, Cancel(job))
+    assert scene.state(job) is TaskState.CANCELLED
+
+
+def test_some_tasks_can_be_cancelled():
+    scene = Scene(A)
+    job = scene.submit(spec(count=10))
+    scene.do(A, Cancel(job, ((2, 4), (8, 10))))
+    assert [task for task in range(10) if scene.state(job, task) is TaskState.CANCELLED] == [2, 3, 8, 9]
+    assert scene.do(A, Cancel(job, ((5, 11),))).reason is Reason.INVALID_REQUEST
+    assert scene.do(A, Cancel(job_id(99))).reason is Reason.NOT_FOUND
+
+
+def test_too_many_failures_cancel_the_rest():
+    scene = Scene(A, slots=2)
+    job = scene.submit(spec(array=Array(count=10, max_fails=1)))
+    scene.finish(A, BAD)
+    assert scene.job(job).counts.cancelled == 0
+    scene.finish(A, BAD)
+    assert len(scene.machine.stops_of(A, 1)) == 1
+    scene.finish(A, GOOD)
+    assert scene.job(job).state is TaskState.FAILED
+    assert (scene.job(job).counts.failed, scene.job(job).counts.cancelled) == (2, 8)
+
+
+def test_the_queue_timeout_ends_what_was_never_leased():
+    scene = Scene(A)
+    job = scene.submit(spec(count=3, timeout=Timeout(queue_ms=5000)))
+    scene.tick(5000)
+    assert scene.job(job).counts.timed_out == 2
+    scene.finish(A)
+    assert scene.job(job).is_final
+    assert scene.machine.next_timer_ms() is None
+
+
+def test_the_queue_timeout_spares_what_is_tried_again():
+    scene = Scene(A)
+    other = scene.submit(spec(priority=100, count=2))
+    job = scene.submit(spec(attempts=2, timeout=Timeout(queue_ms=5000)))
+    scene.do(A, Cancel(other))
+    scene.finish(A)
+    scene.finish(A, BAD)
+    scene.claim(A, 0)
+    scene.tick(5000)
+    assert scene.state(job) is TaskState.LEASED
+
+
+def test_the_total_timeout_stops_everything():
+    scene = Scene(A)
+    job = scene.submit(spec(count=3, timeout=Timeout(total_ms=5000)))
+    scene.tick(4999)
+    assert scene.job(job).counts.ready == 2
+    scene.tick(1)
+    assert scene.job(job).counts.timed_out == 2 and len(scene.stops()) == 1
+    scene.finish(A, Outcome(reason=EndReason.CANCELLED))
+    assert scene.job(job).state is TaskState.TIMED_OUT
+
+
+def test_one_entry_counts_at_most_a_minute():
+    scene = Scene(A)
+    job = scene.submit(spec(count=2, timeout=Timeout(total_ms=60_001)))
+    scene.batch(elapsed_ms=10**9)
+    assert scene.state(job, 1) is TaskState.READY
+    assert scene.machine.next_timer_ms() == 1
+
+
+def test_a_retry_runs_only_what_did_not_end_well():
+    scene = Scene(A)
+    job = scene.submit(spec(count=3))
+    for outcome in (GOOD, BAD, GOOD):
+        scene.finish(A, outcome)
+    new = job_id(77)
+    assert scene.do(A, RetryJob(job, new)) == Submitted(new, is_new=True)
+    assert scene.do(A, RetryJob(job, new)) == Submitted(new, is_new=False)
+    assert [scene.state(new, task) for task in range(3)] == [TaskState.SKIPPED, TaskState.LEASED, TaskState.SKIPPED]
+    scene.finish(A)
+    assert scene.job(new).state is TaskState.DONE and scene.job(new).retry_of == job
+    assert scene.do(A, RetryJob(new, job_id(78))).reason is Reason.CONFLICT
+
+
+def test_a_job_that_still_runs_cannot_be_retried():
+    scene = Scene(A)
+    job = scene.submit()
+    assert scene.do(A, RetryJob(job, job_id(77))).reason is Reason.CONFLICT
+
+
+def test_whoever_waits_is_told_of_the_end():
+    scene = Scene(A)
+    job = scene.submit()
+    scene.events.clear()
+    scene.finish(A)
+    assert JobChanged(job, is_final=True) in scene.events
+    assert scene.job(job).ended_wall_ms is not None
+
+
+def test_a_million_tasks_are_two_numbers():
+    scene = Scene(A, B)
+    job = scene.submit(spec(count=1_000_000))
+    scene.do(A, Cancel(job, ((10, 999_990),)))
+    assert scene.job(job).counts.cancelled == 999_980
+    assert len(scene.machine.capture()()) < 4096

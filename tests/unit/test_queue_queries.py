@@ -1,0 +1,123 @@
+"""What can be asked: selectors, pages, explanations."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshd.errors import Conflict, InvalidRequest, NotFound
+from meshd.model import Needs, Offer, OnLost, Resources, TaskState
+from meshd.raft.commands import Cancel, Submit
+from meshd.views import Explain, GetJob, GetMembers, GetSummary, ListJobs, ListTasks
+from tests.scene import BAD, GOOD, OFFER, WALL_MS, A, B, Scene, job_id, spec
+
+
+def test_a_job_is_found_by_id_prefix_name_and_last():
+    scene = Scene(A)
+    first = scene.submit(spec(name="build"))
+    second = scene.submit(spec(name="build"))
+    third = scene.submit()
+    assert scene.job(first).id == first
+    assert scene.job("build").id == second
+    assert scene.job("last").id == third
+    assert scene.job(third[:36]).id == third
+    with pytest.raises(Conflict):
+        scene.job(first[:8])
+    for nothing in ("nope", "abc", ""):
+        with pytest.raises(NotFound):
+            scene.job(nothing)
+
+
+def test_a_unique_prefix_is_enough():
+    scene = Scene(A)
+    early = job_id(1, WALL_MS - 3_000_000)
+    scene.do(A, Submit(early, spec()))
+    scene.submit()
+    assert scene.job(early[:8]).id == early
+
+
+def test_jobs_are_paged_newest_first():
+    scene = Scene(A)
+    jobs = [scene.submit(spec(name=f"n{number % 2}", labels=(("team", str(number)),))) for number in range(5)]
+    page = scene.machine.answer(ListJobs(limit=2))
+    assert [view.id for view in page.jobs] == jobs[:2:-1] and page.next == jobs[3]
+    rest = scene.machine.answer(ListJobs(limit=10, before=page.next))
+    assert [view.id for view in rest.jobs] == jobs[2::-1] and rest.next is None
+    assert [view.id for view in scene.machine.answer(ListJobs(name="n1")).jobs] == [jobs[3], jobs[1]]
+    assert [view.id for view in scene.machine.answer(ListJobs(labels=(("team", "2"),))).jobs] == [jobs[2]]
+    assert [view.id for view in scene.machine.answer(ListJobs(states=(TaskState.RUNNING,))).jobs] == [jobs[0]]
+    with pytest.raises(InvalidRequest):
+        scene.machine.answer(ListJobs(limit=0))
+
+
+def test_tasks_are_paged_in_order_and_filtered_by_state():
+    scene = Scene(A, slots=2)
+    job = scene.submit(spec(count=1_000_000))
+    scene.finish(A, BAD)
+    scene.finish(A, GOOD)
+    page = scene.machine.answer(ListTasks(job, limit=3))
+    assert [(view.task, view.state) for view in page.tasks] == [
+        (0, TaskState.FAILED),
+        (1, TaskState.DONE),
+        (2, TaskState.LEASED),
+    ]
+    assert page.next == 3
+    found = scene.machine.answer(ListTasks(job, states=(TaskState.LEASED, TaskState.FAILED)))
+    assert [view.task for view in found.tasks] == [0, 2, 3] and found.next is None
+    ready = scene.machine.answer(ListTasks(job, states=(TaskState.READY,), start=500, limit=2))
+    assert [view.task for view in ready.tasks] == [500, 501] and ready.next == 502
+
+
+def test_explain_names_what_each_node_lacks():
+    scene = Scene(A, B, slots=0)
+    scene.open(A, 1, slots=1)
+    job = scene.submit(spec(needs=Needs(resources=Resources(gpu=1), labels="zone=eu")))
+    found = scene.explain(job)
+    assert found.nodes[0].lacks == ("label zone=eu", "gpu 1 (has gpu 0)") and found.nodes[0].is_permanent
+    assert "never said" in found.nodes[1].lacks[0]
+    assert not found.can_ever_run and "cannot run" in found.summary
+
+
+def test_explain_tells_busy_from_impossible():
+    scene = Scene(A)
+    scene.submit()
+    job = scene.submit()
+    found = scene.explain(job)
+    assert found.can_ever_run and found.nodes[0].lacks == ("a slot (1 of 1 taken)",)
+    assert "become free" in found.summary
+    with pytest.raises(NotFound):
+        scene.machine.answer(Explain(job, 1))
+
+
+def test_explain_tells_a_taken_resource():
+    scene = Scene(A, slots=9, offer=Offer(OFFER.backends, Resources(cpu_milli=1500)))
+    scene.submit()
+    assert scene.explain(scene.submit()).nodes[0].lacks == ("cpu 1 (free cpu 0.5)",)
+
+
+def test_the_summary_counts_the_whole_queue():
+    scene = Scene(A)
+    scene.submit(spec(count=10))
+    job = scene.submit(spec(on_lost=OnLost.WAIT))
+    scene.do(A, Cancel(job))
+    summary = scene.machine.answer(GetSummary())
+    assert (summary.jobs, summary.live_jobs) == (2, 1)
+    assert (summary.counts.ready, summary.counts.leased, summary.counts.cancelled) == (9, 1, 1)
+    assert summary.state_digest == scene.machine.digest()
+    assert [backend.name for backend in summary.backends] == ["wasm"]
+
+
+def test_members_are_shown_with_their_sessions():
+    scene = Scene(A, B)
+    job = scene.submit()
+    scene.end(B)
+    first, second = scene.machine.answer(GetMembers()).members
+    assert (first.session, first.used.cpu_milli, [key.job for key in first.leased]) == ("live", 1000, [job])
+    assert (second.session, second.epoch) == ("ended", 1)
+
+
+def test_an_answer_says_its_position():
+    scene = Scene(A)
+    job = scene.submit()
+    scene.tick(1)
+    view = scene.machine.answer(GetJob(job))
+    assert (view.version, view.position) == (scene.index - 1, scene.index)
