@@ -51,14 +51,21 @@ class Link:
         if sent < len(frame):
             self._out += memoryview(frame)[sent:]
 
+    @property
+    def is_pending(self) -> bool:
+        return bool(self._out)
+
     async def flush(self) -> None:
         """Wait until everything posted is with the kernel. Cancelling loses nothing: a later flush goes on."""
         if not self._out:
             return
         async with self._flushing:
-            while self._out:
-                await trio.lowlevel.wait_writable(self._sock.fileno())
-                del self._out[: self._send(self._out)]
+            try:
+                while self._out:
+                    await trio.lowlevel.wait_writable(self._sock.fileno())
+                    del self._out[: self._send(self._out)]
+            except (trio.ClosedResourceError, OSError):
+                self._out.clear()  # as with a dead peer: `receive` tells
 
     async def receive(self) -> bytes | None:
         """The next frame; None when the other end is gone, or sent nonsense. Cancelling loses nothing."""

@@ -1,0 +1,281 @@
+"""One command and all that comes of it, as the spawner sees it.
+
+    running ──limit, leash, order──▶ ending (TERM, then KILL) ──┐
+       └──────────────── main process ends ──────────────────────┴─▶ sweeping ──nothing left──▶ ended
+
+Its main process leads a session of its own. What leaves that session (a daemon) becomes
+the spawner's child when its parent dies, and is known by a mark in its environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from meshd.backends.output import Output
+
+MARK = "MESHD_SPAWN"
+"""In the environment of all that is spawned: `token:id`, the token naming the agent's directory."""
+
+SWEEP_S_MAX = 5.0
+"""How long the remains of a job may take to die of SIGKILL; what is stuck in the kernel longer is reported."""
+
+FILES_OPEN = 1024
+"""Soft limit, whatever the agent has raised its own to: old programs use select(2)."""
+
+OOM_SCORE_ADJUST = b"500"
+"""When the machine runs out of memory the kernel should take a job, not the agent."""
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Refused(Exception):
+    """The command could not be started. `reason` says whose fault that is: invalid or backend."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Spawned:
+    def __init__(self, request: Mapping[str, Any], token: str, term_grace_s: float) -> None:
+        """Starts the command. Raises Refused."""
+        self.id: int = request["id"]
+        self.mark = f"{MARK}={token}:{self.id}".encode()
+        self.leash_s: float | None = request["leash_s"]
+        self._run_s: float | None = request["run_s"]
+        self._memory: int | None = request["memory"]
+        self._file_bytes_max: int | None = request["file_bytes_max"]
+        self._term_grace_s = term_grace_s
+        self._output = Output(request["stdout"], request["stderr"], request["output_bytes_max"])
+        self._kill_at_s: float | None = None
+        self._give_up_at_s = 0.0
+        self._end: tuple[str, int | None, str] | None = None
+        self._run_ms = 0
+        self.pid = self._start(request, token)
+        self._started_s = time.monotonic()
+
+    # --- while it runs -----------------------------------------------------------------------------------------------
+
+    def enforce(self, now_s: float) -> None:
+        """Begin to stop what must stop; kill what was asked to end and did not."""
+        if self._end is None:
+            self._look_for_reason(now_s)
+        elif self._kill_at_s is not None and (now_s >= self._kill_at_s or self._output.flooded()):
+            self._kill_at_s = None
+            self.kill()
+
+    def stop(self, reason: str, message: str, now_s: float, *, grace_s: float | None = None) -> None:
+        if self._end is not None:
+            return
+        self._end = (reason, None, message)
+        self._kill_at_s = now_s + (self._term_grace_s if grace_s is None else grace_s)
+        _signal(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        _signal(self.pid, signal.SIGKILL)
+
+    def next_at_s(self, now_s: float) -> float:
+        """When `enforce` is due at the latest, output aside."""
+        times = [self._kill_at_s]
+        if self._end is None:
+            if self._run_s is not None:
+                times.append(self._started_s + self._run_s)
+            if self.leash_s is not None:
+                times.append(now_s + self.leash_s - time.clock_gettime(time.CLOCK_BOOTTIME))
+        return min((at for at in times if at is not None), default=float("inf"))
+
+    def _look_for_reason(self, now_s: float) -> None:
+        if self.leash_s is not None and time.clock_gettime(time.CLOCK_BOOTTIME) >= self.leash_s:
+            self.stop("lost", "stopped by its own node, which was cut off from the mesh for too long", now_s)
+        elif self._run_s is not None and now_s >= self._started_s + self._run_s:
+            self.stop("timeout", f"still running after {self._run_s:g} s, its limit", now_s)
+        elif (flooded := self._output.flooded()) is not None:
+            # Every moment of grace would fill the disk further.
+            self.stop("output_limit", flooded, now_s, grace_s=0)
+
+    # --- after its main process ended --------------------------------------------------------------------------------
+
+    def main_ended(self, status: int, peak_bytes: int, now_s: float) -> None:
+        self._run_ms = int((now_s - self._started_s) * 1000)
+        self._kill_at_s = None
+        self._give_up_at_s = now_s + SWEEP_S_MAX
+        if self._end is None:
+            self._end = self._judge(status, peak_bytes)
+
+    def kill_remains(self) -> bool:
+        """Kill what is left of its session; whether there was anything."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # it holds a process of another user (sudo); all that can be said is that it is there
+        return True
+
+    def is_hopeless(self, now_s: float) -> bool:
+        return now_s >= self._give_up_at_s
+
+    def describe_end(self, *, is_clean: bool) -> dict[str, object]:
+        assert self._end is not None, "its main process has ended"
+        reason, code, message = self._end
+        flooded = self._output.flooded()
+        if flooded is not None:
+            self._output.cut()
+            if reason not in ("timeout", "lost", "cancelled"):
+                reason, code, message = "output_limit", None, flooded
+        if not is_clean:
+            reason, code = "backend", None
+            message = f"a process of it survives SIGKILL (session {self.pid}); {message}"
+        return describe(self.id, reason, code, message, self._run_ms)
+
+    def _judge(self, status: int, peak_bytes: int) -> tuple[str, int | None, str]:
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            return "exit", 0, ""
+        if self._memory is not None and self._ran_out_of(self._memory, peak_bytes):
+            return "memory_limit", None, f"it used {peak_bytes} of at most {self._memory} bytes, and ended badly"
+        if code > 0:
+            return "exit", code, ""
+        if -code == signal.SIGXFSZ:
+            return (
+                "output_limit",
+                None,
+                f"a file grew past {self._file_bytes_max} bytes, the disk that the job asked for",
+            )
+        killed = f"killed by {_signal_name(-code)}"
+        if -code == signal.SIGKILL:
+            killed += ", not by meshd: perhaps by the kernel, for want of memory"
+        # As a shell would report it, for whoever passes the code on.
+        return "signal", 128 - code, killed
+
+    def _ran_out_of(self, memory: int, peak_bytes: int) -> bool:
+        """Refused memory cannot be seen from outside: a bad end with over seven eighths of the limit resident counts.
+
+        The peak contains the spawner's own size from before exec, so a limit below that tells nothing.
+        """
+        own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes > own_bytes and peak_bytes >= memory // 8 * 7
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    def _start(self, request: Mapping[str, Any], token: str) -> int:
+        args, workdir = request["args"], request["workdir"]
+        environment = {
+            MARK: f"{token}:{self.id}",
+            "PATH": PATH,
+            "HOME": workdir,
+            "LANG": "C.UTF-8",
+            **dict(request["env"]),
+        }
+        # Given again: a job may not take the mark away from its children by naming it.
+        environment[MARK] = f"{token}:{self.id}"
+        with ExitStack() as files:
+            try:
+                stdin = files.enter_context(open(request["stdin"] or os.devnull, "rb"))
+                stdout = files.enter_context(open(request["stdout"], "ab"))
+                stderr = files.enter_context(open(request["stderr"], "ab"))
+            except OSError as error:
+                raise Refused("backend", f"the attempt's files cannot be opened: {error}") from error
+            try:
+                process = subprocess.Popen(
+                    args,
+                    cwd=workdir,
+                    env=environment,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                    # Safe here: this process is small and has one thread.
+                    preexec_fn=self._prepare(os.getpid()),
+                )
+            except OSError as error:
+                raise _refused(error, args[0], workdir) from error
+            except (subprocess.SubprocessError, ValueError) as error:
+                raise Refused("backend", f"{args[0]!r} could not be started: {error}") from error
+        process.returncode = 0  # the spawner reaps; Popen must not try
+        return process.pid
+
+    def _prepare(self, spawner: int) -> Callable[[], None]:
+        def in_child() -> None:
+            # If the spawner is killed it can kill nothing any more; the kernel then ends this process.
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != spawner:
+                os._exit(1)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            _lower(resource.RLIMIT_NOFILE, FILES_OPEN, is_hard=False)
+            if self._memory is not None:
+                # DATA, not AS: what counts is what can be written to, not addresses that runtimes merely reserve.
+                _lower(resource.RLIMIT_DATA, self._memory)
+            if self._file_bytes_max is not None:
+                _lower(resource.RLIMIT_FSIZE, self._file_bytes_max)
+            try:
+                descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+                os.write(descriptor, OOM_SCORE_ADJUST)
+                os.close(descriptor)
+            except OSError:
+                pass  # a sandbox may forbid it; it is only a preference
+
+        return in_child
+
+
+def describe(spawned: int, reason: str, code: int | None, message: str, run_ms: int = 0) -> dict[str, object]:
+    """What the agent is told of an end."""
+    return {"id": spawned, "reason": reason, "exit_code": code, "message": message[:1500], "run_ms": run_ms}
+
+
+def _refused(error: OSError, command: str, workdir: str) -> Refused:
+    if error.filename == workdir and not Path(workdir).is_dir():
+        return Refused("invalid", f"the working directory {workdir} cannot be entered: {error.strerror}")
+    match error.errno:
+        case errno.ENOENT if "/" in command and Path(workdir, command).exists():
+            return Refused("invalid", f"the interpreter that {command!r} names is not on this machine")
+        case errno.ENOENT:
+            return Refused("invalid", f"command not found: {command!r}")
+        case errno.EACCES:
+            return Refused("invalid", f"not executable: {command!r}")
+        case errno.ENOEXEC:
+            return Refused(
+                "invalid", f"not a program that this machine can run (a script needs a #! line): {command!r}"
+            )
+        case errno.E2BIG:
+            return Refused("invalid", "arguments and environment are larger than this machine allows")
+        case errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.ENAMETOOLONG:
+            return Refused("invalid", f"{error.strerror}: {command!r}")
+        case _:
+            return Refused("backend", f"{command!r} could not be started: {error}")
+
+
+def _lower(limit: int, value: int, *, is_hard: bool = True) -> None:
+    _, hard = resource.getrlimit(limit)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(limit, (value, value if is_hard else hard))
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    """To its group, and to itself in case it moved to another."""
+    for send in (os.killpg, os.kill):
+        try:
+            send(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,2 @@
+// What running anything at all costs.
+int main(void) { return 0; }
