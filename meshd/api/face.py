@@ -1,12 +1,12 @@
 """What the API asks of the node that it is the face of. The daemon implements it; `meshd.testing.face` is the fake.
 
-Everything here answers the same at every node. Selectors (prefix, name, `last`) are
+Everything here answers the same at every node. What streams is a generator, so that the API can close it. Selectors (prefix, name, `last`) are
 resolved by `GetJob` before anything else is asked, so ids in these calls are whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Literal, Protocol, TypeVar
 
 from meshd.model import BlobRef, JobId, NodeId, Role
@@ -56,7 +56,7 @@ class Face(Protocol):
         """As soon as the job's version is above `after_version` or it is final; at the timeout as it is then. NotFound."""
         ...
 
-    def events(self, after: int | None) -> AsyncIterator[EventView]:
+    def events(self, after: int | None) -> AsyncGenerator[EventView, None]:
         """Live events, with positions that rise; first those later than `after` that are still remembered.
 
         Endless. A reader that falls far behind ends with Busy and reconnects with its last position.
@@ -67,7 +67,7 @@ class Face(Protocol):
 
     def follow_log(
         self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """What the task wrote, from `offset` of its present attempt, wherever it runs or is kept.
 
         With `follow` it goes on as the task writes, also over to its next attempt (from 0), until the task
@@ -87,7 +87,7 @@ class Face(Protocol):
         """
         ...
 
-    def get_blob(self, blob: str) -> AsyncIterator[bytes]:
+    def get_blob(self, blob: str) -> AsyncGenerator[bytes, None]:
         """Verified, from this disk or any peer's. NotFound before the first chunk; Corrupt or Unavailable later."""
         ...
 
@@ -109,7 +109,7 @@ class Face(Protocol):
         """The whole invite string; its secret is shown only here."""
         ...
 
-    def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncIterator[DrainView]:
+    def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
         """Progress until the node is empty and it is safe to stop. Leaving the iterator leaves the node draining."""
         ...
 

@@ -1,0 +1,291 @@
+"""Jobs over HTTP: submit, look, wait, read the output, cancel, run again, explain."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from meshd import codec
+from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, Rights
+from meshd.api.face import LogStream
+from meshd.api.references import collect_refs, outputs_tree, resolve
+from meshd.api.streams import ByteStream, EventStream, format_event, format_output
+from meshd.client.ids import new_job_id
+from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from meshd.model import JobId, TaskState, TreeRef
+from meshd.raft.commands import Cancel, RetryJob, Submit, Submitted
+from meshd.spec import parse_job
+from meshd.views import Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
+
+SPEC_BYTES_MAX = 1 << 20
+"""A document; what it becomes has to fit a command (512 KiB). Long lists and files are blobs."""
+WAIT_S_MAX = 60.0
+"""One long poll; the client asks again."""
+
+State = Annotated[str, Meta(description="Task states, separated by commas")]
+
+
+class SubmitBody(Struct, forbid_unknown_fields=True):
+    spec: Annotated[Any, Meta(description="The job as in a job file; files by reference: blob:HASH[:SIZE], tree:HASH")]
+    id: Annotated[JobId | None, Meta(description="A fresh UUIDv7: resending with it is safe. Made here when absent")] = None  # fmt: skip
+
+
+class SubmitAnswer(Struct, frozen=True):
+    id: JobId
+    is_new: bool
+    """False: this id was submitted before, and the job stands as it was then."""
+
+
+class JobsQuery(Struct, forbid_unknown_fields=True):
+    state: State = ""
+    name: str = ""
+    label: Annotated[str, Meta(description="key=value, several separated by commas")] = ""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 50
+    before: Annotated[str, Meta(description="The `next` of the page before")] = ""
+    stale: bool = False
+
+
+class TasksQuery(Struct, forbid_unknown_fields=True):
+    state: State = ""
+    start: Annotated[int, Meta(ge=0, le=10**7)] = 0
+    stop: Annotated[int | None, Meta(ge=0, le=10**7)] = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class WaitQuery(Struct, forbid_unknown_fields=True):
+    after: Annotated[int, Meta(ge=0, description="Answer when the job's version is above this, or it is final")] = 0
+    timeout: Annotated[float, Meta(ge=0, le=WAIT_S_MAX, description="Seconds; then the job as it is")] = 30.0
+
+
+class CancelBody(Struct, forbid_unknown_fields=True):
+    tasks: Annotated[tuple[tuple[int, int], ...] | None, Meta(description="Half-open ranges; absent means all")] = None
+
+
+class RetryBody(Struct, forbid_unknown_fields=True):
+    id: Annotated[JobId | None, Meta(description="The new job's id, a fresh UUIDv7")] = None
+
+
+class TaskQuery(Struct, forbid_unknown_fields=True):
+    task: Annotated[int, Meta(ge=0, le=10**7)] = 0
+
+
+class ResultView(Struct, frozen=True):
+    job: JobView
+    task: TaskView
+
+
+class LogQuery(Struct, forbid_unknown_fields=True):
+    stream: Annotated[str, Meta(pattern="^(stdout|stderr|both)$", description="`both` only as events")] = "stdout"
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    follow: bool = False
+
+
+async def submit(call: Call) -> SubmitAnswer:
+    """Inputs are on enough disks before the job is agreed; it is agreed before this answers."""
+    body = await call.body(SubmitBody, bytes_max=SPEC_BYTES_MAX)
+    spec = parse_job(await resolve(call.face, body.spec))
+    command = Submit(body.id or _fresh_id(), spec, call.caller.name[:256])
+    size = len(codec.encode(command))
+    if size > codec.COMMAND_BYTES_MAX:
+        raise TooLarge(
+            f"job of {size} bytes is over the limit of {codec.COMMAND_BYTES_MAX}",
+            hint="put long lists and texts into files: array.each_line, inputs",
+        )
+    await call.face.ensure_blobs(await collect_refs(call.face, spec), replicas=spec.replicas)
+    answer = await call.face.propose(command, timeout_s=PROPOSE_S)
+    assert isinstance(answer, Submitted)
+    return SubmitAnswer(answer.job, answer.is_new)
+
+
+async def list_jobs(call: Call) -> JobPage:
+    asked = call.query(JobsQuery)
+    query = ListJobs(
+        states=_states(asked.state),
+        name=asked.name[:256],
+        labels=_labels(asked.label),
+        limit=asked.limit,
+        before=JobId(asked.before) if asked.before else None,
+    )
+    return await call.face.query(query, JobPage, timeout_s=QUERY_S, is_stale_ok=asked.stale)
+
+
+async def show_job(call: Call) -> JobView:
+    return await call.job()
+
+
+async def list_tasks(call: Call) -> TaskPage:
+    asked = call.query(TasksQuery)
+    query = ListTasks(await call.job_id(), _states(asked.state), asked.start, asked.stop, asked.limit)
+    return await call.face.query(query, TaskPage, timeout_s=QUERY_S)
+
+
+async def wait(call: Call) -> JobView:
+    asked = call.query(WaitQuery)
+    return await call.face.wait_job(await call.job_id(), asked.after, timeout_s=asked.timeout)
+
+
+async def cancel(call: Call) -> JobView:
+    body = await call.body(CancelBody)
+    job = await call.job_id()
+    for start, stop in body.tasks or ():
+        if not 0 <= start < stop:
+            raise InvalidRequest(f"tasks [{start}, {stop}) is not a range")
+    await call.face.propose(Cancel(job, body.tasks), timeout_s=PROPOSE_S)
+    return await call.job()
+
+
+async def retry(call: Call) -> SubmitAnswer:
+    body = await call.body(RetryBody)
+    command = RetryJob(await call.job_id(), body.id or _fresh_id())
+    answer = await call.face.propose(command, timeout_s=PROPOSE_S)
+    return SubmitAnswer(command.new, answer.is_new if isinstance(answer, Submitted) else True)
+
+
+async def explain(call: Call) -> Explanation:
+    return await call.face.query(
+        Explain(await call.job_id(), call.query(TaskQuery).task), Explanation, timeout_s=QUERY_S
+    )
+
+
+async def result(call: Call) -> ResultView:
+    job = await call.job()
+    task = await _task(call, job, call.query(TaskQuery).task)
+    if not task.state.is_final:
+        raise Conflict(
+            f"task {task.task} of job {job.id} has no result yet: it is {task.state}",
+            hint=f"mesh job wait {job.id}",
+        )
+    return ResultView(job, task)
+
+
+async def outputs(call: Call) -> TreeRef:
+    return await outputs_tree(call.face, await call.job())
+
+
+async def show_task(call: Call) -> TaskView:
+    return await _task(call, await call.job(), call.task())
+
+
+async def logs(call: Call) -> EventStream | ByteStream:
+    """Plain bytes of one stream; or, asked as text/event-stream, events `stdout` and `stderr` with offset and base64."""
+    asked = call.query(LogQuery)
+    job, number = await call.job(), call.task()
+    await _task(call, job, number)
+    if "text/event-stream" in call.request.headers.get("accept", ""):
+        wanted: tuple[LogStream, ...] = ("stdout", "stderr") if asked.stream == "both" else (_log_stream(asked.stream),)
+        sources = [_log_events(call, job.id, number, stream, asked) for stream in wanted]
+        return EventStream(*sources, farewell=format_event("end", {}))
+    if asked.stream == "both":
+        raise InvalidRequest("stream=both is served as events only", hint="ask with Accept: text/event-stream")
+    stream = call.face.follow_log(job.id, number, _log_stream(asked.stream), offset=asked.offset, follow=asked.follow)
+    return ByteStream(stream)
+
+
+async def events(call: Call) -> EventStream:
+    """Resumes after `Last-Event-ID`, as browsers do by themselves."""
+    last = call.request.headers.get("last-event-id", "")
+    if last and not (last.isdecimal() and len(last) < 19):
+        raise InvalidRequest(f"Last-Event-ID {last[:40]!r} is not a position")
+
+    async def source() -> AsyncGenerator[bytes, None]:
+        async with aclosing(call.face.events(int(last) if last else None)) as happenings:
+            async for event in happenings:
+                yield format_event(event.kind, event, event.position)
+
+    return EventStream(source())
+
+
+async def _log_events(
+    call: Call, job: JobId, task: int, stream: LogStream, asked: LogQuery
+) -> AsyncGenerator[bytes, None]:
+    offset = asked.offset
+    async with aclosing(call.face.follow_log(job, task, stream, offset=offset, follow=asked.follow)) as pieces:
+        async for data in pieces:
+            yield format_output(stream, offset, data)
+            offset += len(data)
+
+
+def _log_stream(text: str) -> LogStream:
+    return "stderr" if text == "stderr" else "stdout"
+
+
+async def _task(call: Call, job: JobView, number: int) -> TaskView:
+    page = await call.face.query(ListTasks(job.id, (), number, number + 1, 1), TaskPage, timeout_s=QUERY_S)
+    if not page.tasks:
+        raise NotFound(f"job {job.id} has no task {number}", hint=f"it has tasks 0 to {job.tasks - 1}")
+    return page.tasks[0]
+
+
+def _states(text: str) -> tuple[TaskState, ...]:
+    try:
+        return tuple(TaskState(part) for part in text.split(",") if part)
+    except ValueError:
+        raise InvalidRequest(f"state: {text[:80]!r} has an unknown state; there are {', '.join(TaskState)}") from None
+
+
+def _labels(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not (key and separator) for key, separator, _ in pairs):
+        raise InvalidRequest(f"label: {text[:80]!r} is not key=value")
+    return tuple((key[:256], value[:256]) for key, _, value in pairs)
+
+
+def _fresh_id() -> JobId:
+    return new_job_id(time.time_ns() // 1_000_000, os.urandom(10))
+
+
+_EVENTS = "text/event-stream"
+ENDPOINTS = (
+    Endpoint("POST", "/v1/jobs", submit, "Submit a job", Rights.OPERATOR, SubmitAnswer, body=SubmitBody, status=201),
+    Endpoint("GET", "/v1/jobs", list_jobs, "Jobs, newest first", Rights.VIEWER, JobPage, JobsQuery),
+    Endpoint("GET", "/v1/jobs/{job}", show_job, "One job", Rights.VIEWER, JobView),
+    Endpoint("GET", "/v1/jobs/{job}/wait", wait, "The job, when it changes or ends", Rights.VIEWER, JobView, WaitQuery),
+    Endpoint("GET", "/v1/jobs/{job}/tasks", list_tasks, "Its tasks", Rights.VIEWER, TaskPage, TasksQuery),
+    Endpoint("GET", "/v1/jobs/{job}/tasks/{task}", show_task, "One task", Rights.VIEWER, TaskView),
+    Endpoint(
+        "GET",
+        "/v1/jobs/{job}/tasks/{task}/logs",
+        logs,
+        "What a task wrote, or writes",
+        Rights.VIEWER,
+        "application/octet-stream",
+        LogQuery,
+    ),
+    Endpoint("GET", "/v1/jobs/{job}/result", result, "How a task ended", Rights.VIEWER, ResultView, TaskQuery),
+    Endpoint(
+        "GET",
+        "/v1/jobs/{job}/outputs",
+        outputs,
+        "All files it left, as one directory: task k's under k/",
+        Rights.VIEWER,
+        TreeRef,
+    ),
+    Endpoint(
+        "GET", "/v1/jobs/{job}/explain", explain, "Why a task is where it is", Rights.VIEWER, Explanation, TaskQuery
+    ),
+    Endpoint(
+        "POST",
+        "/v1/jobs/{job}/cancel",
+        cancel,
+        "Cancel it, or some of its tasks",
+        Rights.OPERATOR,
+        JobView,
+        body=CancelBody,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/jobs/{job}/retry",
+        retry,
+        "Run failed tasks again, as a new job",
+        Rights.OPERATOR,
+        SubmitAnswer,
+        body=RetryBody,
+        status=201,
+    ),
+    Endpoint("GET", "/v1/events", events, "What happens in the mesh, live", Rights.VIEWER, _EVENTS),
+)

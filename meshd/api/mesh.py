@@ -1,0 +1,101 @@
+"""The mesh as a whole over HTTP: is it well, who may use it, how to trust it."""
+
+from __future__ import annotations
+
+import re
+
+from msgspec import Struct
+from starlette.responses import Response
+
+from meshd.api.auth import ROLES, new_token
+from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, Rights
+from meshd.errors import InvalidRequest, NotFound
+from meshd.model import NodeId
+from meshd.raft.commands import CreateToken, RevokeToken
+from meshd.views import ClusterStatus, GetSummary, GetTokens, Summary, TokensView
+
+_TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+PEM = "application/x-pem-file"
+
+
+class Health(Struct, frozen=True):
+    status: str
+
+
+class Me(Struct, frozen=True):
+    node: NodeId
+    name: str
+    mesh: str
+    version: str
+    caller: str
+    role: str
+
+
+class TokenBody(Struct, forbid_unknown_fields=True):
+    name: str
+    role: str = "operator"
+    """viewer | operator | admin"""
+
+
+class TokenAnswer(Struct, frozen=True):
+    name: str
+    role: str
+    token: str
+    """Shown only here; the mesh keeps its hash."""
+
+
+async def health(call: Call) -> Health:
+    """The agent answers. Says nothing about the mesh, since it is open to everyone."""
+    return Health("ok")
+
+
+async def authority(call: Call) -> Response:
+    """What signs the certificates of all nodes; a token carries its fingerprint. No secret."""
+    if not call.face.ca_pem:
+        raise NotFound("this mesh serves no TLS")
+    return Response(call.face.ca_pem, media_type=PEM)
+
+
+async def me(call: Call) -> Me:
+    face = call.face
+    return Me(face.me, face.name, face.mesh, face.version, call.caller.name, call.caller.rights.name.lower())
+
+
+async def cluster(call: Call) -> ClusterStatus:
+    return await call.face.cluster_status()
+
+
+async def summary(call: Call) -> Summary:
+    return await call.face.query(GetSummary(), Summary, timeout_s=QUERY_S)
+
+
+async def list_tokens(call: Call) -> TokensView:
+    return await call.face.query(GetTokens(), TokensView, timeout_s=QUERY_S)
+
+
+async def create_token(call: Call) -> TokenAnswer:
+    body = await call.body(TokenBody)
+    if body.role not in ROLES:
+        raise InvalidRequest(f"{body.role[:40]!r} is not a role", hint=f"there are {', '.join(ROLES)}")
+    if not _TOKEN_NAME.fullmatch(body.name):
+        raise InvalidRequest(f"{body.name[:80]!r} is not a name for a token", hint="letters, digits and . _ @ -")
+    token, secret_hash = new_token(call.face.ca_pem)
+    await call.face.propose(CreateToken(secret_hash, body.name, body.role), timeout_s=PROPOSE_S)
+    return TokenAnswer(body.name, body.role, token)
+
+
+async def revoke_token(call: Call) -> Response:
+    await call.face.propose(RevokeToken(call.path("name")[:256]), timeout_s=PROPOSE_S)
+    return Response(status_code=204)
+
+
+ENDPOINTS = (
+    Endpoint("GET", "/v1/health", health, "Does the agent answer?", Rights.ANYONE, Health),
+    Endpoint("GET", "/v1/ca", authority, "The mesh's CA certificate", Rights.ANYONE, PEM),
+    Endpoint("GET", "/v1/me", me, "Which node this is, and who you are to it", Rights.VIEWER, Me),
+    Endpoint("GET", "/v1/cluster", cluster, "Leader, voters, nodes, failures survived", Rights.VIEWER, ClusterStatus),
+    Endpoint("GET", "/v1/summary", summary, "Counts over the whole queue", Rights.VIEWER, Summary),
+    Endpoint("GET", "/v1/tokens", list_tokens, "Tokens without secrets", Rights.ADMIN, TokensView),
+    Endpoint("POST", "/v1/tokens", create_token, "Make a token", Rights.ADMIN, TokenAnswer, body=TokenBody, status=201),
+    Endpoint("DELETE", "/v1/tokens/{name}", revoke_token, "Revoke a token", Rights.ADMIN, None, status=204),
+)

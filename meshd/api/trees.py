@@ -1,0 +1,185 @@
+"""Directories over HTTP travel as tar: any language and any shell can make one and take one.
+
+A tar is untrusted input. It is read by the standard library in a thread, one member at a
+time; only plain files are taken, and their paths are held to the rules of job inputs.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, cast
+
+import trio
+from msgspec import Meta, Struct
+from starlette.requests import ClientDisconnect
+
+from meshd.api.endpoint import Call, Endpoint, Rights
+from meshd.api.face import Face
+from meshd.api.references import TREE_FILES_MAX, describe_tree, once, size_of, store_tree
+from meshd.api.streams import ByteStream
+from meshd.errors import InvalidRequest, MeshError, TooLarge
+from meshd.model import INLINE_BYTES_MAX, BlobRef, Content, Inline, Tree, TreeEntry, TreeRef
+from meshd.spec import check_path
+
+PIECE_BYTES = 1 << 20
+PUTS_AT_ONCE = 8
+"""Files of one upload that are being stored and copied at a time: copying waits on other nodes, not on this one."""
+TAR = "application/x-tar"
+
+_PARSERS = trio.CapacityLimiter(4)
+_READERS = trio.CapacityLimiter(4)
+"""Threads of their own: an upload over a slow line holds one, and must not hold those that the agent lives on."""
+
+
+class TreeQuery(Struct, forbid_unknown_fields=True):
+    replicas: Annotated[int, Meta(ge=1, le=16)] = 2
+
+
+async def put_tree(call: Call) -> TreeRef:
+    """Store every file of the tar, then the tree that lists them."""
+    replicas = call.query(TreeQuery).replicas
+    upload = _Upload(call, replicas)
+    entries = await upload.run()
+    return await store_tree(call.face, entries, replicas=replicas)
+
+
+async def show_tree(call: Call) -> Tree:
+    return (await describe_tree(call.face, call.path("hash")))[1]
+
+
+async def get_tree(call: Call) -> ByteStream:
+    """The directory as a tar."""
+    _, tree = await describe_tree(call.face, call.path("hash"))
+    return ByteStream(_tar_of(call.face, tree), TAR)
+
+
+class _Upload:
+    """One tar on its way in: the parser's thread pulls bytes from the request and hands over files."""
+
+    def __init__(self, call: Call, replicas: int) -> None:
+        self._face = call.face
+        self._chunks = call.request.stream()
+        self._replicas = replicas
+        self._rest = b""
+        self._entries: dict[str, TreeEntry] = {}
+        self._failure: MeshError | None = None
+        self._room = trio.CapacityLimiter(PUTS_AT_ONCE)
+
+    async def run(self) -> list[TreeEntry]:
+        async with trio.open_nursery() as self._nursery:
+            try:
+                await trio.to_thread.run_sync(self._parse, limiter=_PARSERS)
+            except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+                self._fail(InvalidRequest(f"this is not a tar: {error}"))
+            except ClientDisconnect:
+                self._fail(InvalidRequest("the upload ended before the tar did"))
+            except MeshError as error:
+                self._fail(error)
+        if self._failure is not None:
+            raise self._failure
+        return list(self._entries.values())
+
+    def _fail(self, error: MeshError) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._nursery.cancel_scope.cancel()
+
+    # --- in the thread
+
+    def _parse(self) -> None:
+        with tarfile.open(mode="r|", fileobj=cast("tarfile._Fileobj", self), bufsize=PIECE_BYTES) as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    raise InvalidRequest(f"{member.name[:200]!r} is neither a file nor a directory")
+                name = member.name.removeprefix("./")
+                path = check_path(name, "path in the tar")
+                if path in self._entries:
+                    raise InvalidRequest(f"the tar has {path[:200]!r} twice")
+                if len(self._entries) >= TREE_FILES_MAX:
+                    raise TooLarge(f"a directory is limited to {TREE_FILES_MAX} files")
+                is_executable = bool(member.mode & 0o100)
+                file = tar.extractfile(member)
+                assert file is not None
+                if member.size <= INLINE_BYTES_MAX:
+                    self._entries[path] = TreeEntry(path, Inline(file.read()), is_executable)
+                elif member.size <= PIECE_BYTES:
+                    self._entries[path] = TreeEntry(path, Inline(b""), is_executable)
+                    trio.from_thread.run(self._put_soon, path, file.read(), is_executable)
+                else:
+                    ref = trio.from_thread.run(self._put_large, file)
+                    self._entries[path] = TreeEntry(path, ref, is_executable)
+
+    def read(self, size: int) -> bytes:
+        """What `tarfile` calls for more."""
+        return trio.from_thread.run(self._read, size)
+
+    # --- in the loop
+
+    async def _read(self, size: int) -> bytes:
+        while not self._rest:
+            chunk = await anext(self._chunks, None)
+            if chunk is None:
+                return b""
+            self._rest = chunk
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    async def _put_soon(self, path: str, data: bytes, is_executable: bool) -> None:
+        await self._room.acquire_on_behalf_of(path)
+        self._nursery.start_soon(self._put_small, path, data, is_executable)
+
+    async def _put_small(self, path: str, data: bytes, is_executable: bool) -> None:
+        try:
+            view = await self._face.put_blob(once(data), replicas=self._replicas)
+            self._entries[path] = TreeEntry(path, BlobRef(view.hash, view.size), is_executable)
+        except MeshError as error:
+            self._fail(error)
+        finally:
+            self._room.release_on_behalf_of(path)
+
+    async def _put_large(self, file: object) -> BlobRef:
+        # The parser's thread is waiting for this very call, so another one may read from the file meanwhile;
+        # what that one asks of the request comes back through `read`.
+        async def chunks() -> AsyncGenerator[bytes, None]:
+            while data := await trio.to_thread.run_sync(file.read, PIECE_BYTES, limiter=_READERS):  # type: ignore[attr-defined]
+                yield data
+
+        async with aclosing(chunks()) as source:
+            view = await self._face.put_blob(source, replicas=self._replicas)
+        return BlobRef(view.hash, view.size)
+
+
+async def _tar_of(face: Face, tree: Tree) -> AsyncGenerator[bytes, None]:
+    for entry in tree.entries:
+        head = tarfile.TarInfo(entry.path)
+        head.size = size_of(entry)
+        head.mode = 0o755 if entry.executable else 0o644
+        yield head.tobuf(tarfile.PAX_FORMAT)
+        async with aclosing(_content(face, entry.content)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        if head.size % tarfile.BLOCKSIZE:
+            yield bytes(tarfile.BLOCKSIZE - head.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+async def _content(face: Face, content: Content) -> AsyncGenerator[bytes, None]:
+    if isinstance(content, Inline):
+        yield content.data
+        return
+    async with aclosing(face.get_blob(content.hash)) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+ENDPOINTS = (
+    Endpoint(
+        "POST", "/v1/trees", put_tree, "Store a directory, sent as a tar", Rights.OPERATOR, TreeRef, TreeQuery, TAR, 201
+    ),
+    Endpoint("GET", "/v1/trees/{hash}", show_tree, "What a directory contains", Rights.VIEWER, Tree),
+    Endpoint("GET", "/v1/trees/{hash}/tar", get_tree, "A directory as a tar", Rights.VIEWER, TAR),
+)
