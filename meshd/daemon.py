@@ -49,7 +49,7 @@ from meshd.invites import Invite
 from meshd.join import JoinDesk, JoinRequest, knock
 from meshd.keeper import Applied, Keeper, PeerGone
 from meshd.logs import LogDesk, LogReader
-from meshd.model import Member, NodeId, Offer, Role
+from meshd.model import BackendProbe, Member, NodeId, Offer, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
@@ -109,9 +109,10 @@ async def run(
     invite: Invite | None = None,
     may_found: bool = True,
     settings: RaftSettings | None = None,
+    stop: trio.Event,
     task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """An agent, until cancelled. Raises StartRefused and other MeshErrors when it cannot start or must stop."""
+    """An agent, until `stop` is set: then it leaves in order. Cancelling cuts it off, as kill -9 would. Raises StartRefused and other MeshErrors when it cannot start or must stop."""
     home = Home(config.home)
     try:
         key = KeyPair.load_or_create(home.identity_key)
@@ -121,7 +122,8 @@ async def run(
         if mesh_file is None and invite is None:
             if not may_found:
                 raise StartRefused(
-                    f"{home.path} belongs to no mesh yet", hint="found one with `meshd up`, or join: `meshd up --join INVITE`"
+                    f"{home.path} belongs to no mesh yet",
+                    hint="found one with `meshd up`, or join: `meshd up --join INVITE`",
                 )
             mesh_file = await trio.to_thread.run_sync(_found, home, key, name, config.roles)
             is_founded = True
@@ -138,7 +140,7 @@ async def run(
                 f"this identity has lost its journal: {home.raft} is empty",
                 hint="restore the directory, or give the identity up: remove the node and join with a new --data-dir",
             )
-        await _Daemon(config, home, key, mesh_file, settings or RaftSettings()).run(is_founded, task_status)
+        await _Daemon(config, home, key, mesh_file, settings or RaftSettings(), stop).run(is_founded, task_status)
     finally:
         home.close()
 
@@ -204,7 +206,13 @@ class _Daemon:
     """One running agent. Attributes are set as the stages are built; each is whole before the next begins."""
 
     def __init__(
-        self, config: Config, home: Home, key: KeyPair, mesh_file: MeshFile, settings: RaftSettings
+        self,
+        config: Config,
+        home: Home,
+        key: KeyPair,
+        mesh_file: MeshFile,
+        settings: RaftSettings,
+        stop: trio.Event,
     ) -> None:
         self.config = config
         self.home = home
@@ -226,7 +234,8 @@ class _Daemon:
         self.shell: Shell | None = None
         self.replica: Replica | None = None
         self.server_log: ServerLog | None = None
-        self.removed = trio.Event()
+        self.stop = stop
+        self.was_removed = False
         self.peers_changed = trio.Event()
 
     async def run(self, is_founded: bool, task_status: trio.TaskStatus[Started]) -> None:
@@ -235,20 +244,17 @@ class _Daemon:
         await trio.to_thread.run_sync(self.home.write_counters, self.counters)
         self.directory = Directory(self.me, self.mesh, self.public_key, verify, self.home.peers())
         self.directory.on_change = self._directory_changed
-        async with AsyncExitStack() as stages, trio.open_nursery() as self.work:
-            try:
-                started = await self._start(stages, is_founded)
-                task_status.started(started)
-                await self.removed.wait()
-                raise NotAllowed(
-                    "this node was removed from its mesh", hint="join again with a new invite and a new --data-dir"
-                )
-            finally:
-                with trio.CancelScope(shield=True), trio.move_on_after(STOP_S):
+        async with trio.open_nursery() as self.work:
+            async with AsyncExitStack() as stages:
+                task_status.started(await self._start(stages, is_founded))
+                await self.stop.wait()
+                with trio.move_on_after(STOP_S):
                     await self._hand_back()
-                self.work.cancel_scope.cancel()
-                with trio.CancelScope(shield=True):
-                    await stages.aclose()
+            self.work.cancel_scope.cancel()
+        if self.was_removed:
+            raise NotAllowed(
+                "this node was removed from its mesh", hint="join again with a new invite and a new --data-dir"
+            )
 
     async def _start(self, stages: AsyncExitStack, is_founded: bool) -> Started:
         await self._start_net(stages)
@@ -408,18 +414,16 @@ class _Daemon:
         self.replicator = Replicator(self.rpc, self.store, self.fetcher, self._replica_peers)
 
     async def _start_work(self, stages: AsyncExitStack) -> None:
-        probes: Sequence[Any] = ()
-        backends = registry.load(
-            BackendSettings(directory=self.home.backends, term_grace_s=self.config.term_grace_s)
-        )
+        probes: Sequence[BackendProbe] = ()
+        backends = registry.load(BackendSettings(directory=self.home.backends, term_grace_s=self.config.term_grace_s))
         if self.config.backends:
             backends = {name: each for name, each in backends.items() if name in self.config.backends}
         if self.is_worker:
-            probes = await registry.probe_all(backends)
-            for probe in probes:
-                log.info("backend.probed", backend=probe.name, works=probe.works, reason=probe.reason or probe.version)
             for backend in backends.values():
                 await stages.enter_async_context(_serving(backend.serve))
+            probes = tuple((await registry.probe_all(backends)).values())
+            for probe in probes:
+                log.info("backend.probed", backend=probe.name, works=probe.works, reason=probe.reason or probe.version)
         self.offer = make_offer(self.config, self.mesh_file.name, VERSION, probes)
         offered = tuple(each.name for each in self.offer.backends)
         self.executor = Executor(
@@ -530,9 +534,7 @@ class _Daemon:
         )
 
     def _myself_as_peer(self) -> KnownPeer:
-        return KnownPeer(
-            self.me, self.mesh_file.name, self.addresses(), self.api_address, self.mesh_file.certificate
-        )
+        return KnownPeer(self.me, self.mesh_file.name, self.addresses(), self.api_address, self.mesh_file.certificate)
 
     async def _find_member(self, node: NodeId) -> Member | None:
         view = await self.log.query(GetMembers(), MembersView, timeout_s=5)
@@ -615,7 +617,8 @@ class _Daemon:
     def _members_known(self, view: MembersView) -> None:
         self.directory.learn_members(view)
         if self.me in view.revoked:
-            self.removed.set()
+            self.was_removed = True
+            self.stop.set()
             return
         mine = next((row.member for row in view.members if row.member.node == self.me), None)
         if mine is not None and mine.is_draining != self.is_draining:

@@ -145,7 +145,9 @@ async def knock(transport: Transport, invite: Invite, request: JoinRequest, *, t
                 try:
                     await stream.write(codec.encode(request))
                     await stream.close_write()
-                    reply: Reply = codec.decode(await read_all(stream, REPLY_BYTES_MAX), Reply, bytes_max=REPLY_BYTES_MAX)
+                    reply: Reply = codec.decode(
+                        await read_all(stream, REPLY_BYTES_MAX), Reply, bytes_max=REPLY_BYTES_MAX
+                    )
                 finally:
                     await stream.aclose()
         except trio.TooSlowError:

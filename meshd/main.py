@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,13 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
     from meshd import daemon
 
     async def serve() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
-            started = await nursery.start(
-                lambda *, task_status: daemon.run(
-                    settings, invite=invite, may_found=not is_resume, task_status=task_status
-                )
-            )
-            await _announce(started, settings.home)
+        stop = trio.Event()
+        async with trio.open_nursery() as signals:
+            signals.start_soon(_stop_on_signal, stop, signals.cancel_scope)
+            async with trio.open_nursery() as agents:
+                run = partial(daemon.run, settings, invite=invite, may_found=not is_resume, stop=stop)
+                await _announce(await agents.start(run), settings.home)
+            signals.cancel_scope.cancel()
 
     try:
         trio.run(serve)
@@ -97,19 +97,25 @@ async def _announce(started: Any, home: Path) -> None:
     lines.append(f"local  {home / 'api.sock'}")
     if started.is_founded:
         invite = await started.node.create_invite([Role.SERVER, Role.WORKER], 10, 3_600_000)
-        lines += ["", "Join other machines within the hour (10 of them; more: `mesh node invite`):", f"  meshd up --join {invite}"]
+        lines += [
+            "",
+            "Join other machines within the hour (10 of them; more: `mesh node invite`):",
+            f"  meshd up --join {invite}",
+        ]
     click.echo("\n".join(lines))
     click.echo("ready")
     sys.stdout.flush()
 
 
-async def _stop_on_signal(scope: Any) -> None:
+async def _stop_on_signal(stop: Any, scope: Any) -> None:
+    """The first one asks the agent to leave in order, the second one cuts it off."""
     import trio
 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
-            scope.cancel()
-            return
+            if stop.is_set():
+                scope.cancel()
+            stop.set()
 
 
 def _set_up_logging(level: str) -> None:

@@ -109,8 +109,8 @@ class Replica:
         if not events:
             return
         for ordinal, event in enumerate(events):
-            if isinstance(event, JobChanged) and (waiters := self._job_waits.pop(event.job, None)):
-                waiters.set()
+            if isinstance(event, JobChanged) and event.job in self._job_waits:
+                self._job_waits.pop(event.job).set()
             if (view := self._view(event, (position << 16) | min(ordinal, 0xFFFF))) is not None:
                 self._recent.append(view)
         self._news.set()
