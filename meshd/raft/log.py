@@ -199,6 +199,10 @@ class ServerLog:
         return None if leader is None else node_of(leader)
 
     @property
+    def term(self) -> int:
+        return 0 if self._server is None else self._server.engine.term
+
+    @property
     def voters(self) -> tuple[NodeId, ...]:
         return () if self._server is None else tuple(node_of(voter) for voter in self._server.engine.voters)
 
@@ -254,7 +258,7 @@ class ServerLog:
         progress = engine.progress.get(voter)
         if progress is None:
             return VoterStatus(NodeId(node), incarnation, is_voter, 0, 0, None)
-        silent_ms = None if progress.contact_s == float("-inf") else server.silent_ms(progress.contact_s)
+        silent_ms = None if progress.heard_s == -inf else server.silent_ms(progress.heard_s)
         return VoterStatus(NodeId(node), incarnation, is_voter, progress.match, engine.last - progress.match, silent_ms)
 
     async def _wait_moved(self) -> None:
