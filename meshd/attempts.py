@@ -13,11 +13,13 @@ again under a new epoch, and a late notice of it must not start it a second time
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from meshd.model import AttemptKey, EndReason, JobSpec, OnLost, Outcome, Resources
+from meshd.placement import amounts_of
 
 SEEN_MAX = 100_000
 """Remembered fences. Past it the older half is forgotten and refused as a range instead, which is as safe."""
@@ -123,16 +125,8 @@ class Attempts:
 
 def fit(amounts: Iterable[Resources], total: Resources) -> bool:
     """Do these amounts fit into the total, together?"""
-    amounts = list(amounts)
-    custom: dict[str, int] = {}
+    wanted: Counter[str] = Counter()
     for amount in amounts:
-        for name, count in amount.custom:
-            custom[name] = custom.get(name, 0) + count
-    has = dict(total.custom)
-    return (
-        sum(each.cpu_milli for each in amounts) <= total.cpu_milli
-        and sum(each.memory for each in amounts) <= total.memory
-        and sum(each.disk for each in amounts) <= total.disk
-        and sum(each.gpu for each in amounts) <= total.gpu
-        and all(count <= has.get(name, 0) for name, count in custom.items())
-    )
+        wanted.update(amounts_of(amount))
+    has = amounts_of(total)
+    return all(amount <= has.get(name, 0) for name, amount in wanted.items())

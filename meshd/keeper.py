@@ -198,6 +198,11 @@ class Keeper:
     def next_timer_ms(self) -> int | None:
         return None if self._term is None else self._sweep_ms
 
+    def granted_ms(self, node: NodeId) -> int | None:
+        """When the node's live session was granted last, as this leader counts; None when it has none or does not lead."""
+        session = self._sessions.get(node)
+        return None if session is None else session.granted_ms
+
     # --- the term -----------------------------------------------------------------------------------------------------
 
     def _lead(self, term: int | None, now_ms: int) -> bool:

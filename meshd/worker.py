@@ -27,7 +27,7 @@ from typing import assert_never
 from meshd import codec
 from meshd.attempts import Attempt, Attempts, Phase, cut_off_allowance_ms, fit
 from meshd.errors import InvalidRequest
-from meshd.model import AttemptKey, EndReason, JobSpec, Offer, Outcome
+from meshd.model import AttemptKey, EndReason, JobSpec, Offer, Outcome, Resources
 from meshd.raft.commands import (
     AnyAnswer,
     AnyCommand,
@@ -81,6 +81,8 @@ class Offering:
 
     slots: int
     offer: Offer
+    room: Resources | None = None
+    """What may really run at a time, when that is less than the offer: the rest is claimed ahead. None is the offer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ class Worker:
         """End of the last view it had; in OPENING that is in the past, and says since when it is cut off."""
         self._slots = 0
         self._offer = Offer()
+        self._room = Resources()
         self._told: tuple[int, Offer] | None = None
         self._opening: OpenSession | None = None
         self._opened_ms = 0
@@ -213,8 +216,9 @@ class Worker:
         match event:
             case None:
                 pass
-            case Offering(slots, offer):
+            case Offering(slots, offer, room):
                 self._slots, self._offer = min(slots, SLOTS_MAX), offer
+                self._room = offer.resources if room is None else room
                 if self.state is State.CLOSED:
                     self._open_next(now_ms)
             case Proposed(command, answer):
@@ -266,6 +270,8 @@ class Worker:
         self._seq = 0
         self._pending = self._reconcile = self._resend_ms = self._told = None
         self._early.clear()
+        for attempt in self.attempts.in_phase(Phase.RUNNING):
+            attempt.is_running_told = False  # the report may have been lost with the session; the state may forget it
         # From here on nothing of the older epoch is obeyed; only then is the list made.
         self._opening = OpenSession(self.epoch, self.attempts.listing(), self._slots, self._offer)
         self._opened_ms = now_ms
@@ -430,10 +436,10 @@ class Worker:
 
     def _start(self, now_ms: int) -> None:
         for attempt in self.attempts.in_phase(Phase.HELD):
-            if not fit([attempt.spec.needs.resources], self._offer.resources):
+            if not fit([attempt.spec.needs.resources], self._room):
                 attempt.phase = Phase.ENDED
                 attempt.outcome = Outcome(EndReason.BACKEND, message="this node no longer offers what the job needs")
-        for attempt in self.attempts.startable(self._offer.resources):
+        for attempt in self.attempts.startable(self._room):
             attempt.phase = Phase.RUNNING
             attempt.started_ms = now_ms
             self._effects.append(Start(attempt.key, attempt.spec, self._leash_ms(attempt)))

@@ -1,0 +1,309 @@
+"""The rules of protocol.md 4-7, each with a way to take it out, to see that its absence is noticed.
+
+    with without("the floor"):
+        Sim(seed).run()          # raises Breach for some seed
+
+Each ablation replaces one method, or two that hold the same rule, by what a plausible
+implementation without the rule would do. `tests/sim/test_ablations.py` names a seed for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from msgspec.structs import replace as changed
+
+from meshd import attempts, keeper, worker
+from meshd.attempts import Attempts, Phase
+from meshd.keeper import Keeper, Session
+from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
+from meshd.raft.commands import Claim, Ended, OpenSession, Report, SessionOpened
+from meshd.raft.matching import Node
+from meshd.raft.queue import Queue
+from meshd.raft.sessions import Sessions
+from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
+from meshd.testing.world import SimNode
+from meshd.worker import RenewAnswered, State, Worker
+
+Patch = tuple[Any, str, Any]
+"""Where, which name, and what to put there."""
+
+
+def _wrapped(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
+    return owner, name, make(getattr(owner, name))
+
+
+# --- the node's side --------------------------------------------------------------------------------------------------
+
+
+def _forgets_with_the_session(original: Callable[..., None]) -> Callable[..., None]:
+    def open_next(self: Worker, now_ms: int) -> None:
+        original(self, now_ms)
+        self.attempts._seen = {key.fence for key in self.attempts.listing()}
+
+    return open_next
+
+
+def _obey_again(self: Attempts, key: AttemptKey, spec: JobSpec) -> bool:
+    if key.fence <= self._floor or key.fence in self._held:
+        return False
+    self._held[key.fence] = attempts.Attempt(key, spec)
+    return True
+
+
+def _listing_of_live_ones(self: Attempts) -> tuple[AttemptKey, ...]:
+    return tuple(each.key for each in self.all() if each.phase in (Phase.HELD, Phase.RUNNING))
+
+
+def _counts_from_the_answer(original: Callable[..., None]) -> Callable[..., None]:
+    def renewed(self: Worker, event: RenewAnswered, now_ms: int) -> None:
+        original(self, replace(event, sent_ms=now_ms), now_ms)
+
+    return renewed
+
+
+def _opens_late(original: Callable[..., None]) -> Callable[..., None]:
+    def opened(self: Worker, answer: Any, now_ms: int) -> None:
+        self._opened_ms = now_ms
+        original(self, answer, now_ms)
+
+    return opened
+
+
+def _waits_for_ever_to_open(original: Callable[..., None]) -> Callable[..., None]:
+    def expire(self: Worker, now_ms: int) -> None:
+        if self.state is State.OPENING:
+            self._opened_ms = now_ms
+        original(self, now_ms)
+
+    return expire
+
+
+def _revives(original: Callable[..., None]) -> Callable[..., None]:
+    def expire(self: Worker, now_ms: int) -> None:
+        if self.state is State.OPEN and now_ms >= self.view_end_ms:
+            self.view_end_ms = now_ms + 1_000  # perhaps a grant is on its way
+        original(self, now_ms)
+
+    return expire
+
+
+def _forgets_what_it_stopped(original: Callable[..., None]) -> Callable[..., None]:
+    def ended(self: Worker, key: AttemptKey, outcome: Outcome) -> None:
+        original(self, key, outcome)
+        if outcome.reason is EndReason.LOST:
+            self.attempts.forget(key)
+
+    return ended
+
+
+def _keeps_all(original: Callable[..., None]) -> Callable[..., None]:
+    def opened(self: Worker, answer: Any, now_ms: int) -> None:
+        if isinstance(answer, SessionOpened):
+            answer = changed(answer, leased=self.attempts.listing())
+        original(self, answer, now_ms)
+
+    return opened
+
+
+def _never_by_itself(spec: JobSpec) -> int | None:
+    return None
+
+
+def _leash_from_the_opening(original: Callable[..., int | None]) -> Callable[..., int | None]:
+    def leash_ms(self: Worker, attempt: attempts.Attempt) -> int | None:
+        deadline_ms = original(self, attempt)
+        if deadline_ms is None or self.state is not State.OPENING:
+            return deadline_ms
+        return deadline_ms - self.view_end_ms + self._opened_ms + worker.VIEW_MS
+
+    return leash_ms
+
+
+def _obeys_any_epoch(original: Callable[..., None]) -> Callable[..., None]:
+    def noticed(self: Worker, notice: Notice) -> None:
+        original(self, changed(notice, epoch=self.epoch))
+
+    return noticed
+
+
+def _starts_cut_off(original: Callable[..., None]) -> Callable[..., None]:
+    def proceed(self: Worker, now_ms: int) -> None:
+        original(self, now_ms)
+        if self.state is State.OPENING:
+            self._start(now_ms)
+
+    return proceed
+
+
+def _obeys_while_opening(original: Callable[..., None]) -> Callable[..., None]:
+    def noticed(self: Worker, notice: Notice) -> None:
+        was, self.state = self.state, State.OPEN
+        original(self, changed(notice, epoch=self.epoch))
+        self.state = was
+
+    return noticed
+
+
+# --- the leader's side ------------------------------------------------------------------------------------------------
+
+
+def _leads_for_ever(original: Callable[..., bool]) -> Callable[..., bool]:
+    def lead(self: Keeper, term: int | None, now_ms: int) -> bool:
+        return False if term is None else original(self, term, now_ms)
+
+    return lead
+
+
+def _grants_while_ending(original: Callable[..., RenewAnswer]) -> Callable[..., RenewAnswer]:
+    def renew(self: Keeper, node: NodeId, message: Renew, now_ms: int) -> RenewAnswer:
+        session = self._sessions.get(node)
+        if self._term is not None and session is not None and session.epoch == message.epoch:
+            session.is_ending = False
+        return original(self, node, message, now_ms)
+
+    return renew
+
+
+def _ends_at_once_in_a_new_term(original: Callable[..., bool]) -> Callable[..., bool]:
+    def lead(self: Keeper, term: int | None, now_ms: int) -> bool:
+        has_changed = original(self, term, now_ms)
+        if has_changed:
+            for node, session in list(self._sessions.items()):
+                self._sessions[node] = Session(session.epoch, granted_ms=now_ms - keeper.GRANT_MS)
+        return has_changed
+
+    return lead
+
+
+def _never_compares(original: Callable[..., RenewAnswer]) -> Callable[..., RenewAnswer]:
+    def renew(self: Keeper, node: NodeId, message: Renew, now_ms: int) -> RenewAnswer:
+        same = digest_of(self._state.leases_of(node, message.epoch))
+        return original(self, node, changed(message, digest=same), now_ms)
+
+    return renew
+
+
+# --- the state --------------------------------------------------------------------------------------------------------
+
+
+def _adopts_nothing(self: Queue, node: Node, key: AttemptKey) -> bool:
+    return False
+
+
+def _loses_before_it_adopts(original: Callable[..., None]) -> Callable[..., None]:
+    def hold_leases(self: Queue, node: Node) -> None:
+        original(self, node)
+        self.lose_due(node)
+
+    return hold_leases
+
+
+def _applies_any_seq(original: Callable[..., bytes]) -> Callable[..., bytes]:
+    def numbered(self: Sessions, node: Node, command: Claim | Report) -> bytes:
+        node.seq = command.seq - 1
+        return original(self, node, command)
+
+    return numbered
+
+
+def _opens_any_epoch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def open_session(self: Sessions, node: Node, command: OpenSession) -> Any:
+        if command.epoch <= node.epoch:
+            node.epoch = command.epoch - 1
+        return original(self, node, command)
+
+    return open_session
+
+
+def _believes_any_attempt(original: Callable[..., bool]) -> Callable[..., bool]:
+    def finish(self: Queue, node: Node, ended: Ended) -> bool:
+        job = self.jobs.get(ended.key.job)
+        row = job.rows.get(ended.key.task) if job is not None else None
+        if job is None or row is None or row.node is None or not row.epoch:
+            return original(self, node, ended)
+        owner = self._matching.nodes[row.node]
+        return original(self, owner, changed(ended, key=job.key(ended.key.task, row)))
+
+    return finish
+
+
+def _frees_whatever_is_not_listed(original: Callable[..., None]) -> Callable[..., None]:
+    def free_unheld(self: Queue, node: Node, fence_max: int, held: frozenset[int]) -> None:
+        original(self, node, 2**53, held)
+
+    return free_unheld
+
+
+def _forgets_ids_with_their_jobs(original: Callable[..., None]) -> Callable[..., None]:
+    def forget(self: Queue) -> None:
+        original(self)
+        for job in list(self.finished)[:-1]:
+            self.seen._seen.discard(int(job.replace("-", ""), 16))
+            del self.jobs[job], self.finished[job]
+
+    return forget
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def _saves_no_epoch(self: SimNode, epoch: int) -> None:
+    return
+
+
+RULES: dict[str, tuple[Patch, ...]] = {
+    # protocol.md 4
+    "an epoch is synced before use": ((SimNode, "save_epoch", _saves_no_epoch),),
+    "an older or ended epoch opens nothing": (_wrapped(Sessions, "open", _opens_any_epoch),),
+    "the open's answer names what is kept": (_wrapped(Worker, "_opened", _keeps_all),),
+    "strays are seen dead first": ((Attempts, "has_strays", False),),
+    "notices of another epoch are not obeyed": (_wrapped(Worker, "_noticed", _obeys_any_epoch),),
+    "no notice is obeyed while opening": (_wrapped(Worker, "_noticed", _obeys_while_opening),),
+    "exactly the next seq is applied": (_wrapped(Sessions, "numbered", _applies_any_seq),),
+    "the view counts from the sending": (_wrapped(Worker, "_renewed", _counts_from_the_answer),),
+    "a late answer opens nothing": (
+        _wrapped(Worker, "_opened", _opens_late),
+        _wrapped(Worker, "_expire", _waits_for_ever_to_open),
+    ),
+    "a view that has ended never revives": (_wrapped(Worker, "_expire", _revives),),
+    "attempts start only under a live view": (_wrapped(Worker, "_proceed", _starts_cut_off),),
+    "grants only while leading": (_wrapped(Keeper, "_lead", _leads_for_ever),),
+    "no grant after the end is proposed": (_wrapped(Keeper, "_renew", _grants_while_ending),),
+    "a new leader waits before it ends": (_wrapped(Keeper, "_lead", _ends_at_once_in_a_new_term),),
+    "digests are compared": (_wrapped(Keeper, "_renew", _never_compares),),
+    "the floor": ((Attempts, "raise_floor", lambda self, fence: None),),
+    "Reconcile frees up to F only": (_wrapped(Queue, "free_unheld", _frees_whatever_is_not_listed),),
+    # protocol.md 5
+    "what has ended stays listed": ((Attempts, "listing", _listing_of_live_ones),),
+    "once per attempt": ((Attempts, "obey", _obey_again),),
+    "once per attempt over all epochs": (_wrapped(Worker, "_open_next", _forgets_with_the_session),),
+    "only the current lease completes": (_wrapped(Queue, "finish", _believes_any_attempt),),
+    "who comes back is adopted": ((Queue, "adopt", _adopts_nothing),),
+    "the listed are adopted before on_lost": (_wrapped(Queue, "hold_leases", _loses_before_it_adopts),),
+    "a cut-off node stops what was promised": (
+        (worker, "cut_off_allowance_ms", _never_by_itself),
+        (attempts, "cut_off_allowance_ms", _never_by_itself),
+    ),
+    "cut off counts from the last view": (_wrapped(Worker, "_leash_ms", _leash_from_the_opening),),
+    "what it stopped stays held as lost": (_wrapped(Worker, "_ended", _forgets_what_it_stopped),),
+    # protocol.md 7
+    "ids outlive their jobs": (_wrapped(Queue, "forget", _forgets_ids_with_their_jobs),),
+}
+
+
+@contextmanager
+def without(rule: str | None) -> Iterator[None]:
+    """The same code without this rule; None takes nothing out."""
+    patches = RULES[rule] if rule is not None else ()
+    saved = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
+    for owner, name, replacement in patches:
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for owner, name, original in saved:
+            setattr(owner, name, original)

@@ -1,0 +1,293 @@
+"""What must hold in every run (architecture.md, invariants 2-5, and protocol.md 4-7). A breach is raised at once.
+
+`committed` applies each entry to a replica of its own the moment it is committed, and
+compares the queue before and after; `replica_applied` holds every other replica against
+it; `started` and `stopped` are told what really runs on the machines, which no node knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from meshd import codec
+from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, TaskState
+from meshd.raft.commands import (
+    AnyAnswer,
+    AnyCommand,
+    Batch,
+    Claim,
+    Ended,
+    EndSession,
+    JobChanged,
+    OpenSession,
+    Rejected,
+    Report,
+    SessionOpened,
+    Submitted,
+)
+from meshd.raft.machine import Machine
+from meshd.testing.heap import Heap
+from meshd.views import ListTasks, TaskPage, TaskView
+from meshd.worker import State
+
+if TYPE_CHECKING:
+    from meshd.testing.world import World
+
+
+class Breach(AssertionError):
+    """A rule of the protocol was broken; the message begins with its short name."""
+
+
+@dataclass
+class TaskHistory:
+    starts: int = 0
+    own_failures: int = 0
+    successes: int = 0
+    running: dict[NodeId, AttemptKey] = field(default_factory=dict)
+
+
+class Checks:
+    def __init__(self, heap: Heap, world: World) -> None:
+        self.heap, self.world = heap, world
+        self.oracle = Machine()
+        self.tasks: dict[tuple[JobId, int], TaskHistory] = {}
+        self.submitted: set[JobId] = set()
+        self._answers: list[list[bytes]] = []
+        self._digests: dict[int, str] = {}
+        self._views: dict[tuple[JobId, int], TaskView] = {}
+        self._fence = 0
+        self.ended_early: set[tuple[NodeId, int]] = set()
+        """Sessions whose end was proposed before their last grant had run out."""
+        self._wall_ms = 0
+        self._claimed: dict[tuple[NodeId, int], tuple[int, int]] = {}
+        """By session: the seq of its last claim, and the slots."""
+
+    def breach(self, name: str, what: str) -> None:
+        raise Breach(f"{name}: {what} (seed {self.heap_seed}, at {self.heap.now_ms / 1000:.3f} s)")
+
+    @property
+    def heap_seed(self) -> int:
+        return self.world.seed
+
+    # --- the state ----------------------------------------------------------------------------------------------------
+
+    def committed(self, index: int, data: bytes) -> list[bytes]:
+        try:
+            answers = self.oracle.apply(index, data)
+        except Exception as error:
+            raise Breach(f"apply is total: {error!r} at entry {index} (seed {self.heap_seed})") from error
+        if self.oracle.faults:
+            self.breach("apply is total", f"a command of entry {index} hit a bug: {codec.decode(data, Batch)}")
+        self._answers.append(answers)
+        self._digests[index] = self.oracle.digest()
+        batch = codec.decode(data, Batch)
+        self._time_is_monotonic()
+        jobs: dict[JobId, None] = {}
+        for event in self.oracle.take_events():
+            if isinstance(event, JobChanged):
+                jobs[event.job] = None
+        commands = [(each.origin, codec.decode(each.body, AnyCommand)) for each in batch.commands]
+        for (origin, command), answer in zip(commands, answers, strict=True):
+            self.heap.note(f"log: {index} {origin} {_short(command)} -> {_short(codec.decode(answer, AnyAnswer))}")
+        self._ids_never_double(commands, answers)
+        self._sessions_outlive_views(commands)
+        before = self._views.copy()
+        given: set[int] = set()
+        for job in jobs:
+            self._job_moved(job, commands, given)
+        self._who_comes_back_keeps_its_work(before, commands, answers)
+        self._claims_are_obeyed(commands, answers, given)
+        self._fence = max(given, default=self._fence)
+        return answers
+
+    def replica_applied(self, index: int, answers: list[bytes], machine: Machine) -> None:
+        if answers != self._answers[index - 1] or machine.digest() != self._digests[index]:
+            self.breach("replicas agree", f"they differ at entry {index}")
+        if machine.wall_ms > self.oracle.wall_ms:
+            self.breach("time is one", "a replica is ahead of the log")
+
+    def _time_is_monotonic(self) -> None:
+        if self.oracle.wall_ms < self._wall_ms:
+            self.breach("time is monotonic", f"{self.oracle.wall_ms} after {self._wall_ms}")
+        self._wall_ms = self.oracle.wall_ms
+
+    def _ids_never_double(self, commands: list[tuple[NodeId, AnyCommand]], answers: list[bytes]) -> None:
+        for data in answers:
+            answer = codec.decode(data, AnyAnswer)
+            if isinstance(answer, Submitted) and answer.is_new:
+                if answer.job in self.submitted:
+                    self.breach("a resend never doubles", f"job {answer.job[-6:]} was new twice")
+                self.submitted.add(answer.job)
+
+    def tasks_of(self, job: JobId) -> tuple[TaskView, ...]:
+        page = self.oracle.answer(ListTasks(job, limit=1000))
+        assert isinstance(page, TaskPage)
+        return page.tasks
+
+    def _job_moved(self, job: JobId, commands: list[tuple[NodeId, AnyCommand]], given: set[int]) -> None:
+        """`given`: the fences of this entry; it may lease tasks of several jobs, in any order among them."""
+        if self.oracle.spec_of(job) is None:
+            return
+        for now in self.tasks_of(job):
+            before = self._views.get((job, now.task))
+            self._views[job, now.task] = now
+            if before is None or before == now:
+                continue
+            name = f"task {job[-6:]}/{now.task}"
+            if before.state in FINAL_STATES:
+                self.breach("finished never moves", f"{name} went from {before.state} to {now.state}")
+            if now.attempt < before.attempt or now.fence < before.fence:
+                self.breach("attempts and fences only rise", f"{name} from {before.fence} to {now.fence}")
+            if now.fence > before.fence:
+                if now.fence <= self._fence or now.fence in given:
+                    self.breach("fences rise over all jobs", f"{name} got {now.fence} after {self._fence}")
+                given.add(now.fence)
+            if now.state is TaskState.DONE:
+                self._done(name, before, now, commands)
+
+    def _done(self, name: str, before: TaskView, now: TaskView, commands: list[tuple[NodeId, AnyCommand]]) -> None:
+        history = self.history(now.job, now.task)
+        history.successes += 1
+        if history.successes > 1:
+            self.breach("one success", f"{name} was completed twice")
+        for origin, command in commands:
+            if isinstance(command, Report):
+                for ended in command.ended:
+                    key = ended.key
+                    if (key.job, key.task, key.attempt, key.fence) == (now.job, now.task, now.attempt, now.fence):
+                        if now.node is not None and origin != now.node:
+                            self.breach("only the current lease finishes", f"{name} by {origin}")
+                        return
+        self.breach("only the current lease finishes", f"{name} is done, but nobody reported attempt {now.attempt}")
+
+    def _sessions_outlive_views(self, commands: list[tuple[NodeId, AnyCommand]]) -> None:
+        """A session that is ended for silence is one that its node knows to be over.
+
+        Not so one that was ended sooner because gossip and the connection called the node dead.
+        """
+        for _, command in commands:
+            if not isinstance(command, EndSession) or (command.node, command.epoch) in self.ended_early:
+                continue
+            node = self.world.nodes[command.node]
+            if node.agent is None:
+                continue
+            view = node.agent.worker
+            is_believed = (
+                view.state is State.OPEN and view.epoch == command.epoch and node.clock_ms() < view.view_end_ms
+            )
+            if is_believed:
+                self.breach("a session outlives its views", f"{node.name} believes in epoch {view.epoch}")
+
+    def _who_comes_back_keeps_its_work(
+        self,
+        before: dict[tuple[JobId, int], TaskView],
+        commands: list[tuple[NodeId, AnyCommand]],
+        answers: list[bytes],
+    ) -> None:
+        """What a node lists as it opens, and what was its own until then, is leased to its new epoch."""
+        alone = len(commands) == 1  # others in the same entry may have moved it first
+        for (origin, command), data in zip(commands, answers, strict=True):
+            answer = codec.decode(data, AnyAnswer)
+            if not (alone and isinstance(command, OpenSession) and isinstance(answer, SessionOpened)):
+                continue
+            for key in command.held:
+                was, now = before.get((key.job, key.task)), self._views.get((key.job, key.task))
+                if was is None or now is None or was.fence != key.fence or was.node != origin:
+                    continue
+                was_its_own = was.state in (TaskState.LEASED, TaskState.RUNNING)
+                is_unwanted = now.state in (TaskState.CANCELLED, TaskState.TIMED_OUT)
+                if was_its_own and not is_unwanted and key not in answer.leased:
+                    self.breach("who comes back keeps its work", f"{origin} listed fence {key.fence}")
+
+    def _claims_are_obeyed(
+        self, commands: list[tuple[NodeId, AnyCommand]], answers: list[bytes], given: set[int]
+    ) -> None:
+        """No session is leased more than it claimed last, by the order in which it claimed."""
+        for (origin, command), data in zip(commands, answers, strict=True):
+            is_refused = isinstance(codec.decode(data, AnyAnswer), Rejected)
+            if isinstance(command, OpenSession) and not is_refused:
+                self._claimed.setdefault((origin, command.epoch), (0, command.slots))
+            elif isinstance(command, Claim) and not is_refused:
+                last = self._claimed.get((origin, command.epoch), (0, 0))
+                self._claimed[origin, command.epoch] = max(last, (command.seq, command.slots))
+        for node, epoch in self.oracle.sessions_live():
+            leases = self.oracle.leases_of(node, epoch)
+            slots = self._claimed[node, epoch][1]
+            if len(leases) > slots and any(key.fence in given for key in leases):
+                self.breach("leases fit the slots", f"{len(leases)} leases in {slots} slots of {node}")
+
+    # --- the machines -------------------------------------------------------------------------------------------------
+
+    def history(self, job: JobId, task: int) -> TaskHistory:
+        return self.tasks.setdefault((job, task), TaskHistory())
+
+    def started(self, node: NodeId, key: AttemptKey, spec: JobSpec) -> None:
+        history = self.history(key.job, key.task)
+        name = f"task {key.job[-6:]}/{key.task}"
+        if node in history.running:
+            self.breach("once per attempt", f"{name} twice on {node}")
+        one_at_a_time = spec.on_lost is OnLost.WAIT or spec.promises_one_at_a_time
+        if one_at_a_time and history.running:
+            self.breach(
+                "one at a time", f"{name} ({spec.on_lost}) starts on {node} and runs on {list(history.running)}"
+            )
+        cores = self.world.nodes[node].cores
+        if sum(node in each.running for each in self.tasks.values()) >= cores:
+            self.breach("a machine runs what it has room for", f"{name} is one too many for {cores} cores on {node}")
+        history.starts += 1
+        if spec.on_lost is OnLost.FAIL and history.starts > 1 + history.own_failures:
+            self.breach("fail starts once", f"{name} starts again as attempt {key.attempt} on {node}")
+        history.running[node] = key
+
+    def stopped(self, node: NodeId, key: AttemptKey, outcome: Outcome | None) -> None:
+        history = self.history(key.job, key.task)
+        history.running.pop(node, None)
+        if outcome is not None and not outcome.is_success and outcome.exit_code is not None:
+            history.own_failures += 1
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def is_finished(self) -> bool:
+        """Every job that was acknowledged is final, and no session has a lease left."""
+        return all(self._views[key].state in FINAL_STATES for key in list(self._views)) and not any(
+            self.oracle.leases_of(node, epoch) for node, epoch in self.oracle.sessions_live()
+        )
+
+    def unfinished(self) -> list[str]:
+        tasks = [
+            f"{job[-6:]}/{task} {view.state} {view.reason} on {view.node}"
+            for (job, task), view in self._views.items()
+            if view.state not in FINAL_STATES
+        ]
+        leases = [
+            f"{key} leased to {node}"
+            for node, epoch in self.oracle.sessions_live()
+            for key in self.oracle.leases_of(node, epoch)
+        ]
+        return tasks + leases
+
+    def nothing_was_lost_without_a_fault(self) -> None:
+        for (job, task), view in self._views.items():
+            if view.losses or view.attempt > max(1, view.tries):
+                self.breach(
+                    "no work is thrown away", f"{job[-6:]}/{task} took {view.attempt} attempts, {view.losses} lost"
+                )
+
+
+def _short(value: AnyCommand | AnyAnswer) -> str:
+    """For the trace: who did what to which fences."""
+    fences = {
+        name: ",".join(str(each.key.fence if isinstance(each, Ended) else each.fence) for each in getattr(value, name))
+        for name in ("held", "leased", "ended", "running", "stop", "stale")
+        if hasattr(value, name)
+    }
+    plain = {
+        name: getattr(value, name)
+        for name in ("node", "epoch", "seq", "slots", "fence", "reason")
+        if hasattr(value, name)
+    }
+    job = str(getattr(value, "id", None) or getattr(value, "job", ""))[-6:]
+    return " ".join([type(value).__name__, job, *(f"{k}={v}" for k, v in {**plain, **fences}.items())]).replace(
+        "  ", " "
+    )
