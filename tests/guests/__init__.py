@@ -25,7 +25,8 @@ def example(name: str) -> Path:
 
 def compile_c(source: Path) -> Path:
     """Takes seconds the first time, nothing afterwards. Safe for several test processes at once."""
-    digest = hashlib.sha256(repr(FLAGS).encode() + source.read_bytes()).hexdigest()[:16]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    digest = hashlib.sha256(repr(FLAGS).encode() + b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     module = CACHE / f"{source.stem}-{digest}.wasm"
     if not module.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
