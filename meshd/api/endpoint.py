@@ -115,6 +115,8 @@ class Endpoint:
     body: Any = None
     """The struct that is expected as JSON, or the media type of a stream."""
     status: int = 200
+    event: type[msgspec.Struct] | None = None
+    """What each server-sent event carries as JSON."""
 
 
 def encode_answer(answer: object) -> bytes:

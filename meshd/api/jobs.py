@@ -20,7 +20,7 @@ from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.model import JobId, TaskState, TreeRef
 from meshd.raft.commands import Cancel, RetryJob, Submit, Submitted
 from meshd.spec import parse_job
-from meshd.views import Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
+from meshd.views import EventView, Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
 
 SPEC_BYTES_MAX = 1 << 20
 """A document; what it becomes has to fit a command (512 KiB). Long lists and files are blobs."""
@@ -53,7 +53,7 @@ class JobsQuery(Struct, forbid_unknown_fields=True):
 class TasksQuery(Struct, forbid_unknown_fields=True):
     state: State = ""
     start: Annotated[int, Meta(ge=0, le=10**7)] = 0
-    stop: Annotated[int | None, Meta(ge=0, le=10**7)] = None
+    stop: Annotated[int, Meta(ge=0, le=10**7)] | None = None
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 
@@ -287,5 +287,5 @@ ENDPOINTS = (
         body=RetryBody,
         status=201,
     ),
-    Endpoint("GET", "/v1/events", events, "What happens in the mesh, live", Rights.VIEWER, _EVENTS),
+    Endpoint("GET", "/v1/events", events, "What happens in the mesh, live", Rights.VIEWER, _EVENTS, event=EventView),
 )

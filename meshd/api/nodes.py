@@ -32,7 +32,7 @@ class InviteAnswer(Struct, frozen=True):
 
 
 class DrainBody(Struct, forbid_unknown_fields=True):
-    deadline_ms: Annotated[int | None, Meta(ge=0, description="Then running work is handed over; absent: wait")] = None
+    deadline_ms: Annotated[int, Meta(ge=0, description="Then running work is handed over; absent: wait")] | None = None
     cancel: Annotated[bool, Meta(description="Take work again instead")] = False
 
 
@@ -127,6 +127,7 @@ ENDPOINTS = (
         Rights.ADMIN,
         _EVENTS,
         body=DrainBody,
+        event=DrainView,
     ),
     Endpoint("DELETE", "/v1/nodes/{node}", remove, "The node is gone for good", Rights.ADMIN, None, status=204),
     Endpoint("POST", "/v1/invites", invite, "Make an invite", Rights.ADMIN, InviteAnswer, body=InviteBody, status=201),

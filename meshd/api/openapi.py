@@ -26,7 +26,7 @@ class ErrorAnswer(Struct, frozen=True):
 
 def make_document(endpoints: Iterable[Endpoint], version: str) -> dict[str, Any]:
     endpoints = tuple(endpoints)
-    kinds = [kind for row in endpoints for kind in (row.answer, row.body) if _is_struct(kind)]
+    kinds = [kind for row in endpoints for kind in (row.answer, row.body, row.event) if _is_struct(kind)]
     unique = list(dict.fromkeys([*kinds, ErrorAnswer]))
     schemas, components = msgspec.json.schema_components(unique, ref_template=REFERENCES)
     by_kind = dict(zip(unique, schemas, strict=True))
@@ -69,6 +69,9 @@ def _operation(row: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": row.summary}
     if row.answer is not None:
         answer["content"] = _content(row.answer, by_kind)
+    if row.event is not None:
+        # OpenAPI 3.1 has no word for the data of server-sent events; extensions begin with x-.
+        answer["content"]["text/event-stream"]["x-event-data"] = by_kind[row.event]
     operation: dict[str, Any] = {
         "operationId": _operation_id(row),
         "summary": row.summary,
