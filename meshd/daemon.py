@@ -713,14 +713,15 @@ class _Daemon:
 
     async def _hand_back(self) -> None:
         """Asked to stop: lead no more, stop what runs and report it, so that others go on at once."""
-        if self.server_log is not None and self.server_log.leads():
-            with trio.move_on_after(2):
+        if self.server_log is not None and self.server_log.leads() and len(self.server_log.voters) > 1:
+            try:
                 await self.server_log.hand_over()
+            except MeshError as error:
+                log.warning("raft.not_handed_over", error=str(error))
         if self.shell is not None and self.is_worker:
             self._feed(Offering(0, self.offer))
             self._feed(HandOver())
-            while self.shell.holds_anything:
-                await trio.sleep(0.02)
+            await self.shell.wait_empty()
 
 
 async def _hello(peer: NodeId, body: bytes) -> bytes:

@@ -26,6 +26,7 @@ class DevMesh:
         self.directory = directory
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = {**os.environ, **(environment or {})}
+        # What configures the agent of whoever runs this must not configure these.
         for key in [key for key in self._environment if key.startswith("MESHD_") and key not in (environment or {})]:
             del self._environment[key]
 

@@ -102,6 +102,7 @@ class Shell:
         self._save_epoch = save_epoch
         self._tasks: trio.Nursery | None = None
         self._stirred = trio.Event()
+        self._fed = trio.Event()
         self._leashes: dict[int, Leash] = {}
         self._scopes: dict[int, tuple[trio.CancelScope, list[EndReason]]] = {}
         self._calls = itertools.count(1)
@@ -128,15 +129,17 @@ class Shell:
             else:
                 self._tasks.start_soon(self._perform, effect)
         self._stirred.set()
+        self._fed.set()
 
     @property
     def attempts_running(self) -> int:
         return len(self._scopes)
 
-    @property
-    def holds_anything(self) -> bool:
-        """Attempts that run, or whose end is not yet answered."""
-        return bool(self._scopes) or bool(self._agent.worker.attempts.all())
+    async def wait_empty(self) -> None:
+        """Until nothing runs here and every end is answered."""
+        while self._scopes or self._agent.worker.attempts.all():
+            self._fed = trio.Event()
+            await self._fed.wait()
 
     async def _tick(self) -> None:
         while True:
