@@ -357,10 +357,10 @@ class Queue:
     # --- how a task moves
 
     def _find(self, key: AttemptKey) -> tuple[Job, Row] | None:
-        """The live task whose newest attempt this is, by fence."""
+        """The live task whose newest attempt this is: by fence, the rest of the key is for whoever forges one."""
         job = self.jobs.get(key.job)
         row = None if job is None else job.rows.get(key.task)
-        if job is None or row is None or row.fence != key.fence:
+        if job is None or row is None or job.key(key.task, row) != key:
             return None
         return job, row
 

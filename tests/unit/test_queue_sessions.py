@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from meshd.model import EndReason, NodeId, OnLost, Outcome, Retry, TaskState
-from meshd.raft.commands import Accepted, EndSession, Reason, Reconciled, RemoveMember, Reported, SessionOpened
+from meshd.model import Array, AttemptKey, EndReason, NodeId, OnLost, Outcome, Retry, TaskState
+from meshd.raft.commands import (
+    Accepted,
+    EndSession,
+    Reason,
+    Reconciled,
+    RemoveMember,
+    Reported,
+    SessionOpened,
+    SetDraining,
+)
 from tests.scene import BAD, GOOD, A, B, Scene, spec
 
 LOST = Outcome(reason=EndReason.LOST)
@@ -236,3 +245,25 @@ def test_an_outcome_that_came_while_cut_off_is_delivered_after_coming_back():
     scene.open(A, 2, (key,))
     assert scene.report(A, (key, GOOD), epoch=2) == Reported()
     assert (scene.state(job), scene.task(job).attempt) == (TaskState.DONE, 1)
+
+
+def test_adoption_of_what_was_lost_keeps_at_once():
+    scene = Scene(A, B)
+    job = scene.submit(spec(array=Array(count=2, at_once=1), lost_after_ms=0))
+    [key] = scene.leases(A)
+    scene.do(B, SetDraining(B, is_draining=True))
+    scene.end(A)
+    scene.do(B, SetDraining(B, is_draining=False))
+    assert scene.leases(B)[0].task == 0 and scene.leases(B)[0].attempt == 2
+    assert scene.open(A, 2, (key,)).leased == ()
+    assert scene.job(job).counts.leased == 1
+
+
+def test_a_report_must_name_its_attempt_wholly():
+    scene = Scene(A)
+    job = scene.submit()
+    [key] = scene.leases(A)
+    forged = AttemptKey(key.job, key.task, key.attempt + 1, key.fence)
+    assert scene.report(A, (forged, GOOD)) == Reported(stale=(forged,))
+    assert scene.open(A, 2, (forged,)).leased == ()
+    assert scene.state(job) is TaskState.LEASED

@@ -1,0 +1,88 @@
+"""Snapshots: consistent though packed later, whole after a restore, refused when they are not; and what is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshd.errors import Corrupt, NotFound
+from meshd.model import EndReason, Inline, Outcome, TaskState
+from meshd.raft import queue
+from meshd.raft.commands import Cancel
+from meshd.raft.machine import Machine
+from tests.scene import BAD, GOOD, A, B, Scene, spec
+
+TOLD = Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"said"))
+
+
+def test_what_was_captured_does_not_change_while_it_waits_to_be_packed():
+    scene = Scene(A, slots=200)
+    job = scene.submit(spec(count=300, attempts=2))
+    for outcome in (GOOD, BAD, TOLD):
+        scene.finish(A, outcome)
+    at_once = scene.machine.capture()()
+    later = scene.machine.capture()
+    scene.report(A, *((key, TOLD) for key in scene.leases(A)))
+    scene.submit()
+    scene.do(A, Cancel(job))
+    assert later() == at_once
+    assert scene.machine.capture()() != at_once
+
+
+def test_a_restored_replica_goes_on_as_the_others_do():
+    scene = Scene(A, B, slots=40)
+    scene.submit(spec(count=5000, attempts=2))
+    for _ in range(60):
+        scene.report(A, *((key, TOLD) for key in scene.leases(A)))
+        scene.report(B, *((key, BAD) for key in scene.leases(B)))
+    restored = Machine()
+    restored.restore(scene.machine.capture()())
+    assert restored.digest() == scene.machine.digest()
+    position = scene.index
+    scene.finish(A, GOOD)
+    scene.end(B)
+    scene.tick(100)
+    for at in range(position, scene.index):
+        restored.apply(at + 1, scene.entries[at])
+    assert restored.digest() == scene.machine.digest()
+    assert restored.capture()() == scene.machine.capture()()
+
+
+def test_a_bad_snapshot_is_refused_and_changes_nothing():
+    scene = Scene(A)
+    scene.submit(spec(count=200))
+    data = scene.machine.capture()()
+    for bad in (b"", b"\x90", data[:-1], data[: len(data) // 2], b"\xc1" + data):
+        with pytest.raises(Corrupt):
+            scene.machine.restore(bad)
+    assert scene.machine.capture()() == data
+
+
+def test_the_oldest_finished_jobs_are_forgotten_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "FINISHED_JOBS_MAX", 2)
+    scene = Scene(A)
+    jobs = [scene.submit(spec(name="n")) for _ in range(4)]
+    for _ in jobs:
+        scene.finish(A, TOLD)
+    assert [scene.job(job).state for job in jobs[2:]] == [TaskState.DONE, TaskState.DONE]
+    for job in jobs[:2]:
+        with pytest.raises(NotFound):
+            scene.job(job)
+    assert scene.machine._queue.totals[TaskState.DONE] == 2
+
+
+def test_results_are_bounded_by_their_bytes_but_the_newest_job_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "OUTCOME_BYTES_MAX", 100)
+    scene = Scene(A)
+    jobs = [scene.submit(), scene.submit()]
+    for _ in jobs:
+        scene.finish(A, Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * 200)))
+    assert scene.job("last").id == jobs[1]
+    with pytest.raises(NotFound):
+        scene.job(jobs[0])
+
+
+def test_a_replica_that_did_something_else_is_told_by_its_digest():
+    one, other = Scene(A), Scene(A)
+    one.submit()
+    other.submit(spec(count=2))
+    assert one.machine.digest() != other.machine.digest()
