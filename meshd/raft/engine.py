@@ -671,7 +671,7 @@ class Engine(SyncObj):  # type: ignore[misc]
             if progress.transfer is not None and m.next > progress.transfer.index:
                 progress.transfer = None
                 progress.restart(m.next)
-            progress.succeeded(m.next)
+            progress.succeeded(m.next, self._now())
         elif m.next and progress.transfer is None:
             progress.refused(m.next)
 
@@ -682,6 +682,8 @@ class Engine(SyncObj):  # type: ignore[misc]
         transfer = progress.transfer
         if m.offset < transfer.acked:
             transfer.sent = m.offset  # the peer started anew
+        if m.offset != transfer.acked:
+            progress.moved_s = self._now()
         transfer.acked = m.offset
         transfer.sent = max(transfer.sent, m.offset)
 
@@ -744,7 +746,7 @@ class Engine(SyncObj):  # type: ignore[misc]
     def _feed(self, peer: VoterId, progress: Progress, now: float, is_round: bool) -> None:
         if progress.has_gone_silent(now):
             progress.restart(progress.match + 1 if progress.match else progress.next)
-            progress.acked_s = now
+            progress.moved_s = now
         if progress.transfer is not None or progress.next <= self.first:
             self._feed_snapshot(peer, progress, now, is_round)
             return
@@ -795,7 +797,7 @@ class Engine(SyncObj):  # type: ignore[misc]
             if not self._send(peer, chunk):
                 return
             if transfer.sent == transfer.acked:
-                progress.acked_s = now
+                progress.moved_s = now
             transfer.sent += len(data)
             has_sent = True
         if is_round and not has_sent:

@@ -30,7 +30,7 @@ class Transfer:
 
     index: int
     term: int
-    data: bytes
+    data: bytes = field(repr=False)
     digest: bytes
     sent: int = 0
     acked: int = 0
@@ -49,8 +49,10 @@ class Progress:
     """The newest round of this term that it answered …"""
     contact_s: float = float("-inf")
     """… and when the newest answered round was sent."""
-    acked_s: float = float("-inf")
-    """When anything of it last arrived, or something was sent after nothing was on its way."""
+    heard_s: float = float("-inf")
+    """When an answer of this term last came."""
+    moved_s: float = float("-inf")
+    """When something that was on its way arrived, or began to be on its way."""
     clock_offset_ms: int | None = None
     """Its wall clock minus our CLOCK_BOOTTIME, as told in this term."""
     transfer: Transfer | None = None
@@ -64,23 +66,24 @@ class Progress:
 
     def sent(self, last_index: int, size: int, now_s: float) -> None:
         if not self._flying:
-            self.acked_s = now_s
+            self.moved_s = now_s
         self._flying.append((last_index, size))
         self._flying_bytes += size
         self.next = last_index + 1
 
     def has_gone_silent(self, now_s: float) -> bool:
         is_waiting = bool(self._flying) or (self.transfer is not None and self.transfer.sent > self.transfer.acked)
-        return is_waiting and now_s - self.acked_s >= RESEND_S
+        return is_waiting and now_s - self.moved_s >= RESEND_S
 
     def answered(self, round_: int, sent_s: float, now_s: float) -> None:
         """Any answer in this term: it counts for contact by when its round was sent, not by when it came."""
         self.round = max(self.round, round_)
         self.contact_s = max(self.contact_s, sent_s)
-        self.acked_s = now_s
+        self.heard_s = now_s
 
-    def succeeded(self, next_index: int) -> None:
+    def succeeded(self, next_index: int, now_s: float) -> None:
         self.is_probing = False
+        self.moved_s = now_s
         self.match = max(self.match, next_index - 1)
         self.next = max(self.next, next_index)
         while self._flying and self._flying[0][0] < next_index:

@@ -415,10 +415,10 @@ class Server:
         progress = self.engine.progress.get(voter)
         if progress is None:
             return Peer(lag=self.engine.last, silent_ms=NEVER_MS)
-        return Peer(lag=self.engine.last - progress.match, silent_ms=self.silent_ms(progress.contact_s))
+        return Peer(lag=self.engine.last - progress.match, silent_ms=self.silent_ms(progress.heard_s))
 
-    def silent_ms(self, contact_s: float) -> int:
-        return NEVER_MS if contact_s == float("-inf") else max(0, int((self._now() - contact_s) * 1000))
+    def silent_ms(self, heard_s: float) -> int:
+        return NEVER_MS if heard_s == float("-inf") else max(0, int((self._now() - heard_s) * 1000))
 
     # --- snapshots ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,585 @@
+"""Servers of one log in one process: virtual time, a seeded heap of events, disks that lose power, links that lose frames.
+
+Every server turns the real `Server` on the real journal and snapshots. What is checked:
+one command for each index, one leader for each term, what was acknowledged is there, what
+was refused is not, each command is applied once, replicas are equal, all of it converges.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from itertools import count
+from random import Random
+
+from meshd import codec
+from meshd.errors import Corrupt
+from meshd.model import NodeId
+from meshd.ports import Committed, NotCommitted, ProposeResult
+from meshd.raft.commands import Batch
+from meshd.raft.engine import RaftSettings
+from meshd.raft.journal import LocalHeader, create_journal, journal_names, open_journal
+from meshd.raft.messages import AnyMessage, VoterId, node_of, voter_id
+from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
+from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
+from tests.sim.raft_disk import MemoryDisk, PowerCut
+
+CREEP_S = 2e-6
+"""Time goes on a little with each look at the clock, as it does outside."""
+
+
+class Violation(AssertionError):
+    pass
+
+
+class Machine:
+    """Remembers every command in order; a twin is a bug that it shows."""
+
+    def __init__(self, world: RaftWorld, node: NodeId) -> None:
+        self.wall_ms = 0
+        self.elapsed_ms = 0
+        self.seen: list[bytes] = []
+        self._world = world
+        self._node = node
+
+    def apply(self, index: int, batch: bytes) -> list[bytes]:
+        entry = codec.decode(batch, Batch)
+        if entry.wall_ms < self.wall_ms:
+            raise Violation(f"time went back at {index}")
+        self.wall_ms = entry.wall_ms
+        self.elapsed_ms += entry.elapsed_ms
+        self._world.applied(self._node, index, batch)
+        answers = []
+        for command in entry.commands:
+            self.seen.append(bytes(command.body))
+            answers.append(codec.encode(len(self.seen)))
+        return answers
+
+    def capture(self) -> Callable[[], bytes]:
+        state = (self.wall_ms, self.elapsed_ms, tuple(self.seen))
+        return lambda: codec.encode(state)
+
+    def restore(self, data: bytes) -> None:
+        self.wall_ms, self.elapsed_ms, seen = codec.decode(data, tuple[int, int, list[bytes]], bytes_max=1 << 30)
+        self.seen = list(seen)
+
+    def next_timer_ms(self) -> int | None:
+        return None
+
+
+class Node:
+    """One server: a process that dies and starts again on the same disk."""
+
+    def __init__(self, world: RaftWorld, name: NodeId) -> None:
+        self.world = world
+        self.name = name
+        self.disk = MemoryDisk()
+        self.life = 0
+        self.server: Server | None = None
+        self.machine: Machine
+        self.inbox: deque[Incident] = deque()
+        self.staged: list[tuple[VoterId, AnyMessage]] = []
+        self.is_paused = False
+        self.due_at = float("inf")
+        self.reached: set[NodeId] = set()
+        self._packed: Packed | None = None
+
+    # --- Links
+
+    def send(self, peer: VoterId, message: AnyMessage) -> bool:
+        if peer not in self.world.linked(self.name):
+            return False
+        self.staged.append((peer, message))
+        return True
+
+    def take(self) -> Incident | None:
+        return self.inbox.popleft() if self.inbox else None
+
+    def connected(self) -> list[VoterId]:
+        return self.world.linked(self.name)
+
+    def reach(self, peers: Collection[NodeId]) -> None:
+        self.reached = set(peers)
+
+    # --- life
+
+    @property
+    def id(self) -> VoterId:
+        assert self.server is not None
+        return self.server.engine.me
+
+    def start(self) -> None:
+        world = self.world
+        self.life += 1
+        random = f"{world.random.getrandbits(64):016x}"
+        newest = load(self.disk, mesh="m")
+        if journal_names(self.disk):
+            at = None if newest is None else (newest[0].index, newest[0].term)
+            self.journal = open_journal(self.disk, mesh="m", recovery=0, random=random, snapshot=at)
+        else:
+            incarnation = f"{world.random.getrandbits(32):08x}"
+            founding = (voter_id(self.name, incarnation),) if self.name == world.founder else ()
+            header = LocalHeader("m", 0, incarnation, 1, random, founding=founding)
+            self.journal = create_journal(self.disk, header)
+        self.machine = Machine(world, self.name)
+        self.inbox.clear()
+        self.staged.clear()
+        self._packed = None
+        self.server = Server(
+            node=self.name,
+            journal=self.journal,
+            image=None if newest is None else newest[0],
+            machine=self.machine,
+            links=self,
+            servers=lambda: world.servers,
+            draining=lambda: world.draining,
+            settings=world.settings,
+            clocks=Clocks(world.creeping_now, lambda: int(world.now * 1000) + 10**12, lambda: False),
+            random=world.random,
+            packed=self._snapshot_to_send,
+            report=world.report,
+        )
+        world.connect(self)
+        world.at(0.001, lambda: self.turn(self.life))
+
+    def _snapshot_to_send(self) -> Packed | None:
+        if self._packed is None:
+            newest = load(self.disk, mesh="m")
+            self._packed = None if newest is None else newest[1]
+        return self._packed
+
+    def turn(self, life: int) -> None:
+        if self.server is None or life != self.life:
+            return
+        if self.is_paused:
+            self.world.at(0.05, lambda: self.turn(life))
+            return
+        try:
+            self._turn(self.server)
+        except PowerCut:
+            self.world.die(self, has_power=False)
+
+    def _turn(self, server: Server) -> None:
+        world = self.world
+        server.begin()
+        if server.may_send_early or world.sends_before_sync:
+            self.flush()
+        if server.wants_sync:
+            self.journal.commit()
+            server.synced()
+        server.finish()
+        self.flush()
+        if (arrived := server.engine.arrived) is not None:
+            image = unpack_image(arrived.data, digest=arrived.digest, mesh="m")
+            save(self.disk, Packed(image.index, image.term, arrived.data, arrived.digest), self.journal.header)
+            server.install(image)
+            self._packed = None
+            self.journal.commit()
+            self.journal.release(server.saved_index)
+            self.flush()
+        elif (capture := server.capture()) is not None:
+            image = Image("m", capture.index, capture.term, capture.voters, capture.pack())
+            save(self.disk, pack_image(image), self.journal.header)
+            self._packed = None
+            server.saved(capture.index)
+            if not self.journal.is_dirty:
+                self.journal.release(server.saved_index)
+        world.check(self)
+        self.schedule()
+
+    def flush(self) -> None:
+        staged, self.staged = self.staged, []
+        for peer, message in staged:
+            self.world.carry(self, peer, message)
+
+    def schedule(self) -> None:
+        """The next turn: at once when there is something to do, else when the next timer is due."""
+        assert self.server is not None
+        if self.server.has_work or self.inbox:
+            due = self.world.now + 0.0005
+        else:
+            due = self.server.next_due_s() or float("inf")
+        self.due_at = due
+        if due != float("inf"):
+            life = self.life
+            self.world.at(max(0.0, due - self.world.now), lambda: self.turn_if_due(life, due))
+
+    def turn_if_due(self, life: int, due: float) -> None:
+        if self.due_at == due:
+            self.turn(life)
+
+    def receive(self, incident: Incident) -> None:
+        self.inbox.append(incident)
+        due = self.world.now + 0.0002
+        if self.due_at > due:
+            self.due_at = due
+            life = self.life
+            self.world.at(0.0002, lambda: self.turn_if_due(life, due))
+
+
+class RaftWorld:
+    def __init__(
+        self,
+        seed: int,
+        servers: int = 3,
+        *,
+        delay_s: tuple[float, float] = (0.001, 0.03),
+        loss: float = 0.0,
+        settings: RaftSettings | None = None,
+        sends_before_sync: bool = False,
+    ) -> None:
+        self.random = Random(seed)
+        self.now = 1000.0
+        self.delay_s = delay_s
+        self.loss = loss
+        self.settings = settings or RaftSettings()
+        self.sends_before_sync = sends_before_sync
+        self.founder = NodeId("n0")
+        self.names = [NodeId(f"n{k}") for k in range(servers)]
+        self.servers = list(self.names)
+        self.draining: list[NodeId] = []
+        self.nodes = {name: Node(self, name) for name in self.names}
+        self.cuts: set[tuple[NodeId, NodeId]] = set()
+        self.history: dict[int, bytes] = {}
+        self.leaders: dict[int, VoterId] = {}
+        self.outcomes: dict[bytes, ProposeResult | None] = {}
+        self.counts: Counter[str] = Counter()
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self._arrival: dict[tuple[NodeId, NodeId], float] = {}
+        self._streams: Counter[tuple[NodeId, NodeId]] = Counter()
+        for node in self.nodes.values():
+            node.start()
+
+    # --- time
+
+    def creeping_now(self) -> float:
+        self.now += CREEP_S
+        return self.now
+
+    def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (self.now + delay_s, next(self._order), action))
+
+    def run(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self._heap and self._heap[0][0] <= until:
+            at, _, action = heapq.heappop(self._heap)
+            self.now = max(self.now, at)
+            action()
+        self.now = max(self.now, until)
+
+    def run_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        until = self.now + seconds
+        while not condition():
+            if self.now > until:
+                raise Violation(f"not within {seconds} s: {what}\n{self.picture()}")
+            self.run(0.1)
+
+    # --- links
+
+    def is_linked(self, one: NodeId, other: NodeId) -> bool:
+        """A stream from one to the other; a cut may be one-way."""
+        return (
+            (one, other) not in self.cuts
+            and self.nodes[one].server is not None
+            and self.nodes[other].server is not None
+        )
+
+    def linked(self, name: NodeId) -> list[VoterId]:
+        return [self.nodes[other].id for other in self.nodes if other != name and self.is_linked(name, other)]
+
+    def connect(self, node: Node) -> None:
+        for other in self.nodes.values():
+            if other is not node and other.server is not None:
+                self._announce(node.name, other.name)
+                self._announce(other.name, node.name)
+
+    def _announce(self, one: NodeId, other: NodeId) -> None:
+        self._streams[one, other] += 1
+        if self.is_linked(one, other):
+            self.nodes[one].receive(Up(self.nodes[other].id))
+
+    def cut(self, one: NodeId, other: NodeId) -> None:
+        if (one, other) not in self.cuts:
+            was_linked = self.is_linked(one, other)
+            self.cuts.add((one, other))
+            self._streams[one, other] += 1
+            if was_linked:
+                self.nodes[one].receive(Down(self.nodes[other].id))
+
+    def heal(self, one: NodeId, other: NodeId) -> None:
+        if (one, other) in self.cuts:
+            self.cuts.discard((one, other))
+            self._announce(one, other)
+
+    def carry(self, sender: Node, peer: VoterId, message: AnyMessage) -> None:
+        """As bytes, first in first out in each direction, unless it is lost on the way."""
+        target = node_of(peer)
+        if not self.is_linked(sender.name, target) or self.nodes[target].id != peer:
+            return
+        self.counts[type(message).__name__] += 1
+        if self.random.random() < self.loss:
+            return
+        pair = (sender.name, target)
+        arrival = max(self.now + self.random.uniform(*self.delay_s), self._arrival.get(pair, 0.0) + 1e-6)
+        self._arrival[pair] = arrival
+        stream, me, body = self._streams[pair], sender.id, codec.encode(message)
+        self.at(arrival - self.now, lambda: self._arrive(pair, stream, Mail(me, codec.decode(body, AnyMessage))))
+
+    def _arrive(self, pair: tuple[NodeId, NodeId], stream: int, mail: Mail) -> None:
+        if self._streams[pair] == stream and self.nodes[pair[1]].server is not None:
+            self.nodes[pair[1]].receive(mail)
+
+    # --- faults
+
+    def die(self, node: Node, *, has_power: bool) -> None:
+        assert node.server is not None
+        gone = node.id
+        for other in self.nodes.values():
+            if other is not node and other.server is not None:
+                if self.is_linked(other.name, node.name):
+                    other.receive(Down(gone))
+                self._streams[other.name, node.name] += 1
+                # What its kernel has taken may still arrive after its death.
+                if self.random.random() < 0.3:
+                    self._streams[node.name, other.name] += 1
+        node.server = None
+        node.life += 1
+        node.due_at = float("inf")
+        if has_power:
+            node.disk.be_killed()
+        else:
+            node.disk.lose_power(self.random)
+        self.counts["deaths"] += 1
+
+    def crash(self, name: NodeId, down_s: float) -> None:
+        """kill -9, or the power goes now or within the next few disk operations."""
+        node = self.nodes[name]
+        if node.server is None:
+            return
+        match self.random.randrange(3):
+            case 0:
+                self.die(node, has_power=True)
+            case 1:
+                self.die(node, has_power=False)
+            case _:
+                node.disk.cut_in(self.random.randrange(6))
+                life = node.life
+                self.at(0.5, lambda: node.life == life and node.server and self.die(node, has_power=False))
+        self.at(down_s + 0.5, lambda: self.revive(name))
+
+    def blackout(self) -> None:
+        """The power of the whole room goes, at each machine in the middle of what it was doing."""
+        for name, node in self.nodes.items():
+            if node.server is not None:
+                node.disk.cut_in(self.random.randrange(3))
+                life = node.life
+                self.at(0.05, lambda n=node, life=life: n.life == life and n.server and self.die(n, has_power=False))
+                self.at(0.1 + self.random.uniform(0, 1), lambda name=name: self.revive(name))
+
+    def revive(self, name: NodeId) -> None:
+        node = self.nodes[name]
+        if node.server is None:
+            try:
+                node.start()
+            except PowerCut:
+                node.server = None
+                node.disk.lose_power(self.random)
+                self.at(0.5, lambda: self.revive(name))
+
+    def add_server(self) -> NodeId:
+        name = NodeId(f"n{len(self.names)}")
+        self.names.append(name)
+        self.servers.append(name)
+        self.nodes[name] = Node(self, name)
+        self.nodes[name].start()
+        return name
+
+    # --- load
+
+    def propose(self, name: NodeId, command: bytes) -> None:
+        server = self.nodes[name].server
+        if server is None:
+            return
+        body = codec.encode(command)
+        self.outcomes[body] = None
+
+        def resolve(result: ProposeResult) -> None:
+            self.outcomes[body] = result
+            self.counts[type(result).__name__] += 1
+
+        if server.submit(name, body, resolve) is None:
+            resolve(NotCommitted("no server leads"))
+        else:
+            node = self.nodes[name]
+            if node.due_at > self.now:
+                node.due_at = self.now
+                life = node.life
+                self.at(0.0, lambda: node.turn_if_due(life, node.due_at))
+
+    # --- checks
+
+    def report(self, event: str, fields: dict[str, object]) -> None:
+        self.counts[event] += 1
+        if event == "raft.bug":
+            raise Violation(f"{event} {fields}")
+
+    def applied(self, name: NodeId, index: int, batch: bytes) -> None:
+        if self.history.setdefault(index, batch) != batch:
+            raise Violation(f"{name} applied another command at index {index}")
+
+    def check(self, node: Node) -> None:
+        assert node.server is not None
+        engine = node.server.engine
+        if engine.is_leader and self.leaders.setdefault(engine.term, engine.me) != engine.me:
+            raise Violation(f"two leaders in term {engine.term}: {self.leaders[engine.term]} and {engine.me}")
+
+    def leader(self) -> Node | None:
+        leading = [node for node in self.nodes.values() if node.server is not None and node.server.engine.leads()]
+        return max(leading, key=lambda node: node.server.engine.term, default=None)  # type: ignore[union-attr]
+
+    def voters(self) -> list[NodeId]:
+        leader = self.leader()
+        assert leader is not None and leader.server is not None
+        return [node_of(voter) for voter in leader.server.engine.voters]
+
+    def settle(self, seconds: float = 60.0) -> None:
+        """Faults are over: everybody comes back, one leads, the voters are equal. Then the last checks."""
+        self.loss = 0.0
+        for one, other in list(self.cuts):
+            self.heal(one, other)
+        for node in self.nodes.values():
+            node.is_paused = False
+            node.disk.cut_in(None)
+            if node.name in self.servers:
+                self.revive(node.name)
+
+        def is_equal() -> bool:
+            leader = self.leader()
+            if leader is None or leader.server is None:
+                return False
+            engine = leader.server.engine
+            voters = [self.nodes[node_of(voter)] for voter in engine.voters]
+            return engine.applied == engine.last and all(
+                voter.server is not None and voter.server.engine.applied == engine.last for voter in voters
+            )
+
+        self.run_until(is_equal, seconds, "replicas equal after the faults are over")
+        self.finish()
+
+    def finish(self) -> None:
+        replicas = [self.nodes[name].machine for name in self.voters()]
+        seen = replicas[0].seen
+        if any((replica.seen, replica.wall_ms) != (seen, replicas[0].wall_ms) for replica in replicas):
+            raise Violation("replicas differ")
+        times = Counter(seen)
+        for command, outcome in self.outcomes.items():
+            if isinstance(outcome, Committed) and times[command] != 1:
+                raise Violation(f"acknowledged {command!r} is there {times[command]} times")
+            if isinstance(outcome, NotCommitted) and times[command]:
+                raise Violation(f"refused {command!r} is there")
+            if times[command] > 1:
+                raise Violation(f"{command!r} was applied twice")
+
+    def picture(self) -> str:
+        lines = []
+        for node in self.nodes.values():
+            if node.server is None:
+                lines.append(f"{node.name} down")
+                continue
+            engine = node.server.engine
+            lines.append(
+                f"{engine.me} term {engine.term} leader {engine.leader} state {engine._state} first {engine.first}"
+                f" applied {engine.applied} commit {engine.commit} last {engine.last} voters {engine.voters}"
+                f" leads {engine.leads()} progress {engine.progress}"
+            )
+        return "\n".join([*lines, f"cuts {self.cuts}", f"{dict(self.counts)}"])
+
+
+def rough_weather(world: RaftWorld, seconds: float, *, does_change_servers: bool = False) -> None:
+    """Load at every server and, once a second or so, a crash, a cut, an isolation or a pause."""
+    random, end, numbers = world.random, world.now + seconds, count()
+
+    def load() -> None:
+        if world.now < end:
+            for _ in range(random.choice([1, 1, 1, 4, 12])):
+                world.propose(random.choice(world.servers), b"c%06d" % next(numbers))
+            world.at(random.expovariate(20), load)
+
+    def fault() -> None:
+        if world.now >= end:
+            return
+        name = random.choice(world.servers)
+        leader = world.leader()
+        if leader is not None and random.random() < 0.4:
+            name = leader.name
+        others = [other for other in world.nodes if other != name]
+        match random.randrange(7):
+            case 0:  # one way only
+                other = random.choice(others)
+                world.cut(name, other)
+                world.at(random.uniform(0.05, 3), lambda: world.heal(name, other))
+            case 1:
+                pairs = [pair for other in others for pair in ((name, other), (other, name))]
+                for pair in pairs:
+                    world.cut(*pair)
+                world.at(random.uniform(0.3, 6), lambda: [world.heal(*pair) for pair in pairs])
+            case 2 | 3:
+                world.crash(name, random.uniform(0.0, 4))
+            case 4:
+                node = world.nodes[name]
+                node.is_paused = True
+                world.at(random.uniform(0.1, 2.5), lambda: setattr(node, "is_paused", False))
+            case 5:
+                world.blackout()
+            case _:
+                world.loss = random.choice([0.0, 0.02, 0.1])
+        world.at(random.expovariate(1.0), fault)
+
+    def change() -> None:
+        if world.now >= end:
+            return
+        if len(world.servers) < 5 or (len(world.servers) < 8 and random.random() < 0.6):
+            world.add_server()
+        else:
+            leader = world.leader()
+            gone = random.choice([name for name in world.servers if leader is None or name != leader.name])
+            world.servers.remove(gone)
+        world.at(random.uniform(1, 5), change)
+
+    load()
+    world.at(1.0, fault)
+    if does_change_servers:
+        world.at(1.0, change)
+    world.run(seconds)
+
+
+def power_cuts(world: RaftWorld, seconds: float) -> None:
+    """Followers lose power in the middle of a write, the leader a moment later; it is away while they are back."""
+    random, end, numbers = world.random, world.now + seconds, count()
+
+    def load() -> None:
+        if world.now < end:
+            world.propose(random.choice(world.servers), b"p%06d" % next(numbers))
+            world.at(random.expovariate(200), load)
+
+    def cut() -> None:
+        leader = world.leader()
+        if world.now < end and leader is not None:
+            for name, node in world.nodes.items():
+                if node is leader:
+                    world.at(0.04, lambda: leader.server and world.die(leader, has_power=False))
+                    world.at(4.0, lambda: world.revive(leader.name))
+                elif node.server is not None:
+                    node.disk.cut_in(random.randrange(4))
+                    world.at(0.3, lambda name=name: world.revive(name))
+        if world.now < end:
+            world.at(random.uniform(4.5, 6), cut)
+
+    load()
+    world.at(1.0, cut)
+    world.run(seconds)
+
+
+__all__ = ["Corrupt", "RaftWorld", "Violation", "power_cuts", "rough_weather"]

@@ -1,0 +1,80 @@
+"""Seeds of trouble for the replicated log. Every checker in raft_world.py has been seen to fail on broken code."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshd.raft.engine import RaftSettings
+from tests.sim.raft_world import RaftWorld, Violation, power_cuts, rough_weather
+
+TRIMMING = RaftSettings(snapshot_entries=25, retain_entries=5)
+SLOW_LINKS_S = (0.02, 0.3)
+
+
+def formed(seed: int, servers: int = 3, **options: object) -> RaftWorld:
+    world = RaftWorld(seed, servers, **options)  # type: ignore[arg-type]
+    world.run_until(lambda: world.leader() is not None and len(world.voters()) == 3, 10, "three voters")
+    return world
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_nothing_acknowledged_is_lost_whatever_crashes_or_is_cut_off(seed: int) -> None:
+    world = formed(seed)
+    rough_weather(world, 20)
+    world.settle()
+
+
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_trimming_the_log_loses_nothing(seed: int) -> None:
+    world = formed(seed, settings=TRIMMING)
+    rough_weather(world, 20)
+    world.settle()
+
+
+@pytest.mark.parametrize("seed", range(200, 210))
+def test_slow_links_and_snapshots_lose_nothing(seed: int) -> None:
+    world = formed(seed, 5, settings=TRIMMING, delay_s=SLOW_LINKS_S)
+    rough_weather(world, 20)
+    world.settle()
+
+
+@pytest.mark.parametrize("seed", range(300, 315))
+def test_servers_that_join_and_leave_meanwhile_lose_nothing(seed: int) -> None:
+    world = formed(seed, settings=TRIMMING)
+    rough_weather(world, 20, does_change_servers=True)
+    world.settle()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_power_cut_loses_nothing_that_was_acknowledged(seed: int) -> None:
+    world = formed(seed, delay_s=(0.0005, 0.003))
+    power_cuts(world, 12)
+    world.settle()
+
+
+def test_the_check_sees_what_is_lost_when_frames_leave_before_the_sync() -> None:
+    world = formed(7, delay_s=(0.0005, 0.003), sends_before_sync=True)
+    power_cuts(world, 20)
+    with pytest.raises(Violation, match="is there 0 times"):
+        world.settle()
+
+
+def test_three_fresh_servers_form_in_under_three_seconds() -> None:
+    world = RaftWorld(1)
+    began = world.now
+    world.run_until(lambda: world.leader() is not None and len(world.voters()) == 3, 10, "three voters")
+    assert world.now - began < 3
+
+
+def test_seven_servers_have_five_voters() -> None:
+    world = RaftWorld(2, 7)
+    world.run_until(lambda: world.leader() is not None and len(world.voters()) == 5, 10, "five voters")
+
+
+def test_a_seed_is_a_complete_description_of_a_run() -> None:
+    def digest(seed: int) -> tuple[object, ...]:
+        world = formed(seed)
+        rough_weather(world, 5)
+        return (world.now, tuple(sorted(world.counts.items())), tuple(world.history.items()))
+
+    assert digest(5) == digest(5) != digest(6)
