@@ -28,7 +28,6 @@ from meshd.model import (
     INLINE_BYTES_MAX,
     AttemptKey,
     BlobRef,
-    Content,
     EndReason,
     Inline,
     ItemsBlob,
@@ -218,9 +217,8 @@ class Executor:
         run = spec.run
         module = stdin = None
         if run.module is not None:
-            module = directory / "module"
             await self._fetch(run.module)
-            await self._store.export(run.module, module)
+            module = self._store.path(run.module.hash)
         match run.stdin:
             case BlobRef():
                 stdin = directory / "stdin"
@@ -271,17 +269,12 @@ class Executor:
             return replace(outcome, reason=EndReason.INVALID, message=str(error)[:2000])
 
     async def _keep_logs(self, outcome: Outcome, execution: Execution) -> Outcome:
-        return replace(
-            outcome, stdout=await self._content(execution.stdout), stderr=await self._content(execution.stderr)
-        )
-
-    async def _content(self, path: Path) -> Content | None:
-        size = path.stat().st_size
-        if size == 0:
-            return None
-        if size <= LOG_INLINE_BYTES_MAX:
-            return Inline(path.read_bytes())
-        return await self._store.put_file(path)
+        small = await trio.to_thread.run_sync(_read_small, (execution.stdout, execution.stderr))
+        stdout, stderr = [
+            Inline(data) if data else None if data is not None else await self._store.put_file(path)
+            for path, data in small
+        ]
+        return replace(outcome, stdout=stdout, stderr=stderr)
 
     async def _replicate(self, outcome: Outcome, spec: JobSpec) -> Outcome:
         """Waits as long as it takes: an outcome that rests on one disk is not told (protocol.md 6)."""
@@ -312,19 +305,24 @@ def _write(target: Path, data: bytes, executable: bool) -> None:
     target.chmod(0o700 if executable else 0o600)
 
 
+def _read_small(paths: Sequence[Path]) -> list[tuple[Path, bytes | None]]:
+    """Each with its bytes, or None when it is too large to travel inside a command."""
+    return [(path, path.read_bytes() if path.stat().st_size <= LOG_INLINE_BYTES_MAX else None) for path in paths]
+
+
 def _remove(directory: Path) -> None:
     """Also when the job took the rights away from its own directories."""
-
-    def force(function: Callable[[str], object], path: str, _error: BaseException) -> None:
-        os.chmod(Path(path).parent, 0o700)
-        os.chmod(path, 0o700)
-        function(path)
-
     try:
-        if hasattr(shutil.rmtree, "avoids_symlink_attacks"):
-            shutil.rmtree(directory, onerror=lambda f, p, e: force(f, p, e[1]))
-    except OSError as error:
-        log.warning("attempt.not_removed", directory=str(directory), error=str(error))
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
+    except OSError:
+        os.chmod(directory, 0o700)
+        for path, directories, _ in os.walk(directory):
+            for each in directories:
+                if not os.path.islink(os.path.join(path, each)):  # never through a link: it may point anywhere
+                    os.chmod(os.path.join(path, each), 0o700)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 assert LOG_INLINE_BYTES_MAX * 2 < INLINE_BYTES_MAX

@@ -164,6 +164,10 @@ class BlobStore(Protocol):
         """Raises NotFound."""
         ...
 
+    def path(self, blob: str) -> Path:
+        """Where it lies, for reading only and for a moment; it was verified when it was put there. Raises NotFound."""
+        ...
+
     async def create(self) -> BlobWriter:
         """Raises Busy when the disk is full."""
         ...

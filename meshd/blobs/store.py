@@ -63,6 +63,11 @@ class Store:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
+    def path(self, blob: str) -> Path:
+        """See ports.BlobStore. Raises NotFound."""
+        self.size(blob)
+        return self._disk.path_of(blob)
+
     async def create(self) -> Writer:
         await self._run(self._disk.check_room, 0)
         return Writer(self)
