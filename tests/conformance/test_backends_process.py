@@ -1,0 +1,286 @@
+"""What is particular to processes: stubborn ones, daemons, commands that cannot start, a spawner that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshd.backends import process
+from meshd.model import EndReason, Resources
+from meshd.ports import Limits
+from meshd.testing.backend_suite import BackendSuite, Program, build, nothing_left, poll
+from tests.conformance.test_backends_suite import GUEST
+
+
+class _Process(BackendSuite):
+    factory = "meshd.backends.process:ProcessBackend"
+
+    def program(self, *words: str) -> Program:
+        return Program((sys.executable, "-I", "-S", str(GUEST), *words))
+
+
+suite = _Process()
+serving, program = suite.serving, suite.program
+
+
+def spawner_of(agent: int) -> int:
+    """The spawner that this process started, in whichever of its threads."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{agent}/task").glob("*/children")]
+    (found,) = (
+        pid
+        for pid in (pid for pids in lists for pid in pids)
+        if b"meshd.backends.spawner" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    return int(found)
+
+
+async def wait_ready(stdout: Path) -> None:
+    with trio.fail_after(10):
+        while stdout.read_bytes() != b"ready\n":
+            await trio.sleep(0.01)
+
+
+def sleepers(seconds: str) -> list[int]:
+    """Daemons of guests, also those that cleared their environment: the number of seconds tells which test's."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if Path("/proc", name, "cmdline").read_bytes() == f"sleep\0{seconds}\0".encode():
+                    found.append(int(name))
+            except OSError:
+                continue
+    return found
+
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+
+async def test_a_command_gets_a_clean_environment_and_its_own_home(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(program("environ"), env=(("LANG", "C"), ("MESHD_SPAWN", "forged")))
+        await bench.run(attempt)
+        environment = dict(line.split("=", 1) for line in attempt.stdout.read_text().splitlines())
+        assert environment.pop("MESHD_SPAWN") != "forged"
+        assert environment.pop("PATH").endswith("/usr/bin:/sbin:/bin")
+        environment.pop("LC_CTYPE", None)  # Python's own doing under LANG=C
+        assert environment == {"HOME": str(attempt.workdir), "LANG": "C"}
+
+
+async def test_a_command_inherits_no_descriptor(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(Program(("ls", "/proc/self/fd")))
+        await bench.run(attempt)
+        assert attempt.stdout.read_text().split() == ["0", "1", "2", "3"]  # 3 is the directory that ls reads
+
+
+async def test_the_limits_of_a_command(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(Program(("cat", "/proc/self/limits")), limits=Limits(memory=64 << 20))
+        await bench.run(replace(attempt, needs=Resources(disk=100 << 20)))
+        soft = {line[:26].strip(): line[26:].split()[0] for line in attempt.stdout.read_text().splitlines()}
+        assert soft["Max core file size"] == "0"
+        assert soft["Max open files"] == "1024"
+        assert soft["Max data size"] == str(64 << 20)
+        assert soft["Max file size"] == str(100 << 20)
+        assert soft["Max address space"] == "unlimited"
+
+
+async def test_a_command_is_found_by_the_jobs_own_path_and_below_the_working_directory(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        script = b"#!/bin/sh\necho found\n"
+        for args, env in ((("./tool",), ()), (("tool",), (("PATH", "."),))):
+            attempt = bench.attempt(Program(args), env=env, inputs={"tool": script})
+            (attempt.workdir / "tool").chmod(0o755)
+            outcome = await bench.run(attempt)
+            assert (outcome.exit_code, attempt.stdout.read_bytes()) == (0, b"found\n"), outcome
+
+
+# --- what cannot start -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("no-such-command",), "command not found: 'no-such-command'"),
+        (("./missing",), "command not found: './missing'"),
+        (("./plain",), "not executable: './plain'"),
+        (("./no-shebang",), "needs a #! line"),
+        (("./no-interpreter",), "interpreter"),
+        (("./directory",), "not executable"),
+        (("./plain/below",), "Not a directory"),
+        (("",), "needs a command"),
+        ((), "needs a command"),
+        (("true", "x" * (1 << 20)), "larger than this machine allows"),
+    ],
+)
+async def test_what_cannot_start_is_invalid_with_the_reason(tmp_path: Path, args: tuple[str, ...], words: str) -> None:
+    async with serving(tmp_path) as bench:
+        inputs = {"plain": b"x", "no-shebang": b"echo", "no-interpreter": b"#!/no/such\n", "directory/x": b""}
+        attempt = bench.attempt(Program(args), inputs=inputs)
+        for name in ("no-shebang", "no-interpreter"):
+            (attempt.workdir / name).chmod(0o755)
+        outcome = await bench.run(attempt)
+        assert outcome.reason is EndReason.INVALID
+        assert words in outcome.message
+
+
+async def test_a_missing_working_directory_is_invalid(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = replace(bench.attempt(Program(("true",))), workdir=tmp_path / "nowhere")
+        outcome = await bench.run(attempt)
+        assert outcome.reason is EndReason.INVALID
+        assert "working directory" in outcome.message
+
+
+async def test_files_that_the_agent_did_not_provide_are_the_backends_failure(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = replace(bench.attempt(Program(("true",))), stdin=tmp_path / "nowhere")
+        assert (await bench.run(attempt)).reason is EndReason.BACKEND
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
+async def test_a_signal_is_named_and_has_a_shells_exit_code(tmp_path: Path, number: signal.Signals) -> None:
+    async with serving(tmp_path) as bench:
+        outcome = await bench.run(bench.attempt(program("die", str(int(number)))))
+        assert (outcome.reason, outcome.exit_code) == (EndReason.SIGNAL, 128 + number)
+        assert number.name in outcome.message
+
+
+async def test_a_file_past_the_disk_that_the_job_asked_for_ends_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        big = Program(("head", "-c", "3000000", "/dev/zero"))
+        attempt = bench.attempt(big, limits=Limits(output_bytes_max=1000))
+        outcome = await bench.run(replace(attempt, needs=Resources(disk=2000)))
+        assert outcome.reason is EndReason.OUTPUT_LIMIT
+
+
+async def test_one_that_ignores_term_is_killed_after_the_grace(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        outcome = await bench.run(bench.attempt(program("stubborn"), limits=Limits(run_s=0.5)))
+        assert outcome.reason is EndReason.TIMEOUT
+        assert outcome.run_ms >= 1000  # the limit and the suite's half a second of grace
+
+
+@pytest.mark.parametrize("kind", ["leave", "wiped"])
+async def test_a_daemon_does_not_outlive_its_job(tmp_path: Path, kind: str) -> None:
+    seconds = f"61.{os.getpid()}{kind == 'wiped':d}"
+    async with serving(tmp_path) as bench:
+        assert (await bench.run(bench.attempt(program("daemon", kind, seconds)))).is_success
+        assert sleepers(seconds) == []
+
+
+async def test_a_daemon_of_a_cancelled_job_dies_with_it(tmp_path: Path) -> None:
+    seconds = f"62.{os.getpid()}"
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(program("daemon", "stay", seconds))
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(bench.run, attempt)
+                await wait_ready(attempt.stdout)
+                scope.cancel()
+        assert sleepers(seconds) == []
+
+
+async def test_the_daemon_of_a_running_neighbour_is_left_alone(tmp_path: Path) -> None:
+    seconds = f"63.{os.getpid()}"
+    async with serving(tmp_path) as bench, trio.open_nursery() as nursery:
+        neighbour = bench.attempt(program("daemon", "stay", seconds))
+        nursery.start_soon(bench.backend.run, neighbour)
+        await wait_ready(neighbour.stdout)
+        for _ in range(3):
+            assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+        assert len(sleepers(seconds)) == 1
+        nursery.cancel_scope.cancel()
+    assert sleepers(seconds) == []
+
+
+# --- the spawner -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_killed_spawner_takes_everything_with_it_and_the_next_attempt_gets_a_new_one(tmp_path: Path) -> None:
+    seconds = f"64.{os.getpid()}"
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(program("daemon", "stay", seconds))
+        outcomes = []
+
+        async def run() -> None:
+            outcomes.append(await bench.run(attempt))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await wait_ready(attempt.stdout)
+            os.kill(spawner_of(os.getpid()), signal.SIGKILL)
+        assert [outcome.reason for outcome in outcomes] == [EndReason.BACKEND]
+        assert "SIGKILL" in outcomes[0].message
+        await nothing_left(attempt.workdir)
+        assert sleepers(seconds) == []
+        assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+
+
+async def test_a_spawner_that_does_not_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LATE_S", 0.5)
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(program("daemon", "stay", "65"), limits=Limits(run_s=0.2))
+        async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                await wait_ready(attempt.stdout)
+                os.kill(spawner_of(os.getpid()), signal.SIGSTOP)
+
+            nursery.start_soon(stop)
+            start = time.monotonic()
+            outcome = await bench.run(replace(attempt, limits=Limits(run_s=1.0)))
+        assert outcome.reason is EndReason.BACKEND
+        assert time.monotonic() - start < 5
+        await nothing_left(attempt.workdir)
+
+
+def test_what_outlived_a_killed_agent_and_spawner_is_ended_by_the_next_agents_probe(tmp_path: Path) -> None:
+    seconds = f"66.{os.getpid()}"
+    with suite.owner(tmp_path, ("daemon", "stay", seconds)) as owner:
+        poll(lambda: len(sleepers(seconds)) == 1, "the daemon did not start")
+        spawner = spawner_of(owner.pid)
+        owner.send_signal(signal.SIGSTOP)
+        os.kill(spawner, signal.SIGKILL)
+        owner.kill()
+        owner.wait()
+        assert len(sleepers(seconds)) == 1
+        assert trio.run(build(suite.factory, tmp_path / "backend").probe).works
+        poll(lambda: sleepers(seconds) == [], "the daemon outlived the next agent's start")
+
+
+async def test_an_idle_spawner_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "IDLE_S", 0.2)
+    async with serving(tmp_path) as bench:
+        await bench.run(bench.attempt(program("exit", "0")))
+        spawner = spawner_of(os.getpid())
+        with trio.fail_after(10):
+            while Path(f"/proc/{spawner}").exists():
+                await trio.sleep(0.02)
+        assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+
+
+def test_the_spawner_needs_nothing_but_the_standard_library() -> None:
+    code = "import sys; import meshd.backends.spawner; print(*sys.modules)"
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours = {"meshd", "meshd.backends", "meshd.backends.output", "meshd.backends.spawned", "meshd.backends.spawner"}
+    foreign = {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert foreign - {"__main__"} == ours
