@@ -39,8 +39,8 @@ PROBE_MS = 400
 RELAY_MS = 500
 """Through others: theirs is a probe of 350 ms, plus the way."""
 
-SUSPICION_MS = 1600
-"""To object. Noticing (below 2.3 s) + probe + relays + this is under 5 s on a LAN, and under 3 s after a lost connection."""
+SUSPICION_MS = 1800
+"""To object. With noticing, probe and relays it is under 5 s on a LAN, and about 3 s after a lost connection."""
 
 DEAD_PERIOD_MS = 1000
 """How often one of the dead is tried."""

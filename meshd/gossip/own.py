@@ -92,11 +92,14 @@ class OwnFacts:
     @property
     def is_sealed(self) -> bool:
         """Nothing waits to be written."""
-        return not self._pending and self._rewriting is None
+        return not self._pending and self._rewriting is None and self._next > 1
 
     def seal(self) -> list[SignedChunk]:
         """Write what is pending, at most `SEAL_CHUNKS_MAX` chunks; call again while not `is_sealed`."""
         written: list[SignedChunk] = []
+        if self._next == 1 and not self._pending:
+            # Even nothing must be said once, or others would keep what an earlier life said.
+            written.append(self._write([]))
         while self._pending and len(written) < SEAL_CHUNKS_MAX:
             batch = list(_batch(self._pending.items()))
             for key, _ in batch:
