@@ -1,0 +1,503 @@
+"""The holes of PySyncObj 0.3.17 (research numbers F1 …): each is shown on stock, and shown closed here.
+
+If a test of stock fails after an upgrade of PySyncObj, the hole may have been closed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from pysyncobj import SyncObj, SyncObjConf, replicated, syncobj
+from pysyncobj.journal import MemoryJournal
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from meshd.errors import Corrupt
+from meshd.raft.engine import ApplyFailed, Engine, RaftSettings
+from meshd.raft.journal import LocalHeader, create_journal
+from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
+from tests.sim.raft_disk import MemoryDisk
+
+A, B, C, D, E = (VoterId(f"{name}/01") for name in "abcde")
+NO_OP = b"\x01"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(syncobj, "monotonicTime", clock)
+    return clock
+
+
+# --- stock -----------------------------------------------------------------------------------------------------------
+
+
+class Post(Transport):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(None, None, None)
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+
+    def send(self, node: Node, message: dict[str, Any]) -> bool:
+        self.sent.append((node.id, message))
+        return True
+
+    def receive(self, peer: str, **message: Any) -> None:
+        self._onMessageReceived(Node(peer), message)
+
+
+class Stock(SyncObj):  # type: ignore[misc]
+    def __init__(self, *others: str) -> None:
+        self.post = Post()
+        conf = SyncObjConf(autoTick=False, journalFile=MemoryJournal(), dynamicMembershipChange=True)
+        super().__init__(Node("A"), [Node(other) for other in others], conf, nodeClass=Node, transport=self.post)
+        for other in others:
+            self.post._onNodeConnected(Node(other))
+        self.runs = 0
+
+    @replicated  # type: ignore[untyped-decorator]
+    def poison(self, _: bytes) -> None:
+        self.runs += 1
+        raise ValueError("poison")
+
+    @property
+    def last(self) -> int:
+        return int(self._SyncObj__raftLog[-1][1])
+
+    def append(self, term: int, prev: tuple[int, int], entries: list[tuple[int, int]], commit: int) -> None:
+        self.post.receive(
+            "B", type="append_entries", term=term, prevLogIdx=prev[0], prevLogTerm=prev[1], commit_index=commit,
+            entries=[(NO_OP, index, entry_term) for index, entry_term in entries],
+        )  # fmt: skip
+
+    def be_elected(self, clock: Clock) -> None:
+        clock.now_s += 5
+        self.doTick(0.0)
+        for other in sorted(node.id for node in self.otherNodes)[: len(self.otherNodes) // 2 + 1]:
+            self.post.receive(other, type="response_vote", term=self.raftCurrentTerm)
+        assert self._isLeader()
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+class Ours(Engine):
+    def __init__(
+        self, clock: Clock, *voters: VoterId, apply: Callable[[int, bytes], list[bytes]] = lambda index, batch: []
+    ) -> None:
+        self.sent: list[tuple[VoterId, RaftMessage]] = []
+        self.bugs: list[int] = []
+        self.journal = create_journal(MemoryDisk(), LocalHeader("m", 0, "01", 1, "aa"))
+
+        def send(peer: VoterId, message: RaftMessage) -> bool:
+            self.sent.append((peer, message))
+            return True
+
+        super().__init__(
+            me=A, voters=voters, journal=self.journal, apply=apply, send=send, snapshot=lambda: None, now=clock,
+            wall_ms=lambda: 0, random=Random(1), settings=RaftSettings(), on_bug=lambda index, _: self.bugs.append(index),
+        )  # fmt: skip
+        for voter in voters:
+            self.peer_up(voter)
+
+    def turn(self) -> None:
+        self.doTick(0.0)
+        self.journal.commit()
+        self.synced()
+
+    def append(self, term: int, prev: tuple[int, int], entries: list[tuple[int, int]], commit: int) -> None:
+        told = tuple((NO_OP, index, entry_term) for index, entry_term in entries)
+        self.receive(B, Append(term, 1, 100_000, commit, *prev, told))
+        self.turn()
+
+    def be_elected(self, clock: Clock) -> None:
+        """A trial, then the vote. Late by no more than a tick, or it would read its mail first."""
+        clock.now_s = self.next_deadline() or clock.now_s
+        self.turn()
+        others = [voter for voter in self.voters if voter != A][: len(self.voters) // 2]
+        for is_trial in (True, False):
+            for other in others:
+                self.receive(other, Voted(self.term, self.term + is_trial, True, is_trial))
+        self.turn()
+        assert self.is_leader
+
+    def acknowledge(self, peer: VoterId, next_index: int, *, round_: int = 1, sent_s: float = 0.0) -> None:
+        self.receive(peer, Appended(self.term, round_, int(sent_s * 1000), True, next_index))
+        self.turn()
+
+    def answer(self) -> RaftMessage:
+        return self.sent[-1][1]
+
+
+# --- F1: a repeated, older message ---------------------------------------------------------------------------------------
+
+
+def test_stock_forgets_acknowledged_entries_when_an_older_message_is_repeated(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    stock.append(1, (1, 0), [(2, 1)], 1)
+    assert stock.last == 2
+
+
+def test_f1_an_older_message_takes_nothing_away(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    ours.append(1, (1, 0), [(2, 1)], 1)
+    assert ours.last == 4
+
+
+def test_f1_a_true_conflict_is_cut(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 2)
+    ours.append(2, (2, 1), [(3, 2)], 2)
+    assert [entry[1:] for entry in ours.journal[:]] == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_f1_a_conflict_with_what_is_committed_stops_the_server(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [(2, 1), (3, 1)], 3)
+    with pytest.raises(Corrupt, match="contradicts entry 3"):
+        ours.append(2, (2, 1), [(3, 2)], 3)
+
+
+# --- F2: commit ----------------------------------------------------------------------------------------------------------
+
+
+def test_stock_commits_its_own_unverified_suffix(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    stock.post.receive("B", type="append_entries", term=2, commit_index=4, serialized=None)
+    assert stock.raftCommitIndex == 4
+
+
+def test_f2_only_what_the_message_verified_is_committed(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    ours.append(2, (2, 1), [], 4)
+    assert ours.commit == 2
+    ours.receive(B, Append(2, 2, 100_000, 4, 0, 0))
+    assert ours.commit == 2
+
+
+# --- F4: answers of another term -----------------------------------------------------------------------------------------
+
+
+def test_stock_counts_an_answer_of_an_older_term(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.be_elected(clock)
+    stock.post.receive("B", type="next_node_idx", next_node_idx=3, reset=False, success=True)  # it has no term
+    stock.doTick(0.0)
+    assert stock.raftCommitIndex == stock.last == 2
+
+
+def test_f4_an_answer_of_an_older_term_counts_for_nothing(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.receive(B, Appended(ours.term - 1, 1, 100_000, True, 3))
+    ours.turn()
+    assert (ours.commit, ours.progress[B].match) == (1, 0)
+    ours.acknowledge(B, 3)
+    assert ours.commit == 2
+
+
+def test_f4_a_newer_term_in_an_answer_deposes(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.receive(B, Appended(ours.term + 3, 1, 100_000, False, 0))
+    assert not ours.is_leader and ours.term == 4
+
+
+def test_f4_a_refusal_never_takes_back_what_is_known_to_be_there(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    ours.receive(B, Appended(ours.term, 1, 100_000, False, 1))
+    assert (ours.progress[B].match, ours.progress[B].next) == (2, 3)
+
+
+def test_a_leader_counts_itself_only_when_it_has_synced(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    ours.propose(b"batch", lambda *_: None)
+    ours.receive(B, Appended(ours.term, 1, 100_000, True, 4))
+    ours.doTick(0.0)
+    assert ours.commit == 2
+    ours.journal.commit()
+    ours.synced()
+    assert ours.commit == 3
+
+
+# --- F6, F7: exceptions --------------------------------------------------------------------------------------------------
+
+
+def test_stock_runs_a_poisoned_command_again_and_again(clock: Clock) -> None:
+    stock = Stock()
+    clock.now_s += 5
+    stock.doTick(0.0)
+    stock.poison(b"x")
+    for _ in range(5):
+        try:
+            stock.doTick(0.0)
+        except ValueError:
+            pass
+    assert stock.runs > 1
+
+
+def test_f6_a_state_machine_that_raises_is_run_once_and_its_callers_told(clock: Clock) -> None:
+    runs, outcomes = [], []
+
+    def apply(index: int, batch: bytes) -> list[bytes]:
+        runs.append(index)
+        raise ValueError("poison")
+
+    ours = Ours(clock, A, apply=apply)
+    ours.be_elected(clock)
+    ours.propose(b"x", lambda *outcome: outcomes.append(outcome))
+    for _ in range(5):
+        ours.turn()
+    assert (runs, ours.bugs, ours.applied) == ([3], [3], 3)
+    assert outcomes == [(None, 3, "the state machine failed")]
+    assert ApplyFailed
+
+
+def test_f7_a_caller_that_raises_changes_nothing_that_is_applied(clock: Clock) -> None:
+    runs = []
+
+    def apply(index: int, batch: bytes) -> list[bytes]:
+        runs.append(index)
+        return [b""]
+
+    def answer(*_: object) -> None:
+        raise ValueError("the caller's fault")
+
+    ours = Ours(clock, A, apply=apply)
+    ours.be_elected(clock)
+    ours.propose(b"x", answer)
+    for _ in range(3):
+        ours.turn()
+    assert (runs, ours.applied, ours.bugs) == ([3], 3, [3])
+
+
+# --- F8, F10, F17: elections ---------------------------------------------------------------------------------------------
+
+
+def test_f8_a_process_that_stood_still_reads_its_mail_before_it_campaigns(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    clock.now_s += 60
+    ours.turn()
+    assert ours.sent == [] and ours.term == 0
+    ours.append(1, (1, 0), [], 1)
+    assert ours.leader == B
+
+
+def test_f10_a_server_cut_off_raises_no_term(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    for _ in range(20):
+        clock.now_s = ours.next_deadline() or 0.0
+        ours.turn()
+    assert ours.term == 0
+    assert all(isinstance(message, Vote) and message.is_trial for _, message in ours.sent)
+
+
+def test_f10_a_trial_is_refused_while_a_leader_is_heard(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [], 1)
+    clock.now_s += 0.7
+    ours.receive(C, Vote(2, 9, 1, True))
+    assert ours.answer() == Voted(1, 2, False, True)
+    clock.now_s += 0.2
+    ours.receive(C, Vote(2, 9, 1, True))
+    assert ours.answer() == Voted(1, 2, True, True)
+    assert ours.term == 1
+
+
+def test_f10_a_leader_in_contact_refuses_trials(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3, sent_s=clock.now_s)
+    ours.receive(C, Vote(2, 9, 9, True))
+    assert (ours.sent[-1], ours.is_leader) == ((C, Voted(1, 2, False, True)), True)
+
+
+def test_f17_a_leader_that_nobody_answers_steps_down_after_a_second(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3, sent_s=clock.now_s)
+    assert ours.leads()
+    clock.now_s += 1.0
+    assert not ours.leads()
+    ours.receive(B, Appended(ours.term, 1, int((clock.now_s - 1) * 1000), True, 3))
+    assert not ours.leads(), "an answer counts by when its round was sent"
+    ours.check_contact()
+    assert not ours.is_leader
+
+
+def test_only_the_leader_of_this_term_can_hand_over(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [], 1)
+    ours.receive(C, TimeoutNow(1))
+    ours.receive(B, TimeoutNow(0))
+    assert ours.term == 1
+    ours.receive(B, TimeoutNow(1))
+    assert ours.term == 2
+
+
+# --- F9: who may say what ------------------------------------------------------------------------------------------------
+
+
+def test_stock_takes_a_term_from_a_read_only_peer(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.be_elected(clock)
+    stock.post._onReadonlyNodeConnected(Node("W"))
+    stock.post.receive("W", type="append_entries", term=10**15, commit_index=1, serialized=None)
+    assert not stock._isLeader()
+    assert stock.raftCurrentTerm == 10**15
+
+
+def test_f9_answers_of_those_who_were_not_asked_move_nothing(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    for forged in (
+        Appended(10**15, 1, 0, True, 2),
+        Voted(10**15, 10**15, True, False),
+        Vote(10**15, 9, 9, True),
+        Appended(1, 1, 0, True, 3),
+        TimeoutNow(1),
+    ):
+        ours.receive(D, forged)
+    ours.turn()
+    assert (ours.is_leader, ours.term, ours.commit) == (True, 1, 1)
+
+
+def test_who_is_not_in_its_own_configuration_answers_votes_and_never_asks(clock: Clock) -> None:
+    learner = Ours(clock)
+    clock.now_s += 60
+    for _ in range(3):
+        learner.turn()
+        clock.now_s += 60
+    assert learner.next_deadline() is None and learner.sent == []
+    learner.receive(B, Vote(1, 5, 1, True))
+    assert learner.answer() == Voted(0, 1, True, True)
+    learner.receive(B, Vote(1, 5, 1, False))
+    assert learner.answer() == Voted(1, 1, True, False)
+    learner.receive(C, Vote(1, 5, 1, False))
+    assert learner.answer() == Voted(1, 1, False, False), "one vote in a term"
+
+
+# --- F15: membership -----------------------------------------------------------------------------------------------------
+
+
+def test_stock_lets_a_leader_remove_everybody_else_and_commit_alone(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.be_elected(clock)
+    stock._SyncObj__raftLastApplied = stock.last  # its own first entry is committed; from here on it is cut off
+    for gone in ("B", "C"):
+        assert stock._SyncObj__changeCluster(["rem", gone, gone])
+    assert not stock.otherNodes
+
+
+def test_f15_one_change_at_a_time_and_none_before_an_own_committed_entry(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    assert not ours.may_change_voters()
+    ours.acknowledge(B, 3)
+    assert ours.may_change_voters()
+    ours.change_voters([A, B])
+    assert not ours.may_change_voters(), "that one is not committed"
+    ours.turn()
+    ours.acknowledge(B, 4)
+    assert ours.may_change_voters()
+
+
+def test_f15_two_servers_cannot_change_in_one_step(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    with pytest.raises(AssertionError):
+        ours.change_voters([A])
+
+
+def test_a_configuration_goes_with_the_entry_that_brought_it(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    ours.change_voters([A, B, C, D])
+    ours.turn()
+    assert ours.voters == (A, B, C, D)
+    ours.append(2, (2, 1), [(3, 2)], 2)
+    assert ours.voters == (A, B, C)
+
+
+def test_a_leader_that_removed_itself_leads_until_that_is_committed_and_does_not_count(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    ours.change_voters([B, C])
+    ours.turn()
+    ours.acknowledge(B, 4)
+    assert ours.is_leader and ours.commit == 2
+    ours.acknowledge(C, 4)
+    assert (ours.commit, ours.is_leader, ours.next_deadline()) == (3, False, None)
+
+
+# --- F16: votes ----------------------------------------------------------------------------------------------------------
+
+
+def test_stock_counts_two_votes_of_one_node_twice(clock: Clock) -> None:
+    stock = Stock("B", "C", "D", "E")
+    clock.now_s += 5
+    stock.doTick(0.0)
+    for _ in range(2):
+        stock.post.receive("B", type="response_vote", term=stock.raftCurrentTerm)
+    assert stock._isLeader()
+
+
+def test_f16_a_voter_counts_once(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C, D, E)
+    clock.now_s = ours.next_deadline() or 0.0
+    ours.turn()
+    for _ in range(4):
+        ours.receive(B, Voted(0, 1, True, True))
+    assert ours.term == 0
+    ours.receive(C, Voted(0, 1, True, True))
+    for _ in range(4):
+        ours.receive(B, Voted(1, 1, True, False))
+    assert not ours.is_leader
+    ours.receive(D, Voted(1, 1, True, False))
+    assert ours.is_leader
+
+
+# --- the read barrier ----------------------------------------------------------------------------------------------------
+
+
+def test_a_read_waits_for_a_round_that_was_sent_after_it(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3, round_=1)
+    answers: list[int | None] = []
+    ours.barrier(answers.append)
+    ours.acknowledge(B, 3, round_=1)
+    assert answers == []
+    ours.acknowledge(B, 3, round_=2)
+    assert answers == [2]
+
+
+def test_a_read_of_a_leader_that_is_deposed_is_not_answered_from_its_past(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    answers: list[int | None] = []
+    ours.barrier(answers.append)
+    ours.append(2, (2, 1), [(3, 2)], 2)
+    assert answers == [None]

@@ -1,0 +1,279 @@
+"""The journal on disk: what was synced is read back; what was torn is cut; what was damaged is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from meshd.errors import Corrupt, StartRefused
+from meshd.raft.disk import DirectoryDisk
+from meshd.raft.journal import BLOCK, Journal, LocalHeader, create_journal, journal_names, open_journal
+from meshd.raft.messages import VoterId
+from tests.sim.raft_disk import MemoryDisk, PowerCut
+
+A = VoterId("a/01")
+
+
+def fresh(disk: MemoryDisk) -> Journal:
+    return create_journal(disk, LocalHeader("m", 0, "01", 1, "aa", founding=(A,)))
+
+
+def again(disk: MemoryDisk, *, snapshot: tuple[int, int] | None = None, random: str = "bb") -> Journal:
+    return open_journal(disk, mesh="m", recovery=0, random=random, snapshot=snapshot)
+
+
+def written(disk: MemoryDisk, frames: int) -> Journal:
+    """One entry in each frame: entry k is b"entry k" in term 1."""
+    journal = fresh(disk)
+    journal.setCurrentTerm(1, A)
+    for index in range(2, frames + 2):
+        journal.add(b"entry %d" % index, index, 1)
+        journal.commit()
+    return journal
+
+
+def entries(journal: Journal) -> list[tuple[bytes, int, int]]:
+    return journal[1:]
+
+
+def test_what_was_committed_is_there_after_a_restart() -> None:
+    disk = MemoryDisk()
+    journal = fresh(disk)
+    journal.setCurrentTerm(3, A)
+    journal.add(b"one", 2, 3)
+    journal.add(b"two", 3, 3)
+    journal.deleteEntriesFrom(2)
+    journal.add(b"other", 3, 4)
+    journal.setCurrentTerm(4, None)
+    journal.commit()
+
+    reopened = again(disk)
+    assert entries(reopened) == [(b"one", 2, 3), (b"other", 3, 4)]
+    assert (reopened.getCurrentTerm(), reopened.getVotedForNodeId()) == (4, None)
+    assert reopened.header.founding == (A,) and reopened.header.start == 2
+    assert reopened.durable_index == 3
+
+
+def test_what_was_not_committed_is_not() -> None:
+    disk = MemoryDisk()
+    journal = written(disk, 2)
+    journal.add(b"never", 4, 1)
+    assert journal.is_dirty and journal.durable_index == 3
+    assert [entry[1] for entry in entries(again(disk))] == [2, 3]
+
+
+@pytest.mark.parametrize("length", [0, 1, 19, 20, 21, 60])
+def test_a_frame_cut_at_any_byte_is_as_if_it_had_never_been(length: int) -> None:
+    disk = MemoryDisk()
+    written(disk, 3)
+    name = journal_names(disk)[-1]
+    content = disk.read(name)
+    last = (len(content) - 1) // BLOCK * BLOCK
+    for size in range(last + length, min(last + length + 8, len(content))):
+        torn = MemoryDisk()
+        torn.open(name).write_at(0, content[:size])
+        reopened = again(torn)
+        assert [entry[1] for entry in entries(reopened)] == [2, 3], f"cut at byte {size}"
+        assert reopened.getCurrentTerm() == 1
+
+
+def test_a_flipped_bit_below_a_later_frame_is_named_with_file_and_offset() -> None:
+    disk = MemoryDisk()
+    written(disk, 6)
+    name = journal_names(disk)[0]
+    content = disk.read(name)
+    random = Random(1)
+    frames = range(0, len(content) - BLOCK, BLOCK)
+    for offset in frames:
+        body_bits = int.from_bytes(content[offset : offset + 4], "little") * 8 + 20 * 8
+        for _ in range(20):
+            bit = random.randrange(body_bits)
+            damaged = bytearray(content)
+            damaged[offset + bit // 8] ^= 1 << bit % 8
+            other = MemoryDisk()
+            other.open(name).write_at(0, bytes(damaged))
+            with pytest.raises(Corrupt, match=name):
+                again(other)
+
+
+def test_damage_before_a_successor_segment_is_found() -> None:
+    disk = MemoryDisk()
+    written(disk, 4)
+    again(disk)
+    name = journal_names(disk)[0]
+    content = bytearray(disk.read(name))
+    content[2 * BLOCK + 30] ^= 1
+    disk.open(name).write_at(0, bytes(content))
+    with pytest.raises(Corrupt, match=rf"{name} is damaged at byte {2 * BLOCK}"):
+        again(disk)
+
+
+def test_bytes_behind_the_offset_where_a_successor_took_over_are_not_judged() -> None:
+    disk = MemoryDisk()
+    journal = written(disk, 2)
+    name = journal_names(disk)[0]
+    again(disk, random="bb")
+    journal.add(b"by nobody", 4, 1)  # an older process that still had the file open
+    journal.commit()
+    assert [entry[1] for entry in entries(again(disk, random="cc"))] == [2, 3]
+    disk.open(name).write_at(50 * BLOCK, b"rubbish" * 1000)
+    assert [entry[1] for entry in entries(again(disk, random="dd"))] == [2, 3]
+
+
+def test_an_old_frame_at_the_same_offset_is_no_frame_of_this_start() -> None:
+    disk = MemoryDisk()
+    written(disk, 3)
+    old = disk.read(journal_names(disk)[0])
+    journal = again(disk)
+    name = journal_names(disk)[-1]
+    size = len(disk.read(name))
+    journal.add(b"new", 5, 2)
+    journal.commit()
+    file = disk.open(name)
+    for offset in range((size // BLOCK + 2) * BLOCK, (size // BLOCK + 5) * BLOCK, BLOCK):
+        file.write_at(offset, old[BLOCK : 2 * BLOCK])
+    assert [entry[1] for entry in entries(again(disk, random="cc"))] == [2, 3, 4, 5]
+
+
+def each_cut(do: Callable[[MemoryDisk, Journal], None], check: Callable[[Journal], None]) -> int:
+    """Lose power before each disk operation of `do` in turn, several ways; `check` what is read back."""
+    operations = 0
+    while True:
+        for seed in range(6):
+            disk = MemoryDisk()
+            journal = written(disk, 3)
+            disk.cut_in(operations)
+            try:
+                do(disk, journal)
+            except PowerCut:
+                disk.lose_power(Random(seed))
+                check(again(disk, random="cc"))
+            else:
+                return operations
+        operations += 1
+
+
+def test_a_start_that_loses_power_anywhere_loses_nothing() -> None:
+    def check(journal: Journal) -> None:
+        assert [entry[1] for entry in entries(journal)] == [2, 3, 4]
+
+    assert each_cut(lambda disk, _: again(disk) and None, check) >= 5
+
+
+def test_a_commit_that_loses_power_has_all_of_its_frame_or_nothing() -> None:
+    def do(_: MemoryDisk, journal: Journal) -> None:
+        journal.deleteEntriesFrom(3)
+        journal.setCurrentTerm(2, None)
+        for index in range(4, 40):
+            journal.add(b"x" * 1000, index, 2)
+        journal.commit()
+
+    def check(journal: Journal) -> None:
+        found = [entry[1:] for entry in entries(journal)]
+        old, new = [(2, 1), (3, 1), (4, 1)], [(2, 1), (3, 1), *((index, 2) for index in range(4, 40))]
+        assert (found, journal.getCurrentTerm()) in [(old, 1), (new, 2)]
+
+    assert each_cut(do, check) == 2
+
+
+def test_trimming_gives_segments_back_and_keeps_term_and_vote() -> None:
+    disk = MemoryDisk()
+    journal = fresh(disk)
+    journal.setCurrentTerm(9, A)
+    for index in range(2, 12):
+        journal.add(bytes(1 << 20), index, 9)
+        journal.commit()
+    before = journal.bytes_on_disk
+    journal.deleteEntriesTo(9)
+    journal.release(10)
+    journal.add(b"last", 12, 9)
+    journal.commit()
+    journal.release(12)
+    assert journal.bytes_on_disk < before / 4
+
+    reopened = again(disk, snapshot=(11, 9))
+    assert entries(reopened) == [(b"last", 12, 9)]
+    assert (reopened.getCurrentTerm(), reopened.getVotedForNodeId()) == (9, A)
+
+
+def test_a_tail_that_agrees_with_a_newer_snapshot_is_kept() -> None:
+    """F11: those entries were acknowledged."""
+    disk = MemoryDisk()
+    written(disk, 5)
+    assert [entry[1] for entry in entries(again(disk, snapshot=(4, 1)))] == [5, 6]
+
+
+def test_a_log_that_contradicts_a_snapshot_gives_way_to_it() -> None:
+    disk = MemoryDisk()
+    written(disk, 5)
+    reopened = again(disk, snapshot=(4, 2))
+    assert (len(reopened), reopened[0][1:]) == (1, (4, 2))
+
+
+def test_a_gap_between_snapshot_and_log_is_corruption() -> None:
+    disk = MemoryDisk()
+    journal = written(disk, 2)
+    journal.reset(10, 3)
+    journal.add(b"after", 11, 3)
+    journal.commit()
+    with pytest.raises(Corrupt, match="begins after entry 10"):
+        again(disk, snapshot=(5, 1))
+
+
+def test_another_meshs_journal_is_refused() -> None:
+    disk = MemoryDisk()
+    written(disk, 1)
+    with pytest.raises(StartRefused, match="belongs to mesh m, not other"):
+        open_journal(disk, mesh="other", recovery=0, random="bb", snapshot=None)
+
+
+def test_after_a_failed_sync_nothing_is_ever_written_again() -> None:
+    class Failing(MemoryDisk):
+        def step(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    disk = MemoryDisk()
+    journal = written(disk, 1)
+    disk.__class__ = Failing
+    journal.add(b"two", 3, 1)
+    with pytest.raises(Corrupt, match="Input/output error"):
+        journal.commit()
+    disk.__class__ = MemoryDisk
+    journal.add(b"three", 4, 1)
+    with pytest.raises(Corrupt, match="failed before"):
+        journal.commit()
+    assert journal.durable_index == 2
+
+
+def test_an_empty_frame_proves_the_last_one_once() -> None:
+    disk = MemoryDisk()
+    journal = written(disk, 2)
+    assert journal.wants_witness
+    journal.commit()
+    assert not journal.wants_witness
+    syncs = disk.syncs
+    journal.commit()
+    assert disk.syncs == syncs
+
+
+def test_two_agents_cannot_share_a_directory(tmp_path: Path) -> None:
+    held = DirectoryDisk(tmp_path)
+    with pytest.raises(StartRefused, match="in use by another agent"):
+        DirectoryDisk(tmp_path)
+    held.close()
+    DirectoryDisk(tmp_path).close()
+
+
+def test_a_real_directory_holds_a_journal(tmp_path: Path) -> None:
+    disk = DirectoryDisk(tmp_path)
+    journal = create_journal(disk, LocalHeader("m", 0, "01", 1, "aa"))
+    journal.add(b"x" * 100_000, 2, 1)
+    journal.commit()
+    journal.close()
+    reopened = open_journal(disk, mesh="m", recovery=0, random="bb", snapshot=None)
+    assert entries(reopened) == [(b"x" * 100_000, 2, 1)]
+    reopened.close()
+    disk.close()
