@@ -267,3 +267,25 @@ def test_a_report_must_name_its_attempt_wholly():
     assert scene.report(A, (forged, GOOD)) == Reported(stale=(forged,))
     assert scene.open(A, 2, (forged,)).leased == ()
     assert scene.state(job) is TaskState.LEASED
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_losses_that_cancel_the_rest_of_the_job_find_some_of_it_held(comes_back: bool):
+    scene = Scene(A, slots=4)
+    job = scene.submit(spec(array=Array(count=4, max_fails=1), on_lost=OnLost.FAIL, lost_after_ms=0))
+    if comes_back:
+        scene.open(A, 2)
+    else:
+        scene.end(A)
+    counts = scene.job(job).counts
+    assert (counts.failed, counts.cancelled) == (2, 2)
+
+
+def test_what_the_node_said_it_stopped_is_not_adopted():
+    scene = Scene(A)
+    scene.submit()
+    [key] = scene.leases(A)
+    scene.claim(A, 0)
+    scene.report(A, (key, LOST))
+    assert scene.open(A, 2, (key,)).leased == ()
+    assert scene.leases(A, 2)[0].attempt == 2
