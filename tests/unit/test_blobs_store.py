@@ -39,7 +39,7 @@ def ref_of(data: bytes) -> BlobRef:
 
 
 def file_of(store: Store, ref: BlobRef) -> Path:
-    return store.directory / ref.hash[:2] / ref.hash
+    return store.directory / "whole" / ref.hash
 
 
 def files_in(directory: Path) -> set[str]:
@@ -129,10 +129,10 @@ async def test_a_restart_finds_whole_blobs_and_sweeps_the_rest(tmp_path: Path) -
     ref = await store.put_bytes(b"kept")
     (store.directory / "tmp" / "7").write_bytes(b"torn")
     (store.directory / "partial" / "x").write_bytes(b"torn")
-    (store.directory / "ab" / "stray").write_bytes(b"not a blob")
+    (store.directory / "whole" / "stray").write_bytes(b"not a blob")
     again = await Store.open(tmp_path / "blobs")
     assert await again.list() == [ref]
-    assert files_in(again.directory) == {f"{ref.hash[:2]}/{ref.hash}", "ab/stray"}
+    assert files_in(again.directory) == {f"whole/{ref.hash}", "whole/stray"}
 
 
 class PowerCut(BaseException):

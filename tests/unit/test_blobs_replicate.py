@@ -1,0 +1,154 @@
+"""Nothing acknowledged rests on one disk while there are two (protocol.md 6)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshd import codec
+from meshd.blobs.messages import Presence, Pull
+from meshd.errors import Unavailable
+from meshd.model import BlobRef, NodeId
+from tests.blob_mesh import BlobMesh, blob_mesh, random_bytes
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path) -> AsyncIterator[BlobMesh]:
+    async with blob_mesh(tmp_path, "a", "b", "c") as mesh:
+        yield mesh
+
+
+def watch_calls(mesh: BlobMesh, node: NodeId, monkeypatch: pytest.MonkeyPatch) -> list[tuple[NodeId, str]]:
+    calls: list[tuple[NodeId, str]] = []
+    real = mesh.nodes[node].rpc.call
+
+    async def call(peer: NodeId, method: str, body: bytes, *, timeout_s: float) -> bytes:
+        calls.append((peer, method))
+        return await real(peer, method, body, timeout_s=timeout_s)
+
+    monkeypatch.setattr(mesh.nodes[node].rpc, "call", call)
+    return calls
+
+
+async def put(mesh: BlobMesh, *sizes: int) -> list[BlobRef]:
+    return [await mesh.nodes[A].store.put_bytes(random_bytes(size)) for size in sizes]
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 16])
+async def test_blobs_lie_on_as_many_nodes_as_asked_for_or_as_there_are(mesh: BlobMesh, copies: int) -> None:
+    refs = await put(mesh, 0, 10, 65_536, 65_537, 3_000_000)
+    holders = await mesh.nodes[A].replicator.ensure(refs, copies, timeout_s=10)
+    assert holders[0] == A and len(set(holders)) == len(holders) == min(copies, 3)
+    for node in holders:
+        assert all(mesh.nodes[node].store.has(ref.hash) for ref in refs)
+
+
+async def test_many_tiny_blobs_cost_one_round_trip(mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    refs = await put(mesh, *[100] * 50)
+    calls, back = (
+        watch_calls(mesh, A, monkeypatch),
+        watch_calls(mesh, B, monkeypatch) + watch_calls(mesh, C, monkeypatch),
+    )
+    await mesh.nodes[A].replicator.ensure(refs, 2, timeout_s=10)
+    assert [method for _, method in calls] == ["blob.pull"] and back == []
+
+
+async def test_nothing_to_replicate_or_nobody_to_ask_is_done_at_once(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = watch_calls(mesh, A, monkeypatch)
+    assert await mesh.nodes[A].replicator.ensure([], 2, timeout_s=1) == (A,)
+    mesh.live = {A: None}
+    assert await mesh.nodes[A].replicator.ensure(await put(mesh, 10), 2, timeout_s=1) == (A,)
+    assert calls == []
+
+
+async def test_a_peer_that_is_said_to_have_most_is_asked_first_and_sent_nothing(mesh: BlobMesh) -> None:
+    for favourite in (B, C):
+        refs = await put(mesh, 1000, 100_000)
+        for ref in refs:
+            data = await mesh.nodes[A].store.get_bytes(ref, bytes_max=ref.size)
+            await mesh.nodes[favourite].store.put_bytes(data)
+            mesh.holders[ref.hash] = [favourite]
+        assert await mesh.nodes[A].replicator.ensure(refs, 2, timeout_s=10) == (A, favourite)
+
+
+async def test_a_rumour_that_a_peer_has_it_is_checked(mesh: BlobMesh) -> None:
+    refs = await put(mesh, 1000, 100_000)
+    for ref in refs:
+        mesh.holders[ref.hash] = [B]
+    assert await mesh.nodes[A].replicator.ensure(refs, 2, timeout_s=10) == (A, B)
+    assert all(mesh.nodes[B].store.has(ref.hash) for ref in refs)
+
+
+async def test_different_blobs_spread_over_the_peers(mesh: BlobMesh) -> None:
+    chosen = {(await mesh.nodes[A].replicator.ensure(await put(mesh, 20), 2, timeout_s=10))[1] for _ in range(20)}
+    assert chosen == {B, C}
+
+
+async def test_what_is_not_here_yet_is_fetched_first(mesh: BlobMesh) -> None:
+    ref = await mesh.nodes[C].store.put_bytes(random_bytes(200_000))
+    mesh.holders[ref.hash] = [C]
+    assert await mesh.nodes[A].replicator.ensure([ref], 2, timeout_s=10) == (A, C)
+    assert mesh.nodes[A].store.has(ref.hash)
+
+
+async def test_a_peer_that_cannot_is_followed_by_the_next(mesh: BlobMesh) -> None:
+    mesh.nodes[B].store._disk._free_bytes_min = 2**62
+    for _ in range(5):
+        refs = await put(mesh, 10, 70_000)
+        assert await mesh.nodes[A].replicator.ensure(refs, 2, timeout_s=10) == (A, C)
+
+
+async def test_too_few_copies_are_an_error_that_says_why(mesh: BlobMesh) -> None:
+    mesh.nodes[B].store._disk._free_bytes_min = 2**62
+    with trio.fail_after(10), pytest.raises(Unavailable, match=r"on 2 nodes and not on 3: b: .*no room"):
+        await mesh.nodes[A].replicator.ensure(await put(mesh, 10), 3, timeout_s=1)
+
+
+async def test_a_node_that_dies_meanwhile_no_longer_counts(mesh: BlobMesh) -> None:
+    mesh.network.refuse(B)
+    mesh.network.lose(B)
+    refs = await put(mesh, 10)
+
+    async def notice() -> None:
+        await trio.sleep(0.3)
+        del mesh.live[B]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(notice)
+        with trio.fail_after(5):
+            assert await mesh.nodes[A].replicator.ensure(refs, 3, timeout_s=20) == (A, C)
+
+
+async def test_a_silent_peer_ends_in_an_error_not_in_a_hang(mesh: BlobMesh) -> None:
+    mesh.live = {A: None, B: None}
+    mesh.network.cut(A, B)
+    with trio.fail_after(10), pytest.raises(Unavailable, match="on 1 nodes and not on 2"):
+        await mesh.nodes[A].replicator.ensure(await put(mesh, 10), 2, timeout_s=1)
+
+
+@pytest.mark.parametrize("answer", [b"\xc1", codec.encode(Presence(())), codec.encode(Presence((False,), "no"))])
+async def test_an_answer_that_is_not_yes_for_all_is_no(mesh: BlobMesh, answer: bytes) -> None:
+    transport, rpc = await mesh.add_bare("odd")
+
+    async def pull(_peer: NodeId, _body: bytes) -> bytes:
+        return answer
+
+    rpc.register("blob.pull", pull)
+    await transport.connect(A, ["/memory/a"], timeout_s=1)
+    mesh.live = {A: None, transport.me: None}
+    with pytest.raises(Unavailable):
+        await mesh.nodes[A].replicator.ensure(await put(mesh, 10), 2, timeout_s=0.5)
+
+
+async def test_carried_bytes_are_checked_before_they_are_kept(mesh: BlobMesh) -> None:
+    pull = Pull((BlobRef("0" * 64, 5),), (b"wrong",), timeout_ms=100)
+    answer = codec.decode(await mesh.nodes[A].rpc.call(B, "blob.pull", codec.encode(pull), timeout_s=5), Presence)
+    assert answer.here == (False,) and "are not blob" in answer.why
+    assert await mesh.nodes[B].store.list() == []
