@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from meshd import codec
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
-from meshd.blobs.tree import collect, materialise, refs_of
+from meshd.blobs.tree import check_tree, collect, materialise, refs_of
 from meshd.errors import InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
 from meshd.model import (
     INLINE_BYTES_MAX,
@@ -38,6 +38,7 @@ from meshd.model import (
     NodeId,
     Outcome,
     Tree,
+    TreeEntry,
     TreeRef,
 )
 from meshd.ports import Backend, BlobStore, Execution, Leash, Limits
@@ -130,50 +131,43 @@ class Executor:
     # --- before ------------------------------------------------------------------------------------------------------
 
     async def _lay_inputs(self, workdir: Path, key: AttemptKey, spec: JobSpec) -> str:
+        """Everything as one tree, so that no path leaves the working directory, whoever wrote the spec."""
+        item, entries = await self._item(key.task, spec)
         for wanted in spec.inputs:
-            target = workdir / wanted.path
-            match wanted.source:
-                case TreeRef():
-                    await self._lay_tree(await self._tree(wanted.source), target)
-                case BlobRef():
-                    await self._fetch(wanted.source)
-                    await self._export(wanted.source, target, executable=wanted.executable)
-                case Inline(data):
-                    await trio.to_thread.run_sync(_write, target, data, wanted.executable)
-        return await self._lay_item(workdir, key.task, spec)
+            if isinstance(wanted.source, TreeRef):
+                tree = await self._tree(wanted.source)
+                base = wanted.path.rstrip("/")
+                prefix = f"{base}/" if base not in ("", ".") else ""
+                entries += [replace(entry, path=prefix + entry.path) for entry in tree.entries]
+            else:
+                entries.append(TreeEntry(wanted.path, wanted.source, wanted.executable))
+        tree = Tree(tuple(sorted(entries)))
+        check_tree(tree)
+        missing = [ref for ref in refs_of(tree) if not self._store.has(ref.hash)]
+        if missing:
+            await self._fetcher.fetch_many(missing, timeout_s=FETCH_S)
+        await materialise(tree, workdir, self._store)
+        return item
 
-    async def _lay_item(self, workdir: Path, task: int, spec: JobSpec) -> str:
+    async def _item(self, task: int, spec: JobSpec) -> tuple[str, list[TreeEntry]]:
+        """A task's item, and the files that come with it."""
         match spec.array.items:
             case None:
-                return str(task)
+                return str(task), []
             case ItemsRange(start, step):
-                return str(start + task * step)
+                return str(start + task * step), []
             case ItemsInline(items):
-                return items[task]
+                if task >= len(items):
+                    raise InvalidRequest(f"the job has {len(items)} items, task {task} has none")
+                return items[task], []
             case ItemsBlob(blob):
                 lines = await self._lines(blob)
                 if task >= len(lines):
                     raise InvalidRequest(f"the list of items has {len(lines)} lines, task {task} has none")
-                return lines[task]
-            case ItemsFiles(tree, per_task):
-                entries = (await self._tree(tree)).entries[task * per_task : (task + 1) * per_task]
-                await self._lay_tree(Tree(entries), workdir)
-                return "\n".join(entry.path for entry in entries)
-
-    async def _lay_tree(self, tree: Tree, target: Path) -> None:
-        async with trio.open_nursery() as fetches:
-            limit = trio.Semaphore(8)
-            for ref in refs_of(tree):
-                if not self._store.has(ref.hash):
-                    await limit.acquire()
-                    fetches.start_soon(self._fetch_one_of_many, ref, limit)
-        await materialise(tree, target, self._store)
-
-    async def _fetch_one_of_many(self, ref: BlobRef, limit: trio.Semaphore) -> None:
-        try:
-            await self._fetch(ref)
-        finally:
-            limit.release()
+                return lines[task], []
+            case ItemsFiles(ref, per_task):
+                entries = (await self._tree(ref)).entries[task * per_task : (task + 1) * per_task]
+                return "\n".join(entry.path for entry in entries), list(entries)
 
     async def _fetch(self, ref: BlobRef) -> None:
         if not self._store.has(ref.hash):
@@ -181,10 +175,6 @@ class Executor:
                 await self._fetcher.fetch(ref, timeout_s=FETCH_S)
             except NotFound as error:
                 raise Unavailable(f"no node that can be reached has blob {ref.hash}", hint=error.hint) from error
-
-    async def _export(self, ref: BlobRef, target: Path, *, executable: bool = False) -> None:
-        await trio.to_thread.run_sync(lambda: target.parent.mkdir(parents=True, exist_ok=True))
-        await self._store.export(ref, target, executable=executable)
 
     async def _tree(self, ref: TreeRef) -> Tree:
         found = self._lists.get(ref.blob.hash)
@@ -226,7 +216,7 @@ class Executor:
                 await self._store.export(run.stdin, stdin)
             case Inline(data):
                 stdin = directory / "stdin"
-                await trio.to_thread.run_sync(_write, stdin, data, False)
+                await trio.to_thread.run_sync(stdin.write_bytes, data)
         env = {
             **dict(run.env),
             "MESHD_JOB": key.job,
@@ -297,12 +287,6 @@ def _prepare(directory: Path, workdir: Path) -> None:
     workdir.mkdir(mode=0o700, parents=True)
     for stream in ("stdout", "stderr"):
         (directory / stream).touch(mode=0o600)
-
-
-def _write(target: Path, data: bytes, executable: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(data)
-    target.chmod(0o700 if executable else 0o600)
 
 
 def _read_small(paths: Sequence[Path]) -> list[tuple[Path, bytes | None]]:

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from meshd import config
+from meshd.errors import Corrupt, InvalidRequest, StartRefused
+from meshd.home import Counters, Home, KnownPeer
+from meshd.model import NodeId, Role
+
+
+def test_flags_beat_the_environment_and_that_beats_the_file(tmp_path):
+    file = tmp_path / "meshd.toml"
+    file.write_text('name = "file"\nlisten = "1.1.1.1:1"\nslots = 3\nlabels = ["a=1"]\n')
+    environ = {"MESHD_LISTEN": "2.2.2.2:2", "MESHD_LABELS": "b=2,c=3", "MESHD_ROLES": "server", "OTHER": "x"}
+    found = config.load({"slots": 9, "name": None, "labels": ()}, environ, file)
+    assert (found.name, found.listen, found.slots) == ("file", "2.2.2.2:2", 9)
+    assert found.labels == ("b=2", "c=3") and found.roles == (Role.SERVER,)
+
+
+@pytest.mark.parametrize("text", ["nonsense = 1", "slots = 'many'", "[", "roles = ['king']"])
+def test_a_wrong_setting_is_named(tmp_path, text):
+    file = tmp_path / "meshd.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest):
+        config.load({}, {}, file)
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:x", "host:70000"])
+def test_an_address_is_host_and_port(text):
+    with pytest.raises(InvalidRequest):
+        config.split_address(text)
+
+
+def test_one_agent_at_a_time_uses_a_directory_and_the_second_is_told_who_does(tmp_path):
+    first = Home(tmp_path / "d")
+    with pytest.raises(StartRefused, match=f"pid {os.getpid()}"):
+        Home(tmp_path / "d")
+    first.close()
+    Home(tmp_path / "d").close()
+
+
+def test_a_directory_that_cannot_be_used_is_a_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StartRefused, match="cannot use data directory"):
+        Home(tmp_path / "file" / "d")
+
+
+def test_counters_survive_and_are_private(tmp_path):
+    home = Home(tmp_path / "d")
+    assert home.counters() == Counters()
+    home.write_counters(Counters(3, 7))
+    assert home.counters() == Counters(3, 7)
+    assert (tmp_path / "d" / "counters.json").stat().st_mode & 0o077 == 0
+
+
+def test_what_must_not_be_forgotten_is_an_error_when_damaged_and_a_hint_is_not(tmp_path):
+    home = Home(tmp_path / "d")
+    home.write_peers((KnownPeer(NodeId("a"), "a", ("/ip4/1.1.1.1/tcp/1",)),))
+    assert [peer.name for peer in home.peers()] == ["a"]
+    for name in ("counters.json", "peers.json", "mesh.json"):
+        (home.path / name).write_bytes(b"\xff{")
+    assert home.peers() == ()
+    for read in (home.counters, home.mesh):
+        with pytest.raises(Corrupt):
+            read()
