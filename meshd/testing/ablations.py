@@ -20,7 +20,8 @@ from meshd import attempts, keeper, worker
 from meshd.attempts import Attempts, Phase
 from meshd.keeper import Keeper, Session
 from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
-from meshd.raft.commands import Claim, Ended, OpenSession, Report, SessionOpened
+from meshd.raft.commands import Claim, Ended, OpenSession, Report, SessionOpened, Submit
+from meshd.raft.ids import number_of
 from meshd.raft.matching import Node
 from meshd.raft.queue import Queue
 from meshd.raft.sessions import Sessions
@@ -210,6 +211,15 @@ def _applies_any_seq(original: Callable[..., bytes]) -> Callable[..., bytes]:
     return numbered
 
 
+def _takes_reports_of_any_session(original: Callable[..., bytes]) -> Callable[..., bytes]:
+    def numbered(self: Sessions, node: Node, command: Claim | Report) -> bytes:
+        if isinstance(command, Report) and command.epoch < node.epoch and node.is_live:
+            command = changed(command, epoch=node.epoch, seq=node.seq + 1)
+        return original(self, node, command)
+
+    return numbered
+
+
 def _opens_any_epoch(original: Callable[..., Any]) -> Callable[..., Any]:
     def open_session(self: Sessions, node: Node, command: OpenSession) -> Any:
         if command.epoch <= node.epoch:
@@ -238,14 +248,15 @@ def _frees_whatever_is_not_listed(original: Callable[..., None]) -> Callable[...
     return free_unheld
 
 
-def _forgets_ids_with_their_jobs(original: Callable[..., None]) -> Callable[..., None]:
-    def forget(self: Queue) -> None:
-        original(self)
-        for job in list(self.finished)[:-1]:
-            self.seen._seen.discard(int(job.replace("-", ""), 16))
-            del self.jobs[job], self.finished[job]
+def _forgets_ids_with_their_jobs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def submit(self: Queue, command: Submit) -> Any:
+        job = self.jobs.get(command.id)
+        if job is not None and job.is_final:
+            self.seen._seen.discard(number_of(command.id))
+            del self.jobs[command.id], self.finished[command.id]
+        return original(self, command)
 
-    return forget
+    return submit
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
@@ -281,7 +292,10 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "what has ended stays listed": ((Attempts, "listing", _listing_of_live_ones),),
     "once per attempt": ((Attempts, "obey", _obey_again),),
     "once per attempt over all epochs": (_wrapped(Worker, "_open_next", _forgets_with_the_session),),
-    "only the current lease completes": (_wrapped(Queue, "finish", _believes_any_attempt),),
+    "only the current lease completes": (
+        _wrapped(Queue, "finish", _believes_any_attempt),
+        _wrapped(Sessions, "numbered", _takes_reports_of_any_session),
+    ),
     "who comes back is adopted": ((Queue, "adopt", _adopts_nothing),),
     "the listed are adopted before on_lost": (_wrapped(Queue, "hold_leases", _loses_before_it_adopts),),
     "a cut-off node stops what was promised": (
@@ -291,7 +305,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "cut off counts from the last view": (_wrapped(Worker, "_leash_ms", _leash_from_the_opening),),
     "what it stopped stays held as lost": (_wrapped(Worker, "_ended", _forgets_what_it_stopped),),
     # protocol.md 7
-    "ids outlive their jobs": (_wrapped(Queue, "forget", _forgets_ids_with_their_jobs),),
+    "ids outlive their jobs": (_wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),
 }
 
 

@@ -32,7 +32,7 @@ from meshd.views import ListTasks, TaskPage, TaskView
 from meshd.worker import State
 
 if TYPE_CHECKING:
-    from meshd.testing.world import World
+    from meshd.testing.world import SimNode, World
 
 
 class Breach(AssertionError):
@@ -57,7 +57,9 @@ class Checks:
         self._digests: dict[int, str] = {}
         self._views: dict[tuple[JobId, int], TaskView] = {}
         self._fence = 0
-        self.ended_early: set[tuple[NodeId, int]] = set()
+        self._ending: set[tuple[NodeId, int, int | None, NodeId, int]] = set()
+        """(server, its process, its term, node, epoch)."""
+        self._ended_early: set[tuple[NodeId, int]] = set()
         """Sessions whose end was proposed before their last grant had run out."""
         self._wall_ms = 0
         self._claimed: dict[tuple[NodeId, int], tuple[int, int]] = {}
@@ -128,7 +130,7 @@ class Checks:
     def _job_moved(self, job: JobId, commands: list[tuple[NodeId, AnyCommand]], given: set[int]) -> None:
         """`given`: the fences of this entry; it may lease tasks of several jobs, in any order among them."""
         if self.oracle.spec_of(job) is None:
-            return
+            return  # finished so long ago that it is forgotten
         for now in self.tasks_of(job):
             before = self._views.get((job, now.task))
             self._views[job, now.task] = now
@@ -167,7 +169,7 @@ class Checks:
         Not so one that was ended sooner because gossip and the connection called the node dead.
         """
         for _, command in commands:
-            if not isinstance(command, EndSession) or (command.node, command.epoch) in self.ended_early:
+            if not isinstance(command, EndSession) or (command.node, command.epoch) in self._ended_early:
                 continue
             node = self.world.nodes[command.node]
             if node.agent is None:
@@ -216,6 +218,31 @@ class Checks:
             slots = self._claimed[node, epoch][1]
             if len(leases) > slots and any(key.fence in given for key in leases):
                 self.breach("leases fit the slots", f"{len(leases)} leases in {slots} slots of {node}")
+
+    # --- the cores' decisions, as they are made ---
+
+    def decided_to_start(self, node: SimNode, key: AttemptKey) -> None:
+        """Only under a live view; and while the session lives, only what is leased to it."""
+        assert node.agent is not None
+        view = node.agent.worker
+        if view.state is not State.OPEN or node.clock_ms() >= view.view_end_ms:
+            self.breach("starts need a view", f"{node.name} starts fence {key.fence} in epoch {view.epoch}")
+        if (node.id, view.epoch) in self.oracle.sessions_live() and key not in self.oracle.leases_of(
+            node.id, view.epoch
+        ):
+            self.breach("what starts is leased", f"{node.name} starts fence {key.fence} in epoch {view.epoch}")
+
+    def decided_to_end(self, server: SimNode, command: EndSession, *, is_early: bool) -> None:
+        self._ending.add((server.id, server.process, self.world.log.leads(server.id), command.node, command.epoch))
+        if is_early:
+            self._ended_early.add((command.node, command.epoch))
+
+    def decided_to_grant(self, server: SimNode, node: NodeId, epoch: int) -> None:
+        term = self.world.log.leads(server.id)
+        if term is None:
+            self.breach("only a leader grants", f"{server.name} grants {node} epoch {epoch}")
+        if (server.id, server.process, term, node, epoch) in self._ending:
+            self.breach("no grant after the end is proposed", f"{server.name} grants {node} epoch {epoch}")
 
     # --- the machines -------------------------------------------------------------------------------------------------
 
@@ -269,7 +296,7 @@ class Checks:
 
     def nothing_was_lost_without_a_fault(self) -> None:
         for (job, task), view in self._views.items():
-            if view.losses or view.attempt > max(1, view.tries):
+            if view.losses or (view.state is TaskState.DONE and view.attempt > view.tries):
                 self.breach(
                     "no work is thrown away", f"{job[-6:]}/{task} took {view.attempt} attempts, {view.losses} lost"
                 )

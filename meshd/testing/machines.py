@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from meshd.testing.world import SimNode
 
 FETCH_MS = (0.0, 300.0)
-STOP_MS = (1.0, 3_000.0)
+STOP_MS = (1.0, 5_000.0)
 """TERM, grace, KILL."""
 REPLICATE_EVERY_MS = 300
 

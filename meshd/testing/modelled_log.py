@@ -236,7 +236,8 @@ class ModelledLog:
         batch = Batch(elapsed_ms, self.world.wall_ms(), tuple(stamped for stamped, _ in chosen))
         leader.in_flight = (codec.encode(batch), [reply for _, reply in chosen])
         term = leader.term_led
-        self.heap.after(self.heap.between(2, 30), lambda: self._acknowledged(leader, term))
+        slow_ms = 300 if self.heap.chance(0.1) else 30  # now and then a disk takes its time
+        self.heap.after(self.heap.between(2, slow_ms), lambda: self._acknowledged(leader, term))
 
     def _acknowledged(self, leader: Voter, term: int | None) -> None:
         if term is None or leader.term_led != term or leader.in_flight is None or not leader.node.is_alive:

@@ -18,7 +18,7 @@ from meshd.testing.checks import Breach
 from meshd.testing.world import CALM, Faults, SimNode, World
 from meshd.worker import HandOver
 
-SETTLE_MS = 240_000
+SETTLE_MS = 900_000
 """After the last fault everything acknowledged must be finished within this."""
 
 RESTART_MS = ((100.0, 2_000.0), (2_000.0, 9_000.0), (9_000.0, 30_000.0))
@@ -83,14 +83,15 @@ def uuid7(wall_ms: int, random: Random) -> JobId:
 def some_job(random: Random) -> JobSpec:
     on_lost = random.choice((OnLost.RERUN, OnLost.RERUN, OnLost.WAIT, OnLost.FAIL))
     lost_after = random.choice((None, None, 0, 5_000, 30_000, 40_000))
-    length_ms = random.choice((20, 300, 2_000, 8_000, 25_000))
+    length_ms = random.choice((20, 300, 2_000, 8_000, 25_000, 70_000))
+    count = random.choice((1, 1, 3, 6)) if length_ms <= 8_000 else random.choice((1, 2))
     failures = random.choice((0, 0, 0, 1))
     tries = 1 if on_lost is OnLost.FAIL else random.choice((1, 2, 3))
-    total_ms = 60_000 if random.random() < 0.1 else 0
+    total_ms = 90_000 if random.random() < 0.1 else 0
     return JobSpec(
         backend=("process",),
         run=Run(args=("work", str(length_ms), str(failures))),
-        array=Array(count=random.choice((1, 1, 3, 6)), at_once=random.choice((0, 0, 1))),
+        array=Array(count=count, at_once=random.choice((0, 0, 1))),
         retry=Retry(attempts=tries, backoff_min_ms=200, backoff_max_ms=2_000),
         timeout=Timeout(total_ms=total_ms),
         on_lost=on_lost,
@@ -142,7 +143,7 @@ class Sim:
             heap.after(moment(), lambda node=node, whole=whole, ms=for_ms: self._freeze(node, ms, whole))  # type: ignore[misc]
         for _ in range(faults.cuts):
             node = heap.random.choice(nodes)
-            for_ms, one_way = heap.between(2_000, 40_000), heap.chance(0.25)
+            for_ms, one_way = heap.between(2_000, heap.random.choice((20_000, 80_000))), heap.chance(0.25)
             heap.after(moment(), lambda n=node, ms=for_ms, o=one_way: self.world.cut_off(n, ms, one_way=o))  # type: ignore[misc]
         for _ in range(faults.freezes_then_cuts):
             heap.after(moment(), lambda: self._freeze_then_cut(heap.random.choice(nodes)))
@@ -240,15 +241,15 @@ def _profile(seed: int, random: Random) -> Faults:
         return CALM
     return Faults(
         lose=random.choice((0, 0.02, 0.1)),
-        double=random.choice((0, 0.02, 0.2)),
-        late=random.choice((0, 0.03, 0.15)),
+        double=random.choice((0, 0.05, 0.4)),
+        late=random.choice((0, 0.05, 0.3)),
         late_ms=(100.0, random.choice((1_000.0, 4_000.0, 12_000.0))),
         crashes=random.randint(0, 4),
         freezes=random.randint(0, 2),
         cuts=random.randint(0, 3),
-        transfers=random.randint(0, 2),
-        offers=random.randint(0, 5),
-        drains=0.2,
+        transfers=random.randint(0, 3),
+        offers=random.choice((0, 3, 15)),
+        drains=0.3,
         freezes_then_cuts=random.randint(0, 2),
         has_gossip=random.random() < 0.5,
         dies_for_good=0.15,

@@ -27,7 +27,7 @@ from meshd.keeper import (
 from meshd.model import BackendOffer, Member, NodeId, Offer, Resources, Role
 from meshd.raft.commands import AnyCommand, CreateInvite, EndSession, Found, Join
 from meshd.raft.machine import Machine
-from meshd.session_messages import Notice, Renew, RenewAnswer
+from meshd.session_messages import Granted, Notice, Renew, RenewAnswer
 from meshd.testing.checks import Checks
 from meshd.testing.heap import Heap
 from meshd.testing.machines import Runner
@@ -215,11 +215,15 @@ class SimNode:
                 self.after(world.heap.between(0, 15), saved)
             case Propose(command):
                 if isinstance(command, EndSession):
-                    self._note_early_end(command)
+                    assert self.agent is not None and self.agent.keeper is not None
+                    granted_ms = self.agent.keeper.granted_ms(command.node)
+                    is_early = granted_ms is not None and self.clock_ms() - granted_ms < GRANT_MS
+                    world.checks.decided_to_end(self, command, is_early=is_early)
                 self._propose(command)
             case SendRenew(epoch, sent_ms, renew):
                 self._send_renew(epoch, sent_ms, renew)
             case Start(key, spec, leash_ms):
+                world.checks.decided_to_start(self, key)
                 self.runner.start(key, spec, leash_ms)
             case Stop(key, reason):
                 self.runner.stop(key, reason)
@@ -229,12 +233,6 @@ class SimNode:
                 self._calls.pop(call)(answer)
             case SendNotice(node, notice):
                 self._send_notice(node, notice)
-
-    def _note_early_end(self, command: EndSession) -> None:
-        assert self.agent is not None and self.agent.keeper is not None
-        granted_ms = self.agent.keeper.granted_ms(command.node)
-        if granted_ms is not None and self.clock_ms() - granted_ms < GRANT_MS:
-            self.world.checks.ended_early.add((command.node, command.epoch))
 
     def _propose(self, command: object) -> None:
         via = self.id if isinstance(command, EndSession) else None
@@ -260,9 +258,16 @@ class SimNode:
         self.world.send(self, voter, at_voter)
 
     def renew_arrived(self, origin: NodeId, body: bytes, answered: Callable[[RenewAnswer], None]) -> None:
+        renew = codec.decode(body, Renew)
+
+        def checked(answer: RenewAnswer) -> None:
+            if isinstance(answer, Granted):
+                self.world.checks.decided_to_grant(self, origin, renew.epoch)
+            answered(answer)
+
         call = len(self._calls) + self.world.heap.now_ms * 1000
-        self._calls[call] = answered
-        self.handle(RenewArrived(call, origin, codec.decode(body, Renew), self.world.log.leads(self.id)))
+        self._calls[call] = checked
+        self.handle(RenewArrived(call, origin, renew, self.world.log.leads(self.id)))
 
     def _send_notice(self, to: NodeId, notice: Notice) -> None:
         body = codec.encode(notice)
