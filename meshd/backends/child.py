@@ -144,6 +144,10 @@ class Child:
     def is_running(self) -> bool:
         return self._process.returncode is None
 
+    @property
+    def has_exited_well(self) -> bool:
+        return self._process.returncode == 0
+
     def kill(self) -> None:
         if self.is_running:
             self._process.send_signal(signal.SIGKILL)

@@ -49,6 +49,7 @@ class _Spawner:
         self.waiting: dict[int, _Waiter] = {}
         self._link = link
         self._nursery = nursery
+        self._burying = trio.Lock()
         self._ids = 0
 
     @classmethod
@@ -80,7 +81,6 @@ class _Spawner:
             run_s = execution.limits.run_s
             with trio.move_on_after(math.inf if run_s is None else run_s + term_grace_s + LATE_S):
                 return await waiter.wait()
-            # Its children die with it.
             await self.end(is_now=True)
             return Outcome(EndReason.BACKEND, message="the spawner did not answer in time and was killed")
         except trio.Cancelled:
@@ -98,15 +98,12 @@ class _Spawner:
 
     async def end(self, *, is_now: bool = False) -> None:
         """Gone, with all that it started, when this returns."""
+        self._link.close()
         with trio.CancelScope(shield=True):
-            self._link.close()
             if not is_now:
                 with trio.move_on_after(LATE_S):
                     await self.child.wait()
-            self.child.kill()
-            await self.child.wait()
-        self._fail_all("ended with its agent")
-        self.child.close()
+            await self._bury()
 
     async def _read(self) -> None:
         while (frame := await self._link.receive()) is not None:
@@ -114,14 +111,20 @@ class _Spawner:
             waiter = self.waiting.get(answer["id"])
             if waiter is not None:
                 waiter.resolve(_outcome(answer))
-        # Its socket closes only when it dies, or when `end` closed ours.
+        # It has died, or `end` has closed our socket: then it cleans up and exits.
         with trio.CancelScope(shield=True):
             with trio.move_on_after(LATE_S):
                 await self.child.wait()
+            await self._bury()
+
+    async def _bury(self) -> None:
+        async with self._burying:
+            if not self.is_alive:
+                return  # and there may be a successor, whose commands carry the same mark
             self.child.kill()
             await self.child.wait()
-            # If it was killed it could not clean up: its own children the kernel has ended, their daemons it has not.
-            await trio.to_thread.run_sync(kill_strays, self._token)
+            if not self.child.has_exited_well:
+                await trio.to_thread.run_sync(kill_strays, self._token)
             self._fail_all(self.child.describe_end())
             self._link.close()
             self.child.close()

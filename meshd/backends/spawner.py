@@ -1,10 +1,10 @@
 """The spawner: starts commands for the agent, keeps their deadlines, and leaves nothing of them behind.
 
-It is small and has one thread, so forking is cheap and safe; it lives apart from the
-agent, so a stopped agent keeps nothing alive. It is the subreaper of all that it starts.
-When its socket closes it kills everything and exits. Frames: four bytes of length, then
+It lives apart from the agent, so a stopped agent keeps nothing alive. It is the subreaper
+of all that it starts. When its socket closes it kills everything and exits; if it is killed
+itself, the agent ends what it left, or else the next agent's probe does (`kill_strays`). Frames: four bytes of length, then
 JSON; requests `run`, `leash`, `cancel`, answers as `spawned.describe` makes them.
-Standard library only: it starts in 40 ms and its size is what every fork copies.
+Standard library only: it starts in 40 ms.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -32,6 +33,9 @@ SWEEP_AGAIN_S = 0.02
 
 ENVIRONMENT_BYTES_MAX = 256 << 10
 """How far to look for the mark: more than the kernel passes in one string, less than an attack on our memory."""
+
+FILES_OPEN = 1024
+"""Soft limit, whatever the agent has raised its own to: old programs use select(2)."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 _length = struct.Struct("<I")
@@ -230,6 +234,10 @@ def _kill(pid: int) -> None:
 def main() -> None:
     number, token, term_grace_s = sys.argv[1:4]
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # What all commands have in common they inherit.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, files_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES_OPEN, files_hard), files_hard))
     kill_strays(token)
     Spawner(socket.socket(fileno=int(number)), token, float(term_grace_s)).serve()
 

@@ -232,7 +232,7 @@ async def test_a_killed_spawner_takes_everything_with_it_and_the_next_attempt_ge
 async def test_a_spawner_that_does_not_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "LATE_S", 0.5)
     async with serving(tmp_path) as bench:
-        attempt = bench.attempt(program("daemon", "stay", "65"), limits=Limits(run_s=0.2))
+        attempt = bench.attempt(program("daemon", "stay", "65"))
         async with trio.open_nursery() as nursery:
 
             async def stop() -> None:
@@ -245,6 +245,7 @@ async def test_a_spawner_that_does_not_answer_is_killed(tmp_path: Path, monkeypa
         assert outcome.reason is EndReason.BACKEND
         assert time.monotonic() - start < 5
         await nothing_left(attempt.workdir)
+        assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
 
 
 def test_what_outlived_a_killed_agent_and_spawner_is_ended_by_the_next_agents_probe(tmp_path: Path) -> None:

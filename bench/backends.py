@@ -1,0 +1,71 @@
+"""What running an attempt costs, through the Backend port: `python -m bench.backends [SECONDS]`.
+
+No-op wasm and /bin/true, one after the other and some at once; and how long the first one takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import structlog
+import trio
+
+from meshd.testing.backend_suite import Bench, Program, build
+from tests.guests import guest
+
+WASM = "meshd.backends.wasm:WasmBackend"
+PROCESS = "meshd.backends.process:ProcessBackend"
+
+
+async def measure(label: str, factory: str, program: Program, at_once: int, seconds: float) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        backend = build(factory, Path(scratch, "backend"))
+        async with trio.open_nursery() as serving:
+            await serving.start(backend.serve)
+            bench = Bench(backend, Path(scratch))
+            start = time.perf_counter()
+            outcome = await bench.run(bench.attempt(program))
+            first_ms = (time.perf_counter() - start) * 1000
+            assert outcome.is_success, outcome
+
+            took: list[float] = []
+            start = time.perf_counter()
+            end = start + seconds
+
+            async def loop() -> None:
+                attempt = bench.attempt(program)
+                while time.perf_counter() < end:
+                    began = time.perf_counter()
+                    outcome = await backend.run(attempt)
+                    took.append(time.perf_counter() - began)
+                    assert outcome.is_success, outcome
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(at_once):
+                    nursery.start_soon(loop)
+            elapsed = time.perf_counter() - start
+            serving.cancel_scope.cancel()
+    took.sort()
+    p50, p99 = statistics.median(took) * 1000, took[int(len(took) * 0.99)] * 1000
+    print(
+        f"{label:<22} {at_once:>7} {len(took) / elapsed:>10,.0f} {p50:>9.2f} {p99:>9.2f} {first_ms:>10.0f}", flush=True
+    )
+
+
+async def main(seconds: float) -> None:
+    print(f"{'':<22} {'at once':>7} {'runs/s':>10} {'p50 ms':>9} {'p99 ms':>9} {'first ms':>10}")
+    for at_once in (1, 2, 8):
+        await measure("wasm, no-op", WASM, Program((), guest("noop")), at_once, seconds)
+    await measure("wasm, prints a line", WASM, Program(("say", "hello\n", ""), guest()), 1, seconds)
+    for at_once in (1, 2, 8):
+        await measure("process, /bin/true", PROCESS, Program(("/bin/true",)), at_once, seconds)
+
+
+if __name__ == "__main__":
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    trio.run(main, float(sys.argv[1]) if len(sys.argv) > 1 else 3.0)
