@@ -200,6 +200,8 @@ class Engine(SyncObj):  # type: ignore[misc]
         self._on_bug = on_bug
         self._connected: set[VoterId] = set()
         self._learners: frozenset[VoterId] = frozenset()
+        self._owed: dict[VoterId, int] = {}
+        """Who does not vote any more and must still learn it, from the entry at this index."""
         self._progress: dict[VoterId, Progress] = {}
         self._votes: set[VoterId] = set()
         self._trial_term = 0
@@ -316,7 +318,9 @@ class Engine(SyncObj):  # type: ignore[misc]
             elif failure == syncobj.FAIL_REASON.DISCARDED:
                 answer(None, 0, "another leader's entry took its place")
             else:
-                answer(None, index, "the state machine failed" if result is not None else "covered by a snapshot")
+                answer(
+                    None, index, "the state machine failed" if result is not None else "its outcome was not seen here"
+                )
 
         self.apply_batch(payload, callback=resolved)
 
@@ -335,6 +339,8 @@ class Engine(SyncObj):  # type: ignore[misc]
         """Append a configuration that differs from the present one by one server."""
         voters = tuple(sorted(voters))
         assert self.may_change_voters() and len(set(voters) ^ set(self.voters)) == 1 and 1 <= len(voters) <= VOTERS_MAX
+        for voter in set(self.voters) - set(voters) - {self.me}:
+            self._owed[voter] = self.last + 1
         self._append(_MEMBERSHIP + codec.pack(voters))
 
     def set_learners(self, learners: Sequence[VoterId]) -> None:
@@ -406,6 +412,13 @@ class Engine(SyncObj):  # type: ignore[misc]
         if self.is_leader:
             self._SyncObj__sendAppendEntries()
 
+    def stop(self) -> None:
+        """Nobody will turn this engine again: what is in the log may yet be committed by others."""
+        self._step_down(None)
+        for index in list(self._waiting):
+            for _, callback in self._waiting.pop(index):
+                self._resolve(callback, None, syncobj.FAIL_REASON.UNKNOWN_OUTCOME)
+
     # --- elections ----------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
@@ -454,6 +467,9 @@ class Engine(SyncObj):  # type: ignore[misc]
                 self.in_contact() if self.is_leader else self._now() - self._heard_s < self._settings.election_min_s
             )
             self._send(peer, Voted(self._term, m.term, is_newer and m.term > self._term and not has_leader, True))
+            if self.is_leader and peer not in self._progress:
+                self._owed[peer] = self._configurations[-1][0]  # it was away when it was removed
+                self._reconfigure()
             return
         if m.term > self._term:
             self._adopt_term(m.term)
@@ -499,6 +515,7 @@ class Engine(SyncObj):  # type: ignore[misc]
         self._leader = None if leader is None else Node(leader)
         self._trial_term = 0
         self._progress = {}
+        self._owed = {}
         self._deadline = self._now() + self._election_timeout()
         waiting = [barrier.answer for barrier in self._barriers] + self._barriers_new
         self._barriers, self._barriers_new = [], []
@@ -723,11 +740,20 @@ class Engine(SyncObj):  # type: ignore[misc]
             self._heartbeat_at = now + self._settings.heartbeat_s
             self._barriers += [_Barrier(self._round, self.commit, answer) for answer in self._barriers_new]
             self._barriers_new = []
+            self._settle_debts()
         for peer, progress in self._progress.items():
             if progress.is_connected:
                 self._feed(peer, progress, now, is_round)
         if self._barriers:
             self._answer_barriers()
+
+    def _settle_debts(self) -> None:
+        """Who has the entry that removed it, and was told that it is committed, is fed no longer."""
+        for peer, index in list(self._owed.items()):
+            progress = self._progress[peer]
+            if not progress.is_connected or min(progress.match, progress.commit_told) >= index:
+                del self._owed[peer]
+                self._reconfigure()
 
     def _answer_barriers(self) -> None:
         rounds = sorted((self._round_of(voter) for voter in self.voters), reverse=True)
@@ -822,7 +848,7 @@ class Engine(SyncObj):  # type: ignore[misc]
 
     def _reconfigure(self) -> None:
         """Bring PySyncObj's own set of nodes, and whom a leader feeds, up to the newest configuration."""
-        peers = sorted({*self.voters, *self._learners} - {self.me})
+        peers = sorted({*self.voters, *self._learners, *self._owed} - {self.me})
         self._SyncObj__otherNodes = {Node(voter) for voter in self.voters if voter != self.me}
         if self.is_leader:
             kept = self._progress

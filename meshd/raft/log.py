@@ -144,7 +144,7 @@ class ServerLog:
     # --- what the node asks -------------------------------------------------------------------------------------------
 
     async def propose(self, origin: NodeId, command: bytes, *, timeout_s: float) -> ProposeResult:
-        """Through the leader, wherever it is. `origin` is the authenticated proposer. Raises InvalidRequest, TooLarge, Unavailable."""
+        """Through the leader, wherever it is. `origin` is the authenticated proposer. Raises InvalidRequest, TooLarge."""
         if len(command) > codec.COMMAND_BYTES_MAX:
             raise TooLarge(f"command of {len(command)} bytes is over the limit of {codec.COMMAND_BYTES_MAX}")
         if not is_one_value(command):
@@ -159,7 +159,9 @@ class ServerLog:
         return result
 
     async def _propose_once(self, origin: NodeId, command: bytes, timeout_s: float) -> ProposeResult:
-        server, ended = self._running(), trio.Event()
+        if (server := self._server) is None:
+            return NotCommitted("the log is not running on this node")
+        ended = trio.Event()
         results: list[ProposeResult] = []
 
         def resolve(result: ProposeResult) -> None:

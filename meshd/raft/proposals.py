@@ -145,10 +145,11 @@ class Forwarded:
             case _:
                 proposal.end(Unknown(m.why))
 
-    def lost(self, peer: VoterId) -> None:
-        """The stream to this leader broke: what it took may or may not be in the log."""
-        for request in [request for request, (leader, _) in self._waiting.items() if leader == peer]:
-            self._waiting.pop(request)[1].end(Unknown(f"the connection to the leader {peer} was lost"))
+    def lost(self, peer: VoterId | None) -> None:
+        """The stream to this leader (None: to any) broke: what it took may or may not be in the log."""
+        for request in [request for request, (leader, _) in self._waiting.items() if peer in (leader, None)]:
+            leader, proposal = self._waiting.pop(request)
+            proposal.end(Unknown(f"the connection to the leader {leader} was lost"))
 
 
 def as_message(request: int, result: ProposeResult) -> Proposed:

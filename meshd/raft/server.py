@@ -218,7 +218,10 @@ class Server:
         return min((at for at in due if at is not None), default=None)
 
     def stop(self) -> None:
+        """Everybody who waits for an answer gets the one that is left."""
         self._pending.refuse_all("this server stops")
+        self._forwarded.lost(None)
+        self.engine.stop()
 
     # --- mail ---------------------------------------------------------------------------------------------------------
 
