@@ -57,7 +57,7 @@ _LATER = {
 }  # fmt: skip
 """Promised by the design and not built yet: refused, so that nobody believes that they work."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+@-]{0,127}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,127}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _BACKEND = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
@@ -363,7 +363,7 @@ def _backends(value: object, path: str) -> tuple[str, ...]:
 def _name(value: object, path: str) -> str:
     text = _string(value, path)
     if not _NAME.fullmatch(text):
-        raise InvalidRequest(f"{path}: {shorten(text)} is not a name", hint="letters, digits and . _ : + @ -")
+        raise InvalidRequest(f"{path}: {shorten(text)} is not a name", hint="letters, digits and . _ + @ -")
     return text
 
 

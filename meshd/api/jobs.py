@@ -15,8 +15,8 @@ from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, Rights
 from meshd.api.face import LogStream
 from meshd.api.references import collect_refs, outputs_tree, resolve
 from meshd.api.streams import ByteStream, EventStream, format_event, format_output
-from meshd.client.ids import new_job_id
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from meshd.ids import new_job_id
 from meshd.model import JobId, TaskState, TreeRef
 from meshd.raft.commands import Cancel, RetryJob, Submit, Submitted
 from meshd.spec import parse_job

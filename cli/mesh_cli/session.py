@@ -1,0 +1,103 @@
+"""What every command shares: which mesh it speaks to, and how it answers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from meshd.client import Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMATS = ("table", "wide", "json", "jsonl", "yaml", "name")
+
+
+@dataclass(slots=True)
+class Session:
+    nodes: tuple[str, ...] = ()
+    context: str = ""
+    format: str = "table"
+    is_quiet: bool = False
+
+    @property
+    def form(self) -> str:
+        return "name" if self.is_quiet else self.format
+
+    @contextmanager
+    def client(self) -> Iterator[Client]:
+        """The mesh that flags, environment or the saved context name; else this machine's agent."""
+        from mesh_cli.progress import Progress
+        from meshd.client import Client
+
+        with Progress() as progress:
+            nodes, token, ca_pem = self.target()
+            with Client(nodes, token=token, ca_pem=ca_pem, on_progress=progress.bytes) as client:
+                yield client
+
+    def target(self) -> tuple[tuple[str, ...], str, str]:
+        """Nodes, token and CA: --node with MESH_TOKEN, or --context, or the current context."""
+        from meshd.client.context import load_contexts
+
+        token = os.environ.get("MESH_TOKEN", "")
+        if self.nodes:
+            return self.nodes, token, ""
+        contexts = load_contexts()
+        name = self.context or contexts.current
+        if not name:
+            return (), token, ""
+        saved = contexts.get(name)
+        return saved.nodes, token or saved.token, "" if token and token != saved.token else saved.ca_pem
+
+
+def is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def say(message: str) -> None:
+    """Talk, on stderr: never data."""
+    click.echo(message, err=True)
+
+
+def _set(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value not in (None, (), False):
+            setattr(context.ensure_object(Session), field, value)
+
+    return callback
+
+
+def _set_nodes(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value:
+        context.ensure_object(Session).nodes = tuple(part for part in value.split(",") if part)
+
+
+def target_options(command: F) -> F:
+    """--node and --context, at the front or at the end of a line."""
+    command = click.option(
+        "--node", "-n", metavar="HOST:PORT", envvar="MESH_NODE", expose_value=False, callback=_set_nodes,
+        help="Ask this node (several: comma). unix:PATH is a local agent.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--context", "-c", metavar="NAME", envvar="MESH_CONTEXT", expose_value=False, callback=_set("context"),
+        help="Ask this saved mesh; see `mesh context`.",
+    )(command)  # fmt: skip
+
+
+def output_options(command: F) -> F:
+    """-o and -q, wherever there is something to print."""
+    command = click.option(
+        "--output-format", "-o", "format", type=click.Choice(FORMATS), envvar="MESH_OUTPUT", expose_value=False,
+        callback=_set("format"), help="How to print it.",
+    )(command)  # fmt: skip
+    return target_options(
+        click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_set("is_quiet"), help="Only ids.")(
+            command
+        )
+    )

@@ -1,0 +1,537 @@
+"""The Python client: a mesh as an object with plain, blocking methods.
+
+    with Client() as mesh:                                # this machine's agent
+        job = mesh.submit({"run": {"args": ["echo", "hello"]}})
+        mesh.wait(job)
+        print(mesh.output(job).decode())
+
+Every method raises the MeshErrors of `meshd.errors`, as the node named them; Unavailable
+when none of the known nodes answers. Submissions carry an id made here, so they are sent
+again, also to another node, until one answers. Not for several threads at a time.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from meshd import codec
+from meshd.client.address import Address, local_address, parse_address
+from meshd.client.files import PIECE_BYTES, files_below, tar_of, upload_references
+from meshd.client.http import ANSWER_S, Body, Requester
+from meshd.errors import Corrupt, InvalidRequest, MeshError, Unavailable, WaitTimeout, from_code
+from meshd.ids import new_job_id
+from meshd.model import BlobRef, Inline, JobId, Role, TaskState, Tree, TreeRef
+from meshd.spec import check_path
+from meshd.views import (
+    BlobList,
+    BlobView,
+    ClusterStatus,
+    DrainView,
+    EventView,
+    Explanation,
+    InvitesView,
+    JobPage,
+    JobView,
+    MembersView,
+    MemberView,
+    Summary,
+    TaskPage,
+    TaskView,
+    TokensView,
+)
+
+if TYPE_CHECKING:
+    import ssl
+
+T = TypeVar("T")
+POLL_S = 30.0
+RECONNECTS_MAX = 20
+"""In a row, without a byte in between, before a live stream is given up."""
+PAUSE_S = 0.5
+
+Progress = Callable[[str, int, int], None]
+"""(what, bytes done, bytes in all)"""
+LogStream = Literal["stdout", "stderr"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogPiece:
+    stream: LogStream
+    data: bytes
+
+
+class Result(msgspec.Struct, frozen=True):
+    """How a task ended, and its job."""
+
+    job: JobView
+    task: TaskView
+
+
+class Me(msgspec.Struct, frozen=True):
+    """Which node answers, and who the caller is to it."""
+
+    node: str
+    name: str
+    mesh: str
+    version: str
+    caller: str
+    role: str
+
+
+class _Submitted(msgspec.Struct):
+    id: JobId
+    is_new: bool
+
+
+class _Invited(msgspec.Struct):
+    invite: str
+
+
+class _Token(msgspec.Struct):
+    token: str
+
+
+class Client:
+    def __init__(
+        self,
+        nodes: Sequence[str] = (),
+        *,
+        token: str = "",
+        ca_pem: str = "",
+        on_progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        """`nodes`: HOST:PORT or unix:PATH, tried in turn; none is this machine's agent. `token` is needed over TCP."""
+        addresses = [parse_address(text) for text in nodes] or [local_address()]
+        self._token = token.strip()
+        self.ca_pem = ca_pem
+        """The mesh's CA: given, or learned and checked against the token at the first connection."""
+        self._tls_context: ssl.SSLContext | None = None
+        self._requester = Requester(addresses, self._token, self._tls)
+        self._on_progress = on_progress
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._requester.close()
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    def submit(self, document: Mapping[str, Any], *, job_id: str = "", base: Path | str = ".") -> JobId:
+        """Upload what the document names by path (relative to `base`), then submit it. Its id, once it is agreed.
+
+        With a `job_id` (a fresh UUIDv7) of your own, calling this again with the same one is safe.
+        """
+        job_id = job_id or self.new_id()
+        spec = upload_references(document, Path(base), self)
+        return self._ask("POST", "/v1/jobs", _Submitted, {"id": job_id, "spec": spec}).id
+
+    def run(self, document: Mapping[str, Any], *, base: Path | str = ".", timeout_s: float | None = None) -> JobView:
+        """Submit, and wait for the end."""
+        return self.wait(self.submit(document, base=base), timeout_s=timeout_s)
+
+    def wait(
+        self, job: str, *, timeout_s: float | None = None, on_change: Callable[[JobView], None] = lambda view: None
+    ) -> JobView:
+        """The job when it has ended, well or not. Raises WaitTimeout."""
+        ends_s = time.monotonic() + timeout_s if timeout_s is not None else None
+        version = 0
+        while True:
+            left_s = POLL_S if ends_s is None else min(POLL_S, ends_s - time.monotonic())
+            view = self.wait_change(job, version, left_s)
+            if view.version != version:
+                on_change(view)
+            if view.is_final:
+                return view
+            if left_s <= 0:
+                raise WaitTimeout(f"job {view.id} is still {view.state}", hint=f"mesh job wait {view.id}")
+            job, version = view.id, view.version
+
+    def wait_change(self, job: str, version: int, timeout_s: float) -> JobView:
+        """The job when its version is above this one or it has ended; at the timeout (at most 60 s) as it is."""
+        return self._ask("GET", f"{_job(job)}/wait", JobView, after=version, timeout=f"{max(timeout_s, 0):.3f}")
+
+    def job(self, job: str) -> JobView:
+        """By id, unique prefix, name or `last`."""
+        return self._ask("GET", _job(job), JobView)
+
+    def jobs(
+        self,
+        *,
+        states: Sequence[TaskState | str] = (),
+        name: str = "",
+        labels: Mapping[str, str] | None = None,
+        limit: int = 50,
+        is_stale_ok: bool = False,
+    ) -> Iterator[JobView]:
+        """Newest first, at most `limit`."""
+        label = ",".join(f"{key}={value}" for key, value in (labels or {}).items())
+        before = ""
+        while limit > 0:
+            page = self._ask(
+                "GET", "/v1/jobs", JobPage,
+                state=",".join(states), name=name, label=label, limit=min(limit, 1000), before=before,
+                stale="true" if is_stale_ok else "",
+            )  # fmt: skip
+            yield from page.jobs
+            limit -= len(page.jobs)
+            if page.next is None:
+                return
+            before = page.next
+
+    def tasks(
+        self, job: str, *, states: Sequence[TaskState | str] = (), start: int = 0, stop: int | None = None
+    ) -> Iterator[TaskView]:
+        """All tasks in [start, stop) in order, page by page."""
+        following: int | None = start
+        while following is not None:
+            page = self._ask(
+                "GET", f"{_job(job)}/tasks", TaskPage,
+                state=",".join(states), start=following, stop="" if stop is None else stop, limit=1000,
+            )  # fmt: skip
+            yield from page.tasks
+            following = page.next
+
+    def task(self, job: str, task: int = 0) -> TaskView:
+        return self._ask("GET", f"{_job(job)}/tasks/{task}", TaskView)
+
+    def cancel(self, job: str, tasks: Sequence[tuple[int, int]] | None = None) -> JobView:
+        """All of it, or half-open ranges of tasks. Idempotent."""
+        return self._ask("POST", f"{_job(job)}/cancel", JobView, {"tasks": tasks})
+
+    def retry(self, job: str) -> JobId:
+        """Failed, cancelled and timed-out tasks run again, as a new job; its id."""
+        return self._ask("POST", f"{_job(job)}/retry", _Submitted, {"id": self.new_id()}).id
+
+    def explain(self, job: str, task: int = 0) -> Explanation:
+        return self._ask("GET", f"{_job(job)}/explain", Explanation, task=task)
+
+    def result(self, job: str, task: int = 0) -> Result:
+        """Raises Conflict while there is none."""
+        return self._ask("GET", f"{_job(job)}/result", Result, task=task)
+
+    def outputs(self, job: str) -> TreeRef:
+        """All files that the tasks of a finished job left, as one directory: task k's under `k/`."""
+        return self._ask("GET", f"{_job(job)}/outputs", TreeRef)
+
+    def output(self, job: str, task: int = 0, stream: LogStream = "stdout") -> bytes:
+        """What a task wrote until now, whole."""
+        return b"".join(self.output_chunks(job, task, stream))
+
+    def output_chunks(self, job: str, task: int = 0, stream: LogStream = "stdout") -> Iterator[bytes]:
+        return self._requester.stream("GET", f"{_job(job)}/tasks/{task}/logs?{_query(stream=stream)}").chunks()
+
+    def follow(
+        self, job: str, task: int = 0, *, streams: Sequence[LogStream] = ("stdout", "stderr")
+    ) -> Iterator[LogPiece]:
+        """What a task writes, as it does, until it is final. Goes on at another node when this one is lost."""
+        seen: dict[str, int] = dict.fromkeys(streams, 0)
+        asked = "both" if len(streams) > 1 else streams[0]
+        path = f"{_job(job)}/tasks/{task}/logs?{_query(stream=asked, follow='true')}"
+        for kind, data, _ in self._events(path, dict):
+            if kind == "end":
+                return
+            if kind not in ("stdout", "stderr"):
+                continue
+            stream: LogStream = "stderr" if kind == "stderr" else "stdout"
+            piece = base64.b64decode(data["data"])
+            # A stream that was begun anew starts at 0: what was seen is left out.
+            fresh = piece[max(seen[stream] - data["offset"], 0) :]
+            if fresh:
+                seen[stream] = data["offset"] + len(piece)
+                yield LogPiece(stream, fresh)
+
+    def events(self, after: int | None = None) -> Iterator[EventView]:
+        """What happens in the mesh, without end."""
+        headers = {} if after is None else {"last-event-id": str(after)}
+        for kind, data, position in self._events("/v1/events", lambda: headers):
+            if kind != "end":
+                headers["last-event-id"] = position
+                yield msgspec.convert(data, EventView)
+
+    # --- bytes -------------------------------------------------------------------------------------------------------
+
+    def put_bytes(self, data: bytes, *, replicas: int = 2) -> BlobRef:
+        return self._put(lambda: data, len(data), replicas)
+
+    def put_file(self, path: Path | str, *, replicas: int = 2) -> BlobRef:
+        path = Path(path)
+        total = path.stat().st_size
+        return self._put(lambda: self._counted(path), total, replicas)
+
+    def put_stream(self, file: IO[bytes], *, replicas: int = 2) -> BlobRef:
+        """A pipe can be read only once: it is not sent again to another node."""
+        bodies = [iter(lambda: file.read(PIECE_BYTES), b"")]
+
+        def body() -> Body:
+            if not bodies:
+                raise MeshError("the upload broke off, and a pipe can be read only once", hint="repeat the command")
+            return bodies.pop()
+
+        return self._put(body, None, replicas)
+
+    def put_directory(self, path: Path | str, *, replicas: int = 2) -> TreeRef:
+        path = Path(path)
+        files = files_below(path)
+        total = sum(file.stat().st_size for file in files)
+
+        def body() -> Body:
+            done = 0
+
+            def count(size: int) -> None:
+                nonlocal done
+                done += size
+                self._on_progress(f"uploading {path.name}/", done, total)
+
+            return tar_of(path, files, count)
+
+        headers = {"content-type": "application/x-tar"}
+        answer = self._requester.stream("POST", f"/v1/trees?replicas={replicas}", body, headers=headers, timeout_s=600)
+        return _decode(answer.read(), TreeRef)
+
+    def get_blob(self, blob: str, target: IO[bytes]) -> int:
+        """Write the blob; its size. Raises NotFound, Unavailable when it broke off (what was written is then a part)."""
+        answer = self._requester.stream("GET", f"/v1/blobs/{quote(blob, safe='')}")
+        done = 0
+        for chunk in answer.chunks():
+            target.write(chunk)
+            done += len(chunk)
+            self._on_progress("downloading", done, max(answer.size, done))
+        return done
+
+    def get_directory(self, tree: str, target: Path | str) -> int:
+        """Unpack a tree below `target`; the number of files."""
+        import tarfile
+
+        answer = self._requester.stream("GET", f"/v1/trees/{quote(tree, safe='')}/tar")
+        Path(target).mkdir(parents=True, exist_ok=True)
+        count = 0
+        try:
+            with tarfile.open(mode="r|", fileobj=_Reader(answer.chunks())) as tar:  # type: ignore[call-overload]
+                for member in tar:
+                    # The filter keeps whatever a node sends inside of `target`.
+                    tar.extract(member, target, filter="data")
+                    count += 1
+        except tarfile.TarError as error:
+            raise Corrupt(f"directory {tree} did not arrive whole: {error}") from error
+        return count
+
+    def save_outputs(self, outputs: Inline | TreeRef, target: Path | str) -> int:
+        """Unpack what one attempt left, as its outcome names it; the number of files."""
+        if isinstance(outputs, TreeRef):
+            return self.get_directory(outputs.blob.hash, target)
+        tree = codec.decode(outputs.data, Tree)
+        for entry in tree.entries:
+            # What comes from a job is not trusted to stay inside of `target`.
+            path = Path(target) / check_path(entry.path, "output")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            assert isinstance(entry.content, Inline)
+            path.write_bytes(entry.content.data)
+            path.chmod(0o755 if entry.executable else 0o644)
+        return len(tree.entries)
+
+    def show_tree(self, tree: str) -> Tree:
+        return self._ask("GET", f"/v1/trees/{quote(tree, safe='')}", Tree)
+
+    def blobs(self) -> BlobList:
+        return self._ask("GET", "/v1/blobs", BlobList)
+
+    def blob_where(self, blob: str) -> BlobView:
+        return self._ask("GET", f"/v1/blobs/{quote(blob, safe='')}/where", BlobView)
+
+    def remove_blob(self, blob: str) -> None:
+        self._ask("DELETE", f"/v1/blobs/{quote(blob, safe='')}", None)
+
+    # --- nodes and the mesh ------------------------------------------------------------------------------------------
+
+    def me(self) -> Me:
+        return self._ask("GET", "/v1/me", Me)
+
+    def nodes(self) -> MembersView:
+        return self._ask("GET", "/v1/nodes", MembersView)
+
+    def node(self, node: str) -> MemberView:
+        return self._ask("GET", _node(node), MemberView)
+
+    def invite(self, roles: Sequence[Role | str] = ("server", "worker"), *, uses: int = 1, lifetime_ms: int = 3_600_000) -> str:  # fmt: skip
+        body = {"roles": list(roles), "uses": uses, "lifetime_ms": lifetime_ms}
+        return self._ask("POST", "/v1/invites", _Invited, body).invite
+
+    def invites(self) -> InvitesView:
+        return self._ask("GET", "/v1/invites", InvitesView)
+
+    def drain(self, node: str, *, deadline_ms: int | None = None) -> Iterator[DrainView]:
+        """Progress, until the node can be stopped with nothing lost."""
+        body = msgspec.json.encode({"deadline_ms": deadline_ms})
+        headers = {"content-type": "application/json", "accept": "text/event-stream"}
+        answer = self._requester.stream("POST", f"{_node(node)}/drain", lambda: body, headers=headers)
+        for kind, data, _ in _parse_events(answer.lines()):
+            _raise_if_error(kind, data)
+            yield msgspec.convert(data, DrainView)
+
+    def undrain(self, node: str) -> None:
+        self._ask("POST", f"{_node(node)}/drain", DrainView, {"cancel": True})
+
+    def remove_node(self, node: str) -> None:
+        self._ask("DELETE", _node(node), None)
+
+    def cluster(self) -> ClusterStatus:
+        return self._ask("GET", "/v1/cluster", ClusterStatus)
+
+    def summary(self) -> Summary:
+        return self._ask("GET", "/v1/summary", Summary)
+
+    def tokens(self) -> TokensView:
+        return self._ask("GET", "/v1/tokens", TokensView)
+
+    def create_token(self, name: str, role: str = "operator") -> str:
+        """The token itself: it can be seen only now."""
+        body = {"name": name, "role": role}
+        return self._ask("POST", "/v1/tokens", _Token, body, is_resendable=False).token
+
+    def revoke_token(self, name: str) -> None:
+        self._ask("DELETE", f"/v1/tokens/{quote(name, safe='')}", None)
+
+    @staticmethod
+    def new_id() -> JobId:
+        return new_job_id(time.time_ns() // 1_000_000, os.urandom(10))
+
+    # --- underneath --------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        kind: type[T] | None,
+        body: object = None,
+        *,
+        is_resendable: bool = True,
+        **query: object,
+    ) -> T:
+        asked = _query(**query)
+        data = self._requester.json(
+            method, f"{path}?{asked}" if asked else path, body, timeout_s=ANSWER_S, is_resendable=is_resendable
+        )
+        return _decode(data, kind) if kind is not None else None  # type: ignore[return-value]
+
+    def _put(self, body: Callable[[], Body], size: int | None, replicas: int) -> BlobRef:
+        headers = {"content-type": "application/octet-stream"}
+        if size is not None:
+            headers["content-length"] = str(size)
+        answer = self._requester.stream("PUT", f"/v1/blobs?replicas={replicas}", body, headers=headers, timeout_s=600)
+        found = _decode(answer.read(), BlobView)
+        return BlobRef(found.hash, found.size)
+
+    def _counted(self, path: Path) -> Iterator[bytes]:
+        done, total = 0, path.stat().st_size
+        with path.open("rb") as file:
+            # A file that grows meanwhile is sent as long as it was announced.
+            while piece := file.read(min(PIECE_BYTES, total - done)):
+                done += len(piece)
+                self._on_progress(f"uploading {path.name}", done, total)
+                yield piece
+        if done < total:
+            raise InvalidRequest(f"{path} became shorter while it was uploaded")
+
+    def _events(self, path: str, headers: Callable[[], dict[str, str]]) -> Iterator[tuple[str, Any, str]]:
+        """Server-sent events, over as many connections as it takes. An `error` event is raised."""
+        failures = 0
+        while True:
+            try:
+                answer = self._requester.stream("GET", path, headers={"accept": "text/event-stream", **headers()})
+                for kind, data, position in _parse_events(answer.lines()):
+                    failures = 0
+                    _raise_if_error(kind, data)
+                    yield kind, data, position
+                    if kind == "end":
+                        return
+                raise Unavailable("the node ended the stream")
+            except Unavailable:
+                failures += 1
+                if failures > RECONNECTS_MAX:
+                    raise
+                time.sleep(PAUSE_S)
+
+    def _tls(self, address: Address) -> ssl.SSLContext:
+        if self._tls_context is None:
+            from meshd.client.trust import pinned_context
+
+            self._tls_context, self.ca_pem = pinned_context(address, self._token, self.ca_pem)
+        return self._tls_context
+
+
+class _Reader:
+    """A stream of chunks as a file to read from."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        parts = [self._rest]
+        have = len(self._rest)
+        while have < size and (chunk := next(self._chunks, b"")):
+            parts.append(chunk)
+            have += len(chunk)
+        data = b"".join(parts)
+        self._rest = data[size:]
+        return data[:size]
+
+
+def _parse_events(lines: Iterator[bytes]) -> Iterator[tuple[str, Any, str]]:
+    kind, data, position = "", b"", ""
+    for line in lines:
+        if not line and data:
+            yield kind, msgspec.json.decode(data), position
+            kind, data = "", b""
+        elif line.startswith(b"event: "):
+            kind = line[7:].decode()
+        elif line.startswith(b"data: "):
+            data = line[6:]
+        elif line.startswith(b"id: "):
+            position = line[4:].decode()
+
+
+def _raise_if_error(kind: str, data: Any) -> None:
+    if kind == "error":
+        raise from_code(data["code"], data["message"], data["hint"])
+
+
+def _decode(data: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise MeshError(f"the node answered what this client does not understand: {error}", hint="are both of one version? mesh version") from error  # fmt: skip
+
+
+def _query(**values: object) -> str:
+    return urlencode({key: value for key, value in values.items() if value not in ("", None)})
+
+
+def _job(selector: str) -> str:
+    return f"/v1/jobs/{_segment(selector, 'job')}"
+
+
+def _node(selector: str) -> str:
+    return f"/v1/nodes/{_segment(selector, 'node')}"
+
+
+def _segment(selector: str, what: str) -> str:
+    if not selector or "/" in selector or selector in (".", ".."):
+        raise InvalidRequest(f"{selector!r} does not name a {what}")
+    return quote(selector, safe="")

@@ -1,0 +1,119 @@
+"""What lies on this machine, made fit to travel: files by their size, directories as tar, job documents with references."""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from meshd.errors import InvalidRequest, NotFound
+from meshd.model import BlobRef, TreeRef
+from meshd.spec import write_blob, write_tree
+
+PIECE_BYTES = 1 << 18
+INLINE_BYTES = 4096
+_REFERENCES = ("blob:", "tree:", "job:")
+
+
+class Store(Protocol):
+    """Where things are uploaded to."""
+
+    def put_file(self, path: Path) -> BlobRef: ...
+    def put_directory(self, path: Path) -> TreeRef: ...
+
+
+def upload_references(document: Any, base: Path, store: Store) -> Any:
+    """The job document with every path in it (relative to `base`) uploaded and replaced by its reference.
+
+    Raises NotFound for a path that is not there. What is wrong otherwise is left for the API to say.
+    """
+    if not isinstance(document, Mapping):
+        return document
+    job = dict(document)
+    if isinstance(run := job.get("run"), Mapping):
+        job["run"] = run = dict(run)
+        if _is_path(run.get("module")):
+            run["module"] = write_blob(store.put_file(_existing(base, run["module"], "run.module")))
+        if _is_path(run.get("stdin")):
+            run["stdin"] = content_of(_existing(base, run["stdin"], "run.stdin"), store)
+    if isinstance(inputs := job.get("inputs"), Mapping):
+        job["inputs"] = {path: _input(base, path, source, store) for path, source in inputs.items()}
+    if isinstance(array := job.get("array"), Mapping):
+        job["array"] = array = dict(array)
+        if _is_path(array.get("each_line")):
+            array["each_line"] = write_blob(store.put_file(_existing(base, array["each_line"], "array.each_line")))
+        if _is_path(array.get("files")):
+            directory = _existing(base, array["files"], "array.files")
+            if not directory.is_dir():
+                raise InvalidRequest(
+                    f"array.files: {directory} is not a directory", hint="for the lines of a file: each_line"
+                )
+            array["files"] = write_tree(store.put_directory(directory))
+    return job
+
+
+def content_of(path: Path, store: Store) -> object:
+    """Small files travel in the document, larger ones as blobs."""
+    if path.stat().st_size <= INLINE_BYTES:
+        return {"base64": base64.b64encode(path.read_bytes()).decode()}
+    return write_blob(store.put_file(path))
+
+
+def _input(base: Path, name: object, source: object, store: Store) -> object:
+    if isinstance(source, Mapping) and _is_path(source.get("from")):
+        found = _input(base, name, source["from"], store)
+        return {
+            **(found if isinstance(found, Mapping) else {"from": found}),
+            **{key: it for key, it in source.items() if key != "from"},
+        }
+    if not _is_path(source):
+        return source
+    path = _existing(base, source, f"inputs.{name}")
+    if path.is_dir():
+        return write_tree(store.put_directory(path))
+    reference = write_blob(store.put_file(path))
+    return {"from": reference, "executable": True} if os.access(path, os.X_OK) else reference
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and not value.startswith(_REFERENCES)
+
+
+def _existing(base: Path, text: object, where: str) -> Path:
+    path = base / Path(str(text)).expanduser()
+    if not path.exists():
+        raise NotFound(f"{where}: there is no file {path}")
+    if not (path.is_file() or path.is_dir()):
+        raise InvalidRequest(f"{where}: {path} is neither a file nor a directory")
+    return path
+
+
+def files_below(directory: Path) -> list[Path]:
+    """All plain files, links to such included, sorted."""
+    found = [Path(where) / name for where, _, names in os.walk(directory) for name in names]
+    return sorted(path for path in found if path.is_file())
+
+
+def tar_of(directory: Path, files: list[Path], count: Callable[[int], None]) -> Iterator[bytes]:
+    """The files as one tar, piece by piece; `count` is told the bytes of each. Raises InvalidRequest if one changes."""
+    for path in files:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            head = tarfile.TarInfo(path.relative_to(directory).as_posix())
+            head.size = facts.st_size
+            head.mode = 0o755 if facts.st_mode & stat.S_IXUSR else 0o644
+            yield head.tobuf(tarfile.PAX_FORMAT)
+            left = head.size
+            while left:
+                piece = file.read(min(PIECE_BYTES, left))
+                if not piece:
+                    raise InvalidRequest(f"{path} became shorter while it was uploaded", hint="upload it again when it is at rest")  # fmt: skip
+                left -= len(piece)
+                count(len(piece))
+                yield piece
+            yield bytes(-head.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
