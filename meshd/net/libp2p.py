@@ -111,7 +111,7 @@ logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)  # it shouts about ev
 
 
 class Libp2pTransport:
-    """ports.Transport. `listen` are multiaddrs, port 0 takes a free one; `book` says where to dial for open_stream."""
+    """ports.Transport. `listen` are multiaddrs, port 0 takes a free one, none only dials; `book` says where to dial for open_stream."""
 
     def __init__(
         self, key: KeyPair, listen: Sequence[str], *, gate: Gate, book: AddressBook, events: PeerEvents
@@ -157,7 +157,8 @@ class Libp2pTransport:
         )
         try:
             async with trio.open_nursery() as self._work:
-                self._work.start_soon(trio.serve_listeners, self._accept, listeners)
+                if listeners:
+                    self._work.start_soon(trio.serve_listeners, self._accept, listeners)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -658,7 +659,7 @@ class _Stream:
             if buffer is None or self._yamux.reset_received:
                 break
             await self._muxer.wait_moved(self._yamux)
-        raise Unavailable(f"the stream to {self._peer} broke off")
+        raise await self._broken_off()
 
     async def write(self, data: bytes) -> None:
         """See ports.Stream. Cancelled in the middle it resets this stream, since nobody could make sense of the rest."""
@@ -671,7 +672,7 @@ class _Stream:
                     await self._muxer.send(self._yamux, TYPE_DATA, payload=bytes(rest[:size]))
                     rest = rest[size:]
             except IOException as error:
-                raise Unavailable(f"the stream to {self._peer} broke off: {error}") from error
+                raise await self._broken_off() from error
             except BaseException:
                 if len(rest) < len(data):
                     self.reset()
@@ -708,9 +709,13 @@ class _Stream:
                     return self._yamux.send_window
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 0.02)
-            raise Unavailable(f"the stream to {self._peer} broke off")
+            raise await self._broken_off()
         self.reset()
         raise Unavailable(f"{self._peer} did not read for {WRITE_DEADLINE_S:g} s")
+
+    async def _broken_off(self) -> Unavailable:
+        await trio.lowlevel.checkpoint_if_cancelled()  # a task that is being stopped shall not take it for a loss
+        return Unavailable(f"the stream to {self._peer} broke off")
 
     def _give_credit(self, unread: int) -> None:
         stream = self._yamux
