@@ -7,10 +7,9 @@
 
 Two claims can be made about a node in an incarnation: it lives, or it is accused. An
 accusation counts for more; a higher incarnation for more still, and only the node itself
-can prove one. So claims are mergeable and a replay changes nothing. Everyone who hears an
-accusation probes the accused at once, which tells it of the accusation, and it objects
-with its next incarnation. Death is never hearsay: each node concludes it by itself, after
-the same time to object.
+can prove one. So claims are mergeable and a replay changes nothing. Whoever speaks to an
+accused node tells it so, some do at once, and it objects with its next incarnation. Death
+is never hearsay: each node concludes it by itself, after the same time to object.
 
 Sources: SWIM (Das 2002), Lifeguard (HashiCorp 2017). Unlike there, the members are given
 (they are in the replicated state), so the dead stay in the table and are tried now and
@@ -55,7 +54,10 @@ ROUND_STEPS_MAX = 16
 """Members passed over in one turn; in a small mesh this is all of them, in a large one few are passed over."""
 
 PROBES_MAX = 64
-"""In flight; also how many nodes, on average, probe one accused member at once in a large mesh."""
+"""In flight. A mesh that falls apart is probed on in the rounds to come."""
+
+WITNESSES = 8
+"""How many nodes, on average, probe a member at once when they hear it accused: enough to be sure that it hears of it."""
 
 DOUBT_MAX = 3
 """Lifeguard's local health: a node in doubt about itself waits up to 1 + this times longer."""
@@ -355,7 +357,7 @@ class Membership:
         # Of a dead node in a newer incarnation: it lived meanwhile, so it gets its time again.
         peer.dies_ms = turn.now_ms + SUSPICION_MS * (1 + self._doubt)
         self._move(claim.node, peer, State.SUSPECT, turn)
-        if len(self._peers) <= PROBES_MAX or self._rng.random() * len(self._peers) < PROBES_MAX:
+        if self._rng.random() * len(self._peers) < WITNESSES:
             self._probe(claim.node, turn)
 
     def _on_probe_ended(self, number: int, answered: bool, turn: _Turn) -> None:

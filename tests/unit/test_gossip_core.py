@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from meshd import codec
 from meshd.errors import InvalidRequest, NotFound, TooLarge
 from meshd.gossip.core import Gossip, Tell
-from meshd.gossip.membership import Changed, State, Tick
+from meshd.gossip.membership import Changed, PeerDown, Probe, ProbeEnded, Relay, RelayEnded, State, Tick
 from meshd.gossip.messages import (
     MESSAGE_BYTES_MAX,
     Beat,
@@ -73,6 +73,29 @@ def test_an_accusation_makes_a_suspect_and_only_time_without_objection_makes_it_
     effects = [core.handle(Tick(), NOW + later) for later in (500, 1_000, 1_500, 2_000)]
     assert state(core, B) == (State.DEAD, 8)
     assert Changed(B, State.DEAD) in effects[-1]
+
+
+def test_who_hears_an_accusation_asks_the_accused_and_says_what_it_is_accused_of() -> None:
+    core = core_of()
+    tell(core, claim(B, 7))
+    [probe] = [effect for effect in tell(core, claim(B, 7, accused=True)) if isinstance(effect, Probe)]
+
+    assert probe.peer == B
+    assert codec.decode(core.ping(B), Beat).yours == claim(B, 7, accused=True)
+    assert codec.decode(core.ping(A), Beat).yours is None
+
+
+def test_a_member_that_speaks_to_us_while_our_probe_fails_is_not_accused() -> None:
+    core = core_of()
+    core.pinged(B, codec.encode(Beat(bytes(8), claim(B, 7))), NOW)
+    [probe] = [effect for effect in core.handle(PeerDown(B), NOW + 100) if isinstance(effect, Probe)]
+    core.pinged(B, codec.encode(Beat(bytes(8), claim(B, 7))), NOW + 200)
+
+    effects = core.handle(ProbeEnded(probe.probe, answered=False), NOW + 300)
+    for _ in [effect for effect in effects if isinstance(effect, Relay)]:
+        core.handle(RelayEnded(probe.probe, reached=False), NOW + 400)
+
+    assert state(core, B) == (State.ALIVE, 7)
 
 
 def test_replayed_claims_change_nothing() -> None:
