@@ -135,6 +135,31 @@ async def test_a_restart_finds_whole_blobs_and_sweeps_the_rest(tmp_path: Path) -
     assert files_in(again.directory) == {f"whole/{ref.hash}", "whole/stray"}
 
 
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_name_appears_after_its_bytes_are_synced_and_counts_after_its_directory_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    store = await Store.open(tmp_path / "blobs")
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        steps.append("sync directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        assert not store._disk.index
+
+    def note_rename(source: Path, target: Path) -> None:
+        steps.append("rename")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "fsync", note_fsync)
+        patch.setattr(disk.os, "rename", note_rename)
+        await store.put_many([bytes([number]) * 100 for number in range(count)])
+    assert steps == ["sync file"] * count + ["rename"] * count + ["sync directory"]
+    assert len(await store.list()) == count
+
+
 class PowerCut(BaseException):
     """The process is gone: nothing after this runs."""
 
