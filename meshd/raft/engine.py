@@ -773,6 +773,9 @@ class Engine(SyncObj):  # type: ignore[misc]
         if progress.has_gone_silent(now):
             progress.restart(progress.match + 1 if progress.match else progress.next)
             progress.moved_s = now
+            if (transfer := progress.transfer) is not None and transfer.sent == len(transfer.data):
+                # It has everything, yet its last word was lost or its disk is slow.
+                self._send_chunk(peer, transfer, now)
         if progress.transfer is not None or progress.next <= self.first:
             self._feed_snapshot(peer, progress, now, is_round)
             return
@@ -808,26 +811,27 @@ class Engine(SyncObj):  # type: ignore[misc]
         if progress.transfer is None and (packed := self._snapshot()) is not None:
             assert len(packed.data) <= SNAPSHOT_BYTES_MAX
             progress.transfer = Transfer(packed.index, packed.term, packed.data, packed.digest)
-        transfer = progress.transfer
+            progress.moved_s = now
         has_sent = False
-        while (
-            transfer is not None
-            and transfer.sent < len(transfer.data)
-            and transfer.sent - transfer.acked < CHUNKS_AHEAD * CHUNK_BYTES
-        ):
-            data = transfer.data[transfer.sent : transfer.sent + CHUNK_BYTES]
-            chunk = Chunk(
-                self._term, self._round, int(now * 1000), transfer.index, transfer.term,
-                len(transfer.data), transfer.digest, transfer.sent, data,
-            )  # fmt: skip
-            if not self._send(peer, chunk):
-                return
-            if transfer.sent == transfer.acked:
-                progress.moved_s = now
-            transfer.sent += len(data)
-            has_sent = True
+        if (transfer := progress.transfer) is not None:
+            while transfer.sent < len(transfer.data) and transfer.sent - transfer.acked < CHUNKS_AHEAD * CHUNK_BYTES:
+                if not self._send_chunk(peer, transfer, now):
+                    return
+                has_sent = True
         if is_round and not has_sent:
             self._send(peer, Append(self._term, self._round, int(now * 1000), 0, 0, 0))
+
+    def _send_chunk(self, peer: VoterId, transfer: Transfer, now: float) -> bool:
+        """The next range; at the end an empty one, which asks how far the peer is."""
+        data = transfer.data[transfer.sent : transfer.sent + CHUNK_BYTES]
+        chunk = Chunk(
+            self._term, self._round, int(now * 1000), transfer.index, transfer.term,
+            len(transfer.data), transfer.digest, transfer.sent, data,
+        )  # fmt: skip
+        if not self._send(peer, chunk):
+            return False
+        transfer.sent += len(data)
+        return True
 
     # --- the log and its configurations ---------------------------------------------------------------------------------
 

@@ -248,7 +248,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self._write_body(codec.pack(records))
 
     def _write_body(self, body: bytes) -> None:
-        assert self._file is not None
+        assert self._file is not None and len(body) <= FRAME_BODY_BYTES_MAX
         crc = _crc(self.header, self._number, self._offset, self._last_crc, self._offset, body)
         self._file.write_at(self._offset, _FRAME.pack(len(body), crc, self._last_crc, self._offset) + body)
         self._last_crc = crc

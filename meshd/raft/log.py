@@ -129,6 +129,8 @@ class ServerLog:
         self._journal: Journal
         self._wire: Wire
         self._nursery: trio.Nursery
+        # Of its own, so that no crowd of other threads can hold up a heartbeat.
+        self._disk_turn = trio.CapacityLimiter(1)
         self._woken = trio.Event()
         self._moved = trio.Event()
         self._told: tuple[int, bool, VoterId | None] = (0, False, None)
@@ -363,13 +365,13 @@ class ServerLog:
         if server.may_send_early:
             self._wire.flush()
         if server.wants_sync:
-            await trio.to_thread.run_sync(self._journal.commit)
+            await trio.to_thread.run_sync(self._journal.commit, limiter=self._disk_turn)
             server.synced()
         server.finish()
         self._wire.flush()
         if self._release_to is not None and not self._journal.is_dirty:
             index, self._release_to = self._release_to, None
-            await trio.to_thread.run_sync(self._journal.release, index)
+            await trio.to_thread.run_sync(self._journal.release, index, limiter=self._disk_turn)
         if not self._is_saving:
             self._start_saving(server)
         self._tell(server)

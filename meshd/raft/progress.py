@@ -72,7 +72,7 @@ class Progress:
         self.next = last_index + 1
 
     def has_gone_silent(self, now_s: float) -> bool:
-        is_waiting = bool(self._flying) or (self.transfer is not None and self.transfer.sent > self.transfer.acked)
+        is_waiting = bool(self._flying) or self.transfer is not None
         return is_waiting and now_s - self.moved_s >= RESEND_S
 
     def answered(self, round_: int, sent_s: float, now_s: float) -> None:

@@ -38,7 +38,8 @@ def test_slow_links_and_snapshots_lose_nothing(seed: int) -> None:
     world.settle()
 
 
-@pytest.mark.parametrize("seed", range(300, 315))
+# 1016: the last word of a server that had received a whole snapshot was lost, and it was never asked again.
+@pytest.mark.parametrize("seed", [*range(300, 315), 1016])
 def test_servers_that_join_and_leave_meanwhile_lose_nothing(seed: int) -> None:
     world = formed(seed, settings=TRIMMING)
     rough_weather(world, 20, does_change_servers=True)
