@@ -9,7 +9,7 @@ copies to others what only it has; `drain.state` tells how far it is.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import structlog
 import trio
@@ -113,7 +113,7 @@ class Drain:
 
     # --- whoever asks for it -----------------------------------------------------------------------------------------
 
-    async def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncIterator[DrainView]:
+    async def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
         """Progress until it is safe to stop the node. Raises NotFound, Conflict (the only worker, the last server)."""
         view = await self._members()
         row = _row(view, node)

@@ -7,7 +7,7 @@ while somebody follows, and reads the very file that the job writes.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import trio
@@ -75,7 +75,7 @@ class LogReader:
 
     async def follow(
         self, job: JobId, task: int, stream: str, *, offset: int, is_followed: bool
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """From `offset` of its present attempt; with `is_followed` on until the task is final."""
         fence, at = 0, offset
         while True:
@@ -113,7 +113,7 @@ class LogReader:
         except (Unavailable, UnknownOutcome):
             return None  # its node is slow or gone: the state will say what becomes of the task
 
-    async def _content(self, content: BlobRef | Inline | None, at: int) -> AsyncIterator[bytes]:
+    async def _content(self, content: BlobRef | Inline | None, at: int) -> AsyncGenerator[bytes, None]:
         match content:
             case Inline(data):
                 if data[at:]:

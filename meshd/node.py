@@ -7,7 +7,7 @@ voter, bytes to the blob store and its peers, liveness is what gossip says here.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 import structlog
@@ -123,7 +123,7 @@ class Node:
     async def wait_job(self, job: JobId, after_version: int, *, timeout_s: float) -> JobView:
         return await self._log.wait_job(job, after_version, timeout_s=timeout_s)
 
-    async def events(self, after: int | None) -> AsyncIterator[EventView]:
+    async def events(self, after: int | None) -> AsyncGenerator[EventView, None]:
         position = after
         while True:
             try:
@@ -139,7 +139,7 @@ class Node:
 
     def follow_log(
         self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         return self._logs.follow(job, task, stream, offset=offset, is_followed=follow)
 
     async def put_blob(self, chunks: AsyncIterator[bytes], *, replicas: int) -> BlobView:
@@ -155,7 +155,11 @@ class Node:
         holders = await self._replicator.ensure([ref], replicas, timeout_s=REPLICATE_S)
         return BlobView(ref.hash, ref.size, tuple(sorted(holders)))
 
-    async def get_blob(self, blob: str) -> AsyncIterator[bytes]:
+    async def ensure_blobs(self, refs: Sequence[BlobRef], *, replicas: int) -> None:
+        if refs:
+            await self._replicator.ensure(refs, replicas, timeout_s=REPLICATE_S)
+
+    async def get_blob(self, blob: str) -> AsyncGenerator[bytes, None]:
         ref = await self._ref(blob)
         await self._fetcher.fetch(ref, timeout_s=600)
         async for chunk in self._store.open_verified(ref):
@@ -236,7 +240,7 @@ class Node:
         doors += [Door(peer.node, peer.addresses[:2]) for peer in others[: DOORS_MAX - 1]]
         return str(Invite(self._mesh, secret, tuple(roles), tuple(doors)))
 
-    def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncIterator[DrainView]:
+    def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
         return self._drains.drain(node, deadline_ms=deadline_ms)
 
     async def remove(self, node: NodeId) -> None:

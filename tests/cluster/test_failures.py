@@ -1,0 +1,120 @@
+"""What is killed while the mesh survives a failure: nothing acknowledged is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+from meshd.client import Client
+from meshd.errors import MeshError
+from tests.cluster.conftest import eventually
+
+COUNT_RUNS = 'echo "$MESHD_TASK $MESHD_ATTEMPT" >> {log}'
+
+
+def test_kill_9_of_a_worker_mid_task_its_task_runs_again_elsewhere(make_mesh):
+    mesh = make_mesh("node1", "node2", "node3")
+    names = {node: name for name, node in mesh.ids().items()}
+    with mesh.client() as client:
+        job = client.submit({"run": {"args": ["sleep", "4"]}, "array": {"range": "1-3"}, "needs": {"cpu": 2}})
+        eventually(lambda: client.job(job).counts.running == 3, within_s=30)
+        leader = mesh.leader()
+        victim = next(names[task.node] for task in client.tasks(job) if names[task.node] != leader)
+        mesh.kill(victim)
+        with mesh.client(*[name for name in names.values() if name != victim]) as rest:
+            assert rest.wait(job, timeout_s=60).state.value == "done"
+            tasks = list(rest.tasks(job))
+            assert sorted(task.attempt for task in tasks) == [1, 1, 2]
+            fences = [task.fence for task in tasks]
+            assert len(set(fences)) == 3
+
+
+def test_kill_9_of_the_leader_mid_submission_loses_nothing_and_doubles_nothing(make_mesh):
+    mesh = make_mesh("node1", "node2", "node3")
+    leader = mesh.leader()
+    acknowledged: list[str] = []
+    errors: list[Exception] = []
+    stop = threading.Event()
+
+    def submit() -> None:
+        # Asks the leader's own API first, so that it has to fail over by itself.
+        with Client([mesh.socket(leader), *(mesh.socket(name) for name in mesh.agents if name != leader)]) as client:
+            while not stop.is_set():
+                try:
+                    acknowledged.append(client.submit({"name": "under-fire", "run": {"args": ["true"]}}))
+                except MeshError as error:
+                    errors.append(error)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    eventually(lambda: len(acknowledged) >= 20, within_s=30)
+    mesh.kill(leader)
+    before = len(acknowledged)
+    eventually(lambda: len(acknowledged) >= before + 20, within_s=30)
+    stop.set()
+    thread.join()
+    assert not errors, f"a client saw an error although it knows three nodes: {errors[0]!r}"
+
+    rest = [name for name in mesh.agents if name != leader]
+    with mesh.client(*rest) as client:
+        # Resubmitted ids do not double: the same id is the same job.
+        for job in acknowledged[-3:]:
+            assert client.submit({"name": "under-fire", "run": {"args": ["true"]}}, job_id=job) == job
+        eventually(lambda: all(client.job(job).is_final for job in acknowledged), within_s=60)
+        listed = Counter(job.id for job in client.jobs(name="under-fire", limit=10_000))
+        assert set(acknowledged) <= set(listed) and set(listed.values()) == {1}
+        assert {client.job(job).state.value for job in acknowledged} == {"done"}
+
+
+def test_kill_9_of_all_agents_at_once_every_acknowledged_job_is_there_and_finishes(make_mesh):
+    mesh = make_mesh("node1", "node2", "node3")
+    with mesh.client() as client:
+        finished = client.submit({"run": {"args": ["sh", "-c", "head -c 20000 /dev/zero | tr '\\0' x > out.txt; echo done"]}, "outputs": ["out.txt"]})
+        assert client.wait(finished, timeout_s=30).state.value == "done"
+        computed_by = client.task(finished).node or client.task(finished).outcome.holders[0]
+        slow = client.submit({"run": {"args": ["sleep", "2"]}, "array": {"range": "1-6"}})
+        eventually(lambda: client.job(slow).counts.running > 0, within_s=20)
+        acknowledged = [client.submit({"run": {"args": ["true"]}}) for _ in range(20)]
+    for name in list(mesh.agents):
+        mesh.agents[name].kill()
+    for name in list(mesh.agents):
+        mesh.agents[name].wait()
+    names = {name: node for name, node in _ids_on_disk(mesh).items()}
+    gone = next(name for name, node in names.items() if node == computed_by)
+    rest = [name for name in mesh.agents if name != gone]
+    for name in rest:
+        mesh.start(name)
+    with mesh.client(*rest) as client:
+        for job in [finished, slow, *acknowledged]:
+            assert client.wait(job, timeout_s=60).state.value == "done"
+        # The node that computed it never comes back; its result lies on a second disk.
+        assert client.output(finished) == b"done\n"
+        client.get_directory(f"job:{finished}", mesh.directory / "out")
+        [file] = (mesh.directory / "out").rglob("out.txt")
+        assert file.read_bytes() == b"x" * 20_000
+        assert {task.state.value for task in client.tasks(slow)} == {"done"}
+
+
+def test_an_agent_killed_and_restarted_within_2_s_loses_no_task_to_a_stale_lease(make_mesh):
+    mesh = make_mesh("node1", "node2", "node3")
+    with mesh.client() as client:
+        names = {node: name for name, node in mesh.ids().items()}
+        job = client.submit({"run": {"args": ["sleep", "1"]}, "array": {"range": "1-12"}})
+        eventually(lambda: client.job(job).counts.running >= 3, within_s=20)
+        victim = next(names[task.node] for task in client.tasks(job) if task.node and names[task.node] != mesh.leader())
+    mesh.kill(victim)
+    killed = time.monotonic()
+    mesh.start(victim)
+    with mesh.client() as client:
+        # A stale lease would hold its tasks until the old session ends, 12 s later.
+        assert client.wait(job, timeout_s=30).state.value == "done"
+        assert {task.state.value for task in client.tasks(job)} == {"done"}
+        assert time.monotonic() - killed < 25
+        eventually(lambda: all(row.session == "live" and not row.leased for row in client.nodes().members), within_s=15)
+
+
+def _ids_on_disk(mesh) -> dict[str, str]:
+    from meshd.net.identity_key import KeyPair
+
+    return {name: KeyPair.load(mesh.home(name) / "identity.key").node_id for name in mesh.agents}
