@@ -56,7 +56,10 @@ def version(session: Session) -> None:
     from mesh_cli.output import print_one
     from meshd.errors import MeshError
 
-    mine = metadata.version("meshd")
+    try:
+        mine = metadata.version("meshd")
+    except metadata.PackageNotFoundError:
+        mine = "unknown (not installed)"
     try:
         with session.client() as client:
             me = client.me()

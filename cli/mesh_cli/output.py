@@ -84,7 +84,10 @@ def may_colour() -> bool:
 def age(wall_ms: int | None) -> str:
     from meshd.units import format_duration
 
-    return format_duration(max(int(time.time() * 1000) - wall_ms, 0) // 1000 * 1000) if wall_ms else "-"
+    if not wall_ms:
+        return "-"
+    seconds = max(int(time.time()) - wall_ms // 1000, 0)
+    return f"{seconds}s" if seconds < 60 else format_duration(seconds * 1000)
 
 
 def _print_table(titles: list[str], rows: list[list[str]]) -> None:

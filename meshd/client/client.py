@@ -24,14 +24,12 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from meshd import codec
 from meshd.client.address import Address, local_address, parse_address
 from meshd.client.files import PIECE_BYTES, files_below, tar_of, upload_references
 from meshd.client.http import ANSWER_S, Body, Requester
 from meshd.errors import Corrupt, InvalidRequest, MeshError, Unavailable, WaitTimeout, from_code
 from meshd.ids import new_job_id
 from meshd.model import BlobRef, Inline, JobId, Role, TaskState, Tree, TreeRef
-from meshd.spec import check_path
 from meshd.views import (
     BlobList,
     BlobView,
@@ -333,6 +331,9 @@ class Client:
 
     def save_outputs(self, outputs: Inline | TreeRef, target: Path | str) -> int:
         """Unpack what one attempt left, as its outcome names it; the number of files."""
+        from meshd import codec
+        from meshd.spec import check_path
+
         if isinstance(outputs, TreeRef):
             return self.get_directory(outputs.blob.hash, target)
         tree = codec.decode(outputs.data, Tree)

@@ -1,18 +1,19 @@
-"""What lies on this machine, made fit to travel: files by their size, directories as tar, job documents with references."""
+"""What lies on this machine, made fit to travel: files by their size, directories as tar, job documents with references.
+
+What only an upload needs is imported when there is one: the command line starts through here.
+"""
 
 from __future__ import annotations
 
 import base64
 import os
 import stat
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from meshd.errors import InvalidRequest, NotFound
 from meshd.model import BlobRef, TreeRef
-from meshd.spec import write_blob, write_tree
 
 PIECE_BYTES = 1 << 18
 INLINE_BYTES = 4096
@@ -31,6 +32,8 @@ def upload_references(document: Any, base: Path, store: Store) -> Any:
 
     Raises NotFound for a path that is not there. What is wrong otherwise is left for the API to say.
     """
+    from meshd.spec import write_blob, write_tree
+
     if not isinstance(document, Mapping):
         return document
     job = dict(document)
@@ -58,12 +61,16 @@ def upload_references(document: Any, base: Path, store: Store) -> Any:
 
 def content_of(path: Path, store: Store) -> object:
     """Small files travel in the document, larger ones as blobs."""
+    from meshd.spec import write_blob
+
     if path.stat().st_size <= INLINE_BYTES:
         return {"base64": base64.b64encode(path.read_bytes()).decode()}
     return write_blob(store.put_file(path))
 
 
 def _input(base: Path, name: object, source: object, store: Store) -> object:
+    from meshd.spec import write_blob, write_tree
+
     if isinstance(source, Mapping) and _is_path(source.get("from")):
         found = _input(base, name, source["from"], store)
         return {
@@ -100,6 +107,8 @@ def files_below(directory: Path) -> list[Path]:
 
 def tar_of(directory: Path, files: list[Path], count: Callable[[int], None]) -> Iterator[bytes]:
     """The files as one tar, piece by piece; `count` is told the bytes of each. Raises InvalidRequest if one changes."""
+    import tarfile
+
     for path in files:
         with path.open("rb") as file:
             facts = os.fstat(file.fileno())
