@@ -110,6 +110,8 @@ class Connection:
             log.exception("api.request_failed", method=request.method.decode(), path=request.target.decode()[:200])
         if not exchange.has_ended:
             return False
+        while self._http.their_state is h11.SEND_BODY and self._http.next_event() is not h11.NEED_DATA:
+            pass  # an application that wants no body leaves its end unread
         if self._http.their_state is h11.SEND_BODY:
             await self._linger()
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
