@@ -239,6 +239,17 @@ def test_a_leader_counts_itself_only_when_it_has_synced(clock: Clock) -> None:
     assert ours.commit == 3
 
 
+def test_an_entry_of_an_older_term_is_committed_only_with_one_of_the_own(clock: Clock) -> None:
+    """Raft's figure 8: a majority may hold it, and another leader still overwrite it."""
+    ours = Ours(clock, A, B, C)
+    ours.append(1, (1, 0), [(2, 1)], 1)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    assert (ours.term, ours.last, ours.commit) == (2, 3, 1)
+    ours.acknowledge(B, 4)
+    assert ours.commit == 3
+
+
 # --- F6, F7: exceptions --------------------------------------------------------------------------------------------------
 
 
