@@ -161,17 +161,26 @@ class _Exchange:
         self._is_head = is_head
         self._stream = stream
         self._is_body_over = False
+        self._head = b""
         self.has_ended = False
 
     async def receive(self) -> Message:
+        """Never raises: a client that is gone, stalls or breaks the protocol is one that disconnected."""
         if self._is_body_over:
             await self._wait_for_disconnect()
             return {"type": "http.disconnect"}
+        try:
+            with trio.fail_after(STALL_S):
+                return await self._next_piece()
+        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError):
+            return {"type": "http.disconnect"}
+
+    async def _next_piece(self) -> Message:
         while True:
             if self._http.they_are_waiting_for_100_continue:
                 # Only now: an application that refuses by the headers is never sent the body.
                 go_on = h11.InformationalResponse(status_code=100, headers=[])
-                await self._write(self._http.send(go_on) or b"")
+                await self._stream.send_all(self._http.send(go_on) or b"")
             event = self._http.next_event()
             if isinstance(event, h11.Data):
                 return {"type": "http.request", "body": bytes(event.data), "more_body": True}
@@ -180,10 +189,7 @@ class _Exchange:
                 return {"type": "http.request", "body": b"", "more_body": False}
             if event is not h11.NEED_DATA:
                 return {"type": "http.disconnect"}
-            with trio.move_on_after(STALL_S) as patience:
-                self._http.receive_data(bytes(await self._stream.receive_some(PIECE_BYTES)))
-            if patience.cancelled_caught:
-                raise Stalled
+            self._http.receive_data(bytes(await self._stream.receive_some(PIECE_BYTES)))
 
     async def _wait_for_disconnect(self) -> None:
         try:
@@ -198,8 +204,11 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         match message["type"]:
             case "http.response.start":
-                head = h11.Response(status_code=message["status"], headers=list(message.get("headers", ())))
-                await self._write(self._http.send(head) or b"")
+                headers = list(message.get("headers", ()))
+                self._head = self._http.send(h11.Response(status_code=message["status"], headers=headers)) or b""
+                if not any(name == b"content-length" for name, _ in headers):
+                    # A stream's first bytes may be long in coming; an answer of known length goes out in one piece.
+                    await self._write(b"")
             case "http.response.body":
                 body: bytes = message.get("body", b"")
                 if body and not self._is_head:
@@ -209,7 +218,8 @@ class _Exchange:
                     self.has_ended = True
 
     async def _write(self, data: bytes) -> None:
-        view = memoryview(data)
+        view = memoryview(self._head + data)
+        self._head = b""
         for start in range(0, len(view), PIECE_BYTES):
             with trio.move_on_after(STALL_S) as patience:
                 await self._stream.send_all(view[start : start + PIECE_BYTES])

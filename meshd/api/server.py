@@ -27,7 +27,8 @@ log = structlog.get_logger()
 
 CONNECTIONS_MAX = 512
 """At a time and listener. Beyond it new ones wait in the kernel's queue, where they cost the agent nothing."""
-BACKLOG = 128
+BACKLOG = 1024
+"""A burst of clients; past it the kernel tells them to try again, which the client does."""
 STOP_S = 3.0
 """What answers that are under way at the stop may still take; streams without end are cut then."""
 

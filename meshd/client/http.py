@@ -222,6 +222,8 @@ class Requester:
             raise Unreachable(f"no agent on this machine ({address})", hint="start one with `meshd up`, or use --node HOST:PORT") from error  # fmt: skip
         except PermissionError as error:
             raise NotAllowed(f"the agent's socket {address.path} belongs to another user", hint="use sudo, or --node HOST:PORT with a token") from error  # fmt: skip
+        except BlockingIOError as error:
+            raise Unavailable(f"{address} has more callers than it can take just now") from error
         except OSError as error:
             if type(error).__name__ == "SSLCertVerificationError":
                 raise NotAllowed(
