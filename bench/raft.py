@@ -18,12 +18,14 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import trio
 
 from meshd import codec
+from meshd.errors import MeshError, Unavailable
 from meshd.model import NodeId
 from meshd.ports import Committed, Stream, StreamHandler
 from meshd.raft.commands import Batch
@@ -60,16 +62,26 @@ class Machine:
         return None
 
 
+@contextmanager
+def _lost(peer: NodeId) -> Iterator[None]:
+    try:
+        yield
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise Unavailable(f"{peer} is gone") from error
+
+
 class TcpStream:
     def __init__(self, stream: trio.SocketStream, peer: NodeId) -> None:
         self._stream = stream
         self.peer = peer
 
     async def read(self, bytes_max: int) -> bytes:
-        return bytes(await self._stream.receive_some(bytes_max))
+        with _lost(self.peer):
+            return bytes(await self._stream.receive_some(bytes_max))
 
     async def write(self, data: bytes) -> None:
-        await self._stream.send_all(data)
+        with _lost(self.peer):
+            await self._stream.send_all(data)
 
     async def close_write(self) -> None:
         await self._stream.send_eof()
@@ -104,7 +116,8 @@ class TcpTransport:
     async def serve(self, *, task_status: trio.TaskStatus[object]) -> None:
         async def answer(stream: trio.SocketStream) -> None:
             peer = NodeId(bytes(await stream.receive_some(1)).decode())
-            await self._handler(TcpStream(stream, peer))
+            with suppress(MeshError):
+                await self._handler(TcpStream(stream, peer))
 
         await trio.serve_tcp(answer, self._ports[self.me], host="127.0.0.1", task_status=task_status)
 

@@ -20,7 +20,7 @@ import trio
 from msgspec import Meta, Struct
 
 from meshd import codec
-from meshd.errors import MeshError, PeerFault
+from meshd.errors import MeshError, PeerFault, Unavailable
 from meshd.model import NodeId, ShortText
 from meshd.ports import Stream, Transport
 from meshd.raft.messages import AnyMessage, Number, VoterId, voter_id
@@ -208,7 +208,7 @@ class Wire:
         scope = self._inward[node] = trio.CancelScope()
         self._dial_wanted()
         try:
-            with scope:
+            with scope, suppress(Unavailable):
                 while True:
                     body = await frames.next(codec.FRAME_BYTES_MAX)
                     if scope.cancel_called:
@@ -242,7 +242,7 @@ class _Frames:
         self._buffer = bytearray()
 
     async def next(self, bytes_max: int) -> bytes:
-        """Raises PeerFault when the frame is too long or the stream ends."""
+        """Raises PeerFault when the frame is too long, Unavailable when the stream ends."""
         await self._fill(4)
         length = int.from_bytes(self._buffer[:4], "little")
         if length > bytes_max:
@@ -256,7 +256,7 @@ class _Frames:
         while len(self._buffer) < size:
             data = await self._stream.read(READ_BYTES)
             if not data:
-                raise PeerFault(f"{self._stream.peer} ended the stream")
+                raise Unavailable(f"{self._stream.peer} ended the stream")
             self._buffer += data
 
 
