@@ -196,7 +196,7 @@ def check_each_done_once(client: Client, job: JobId) -> None:
 
 
 def read_totals(client: Client, job: JobId, target: Path) -> list[tuple[str, int]]:
-    client.get_directory(f"job:{job}", target)
+    client.get_directory(client.outputs(job).blob.hash, target)
     return parse_totals(next(target.rglob("total.txt")).read_bytes())
 
 

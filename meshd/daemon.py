@@ -410,7 +410,7 @@ class _Daemon:
             self._blob_changed(ref.hash, True)
         self.store.on_change(self._blob_changed)
         self.fetcher = Fetcher(self.transport, self.rpc, self.store, gossip.holders)
-        BlobServer(self.transport, self.rpc, self.store, may_remove=lambda peer: peer in self.directory.members())
+        BlobServer(self.transport, self.rpc, self.store, may_remove=self.is_server)
         self.replicator = Replicator(self.rpc, self.store, self.fetcher, self._replica_peers)
 
     async def _start_work(self, stages: AsyncExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from meshd.errors import MeshError, StartRefused, Unavailable
 
 START_S = 30.0
 STOP_S = 10.0
+PEERS_LINE = re.compile(r"^peers .*/ip4/127\.0\.0\.1/tcp/(\d+)", re.MULTILINE)
 
 
 class DevMesh:
@@ -25,6 +27,7 @@ class DevMesh:
     def __init__(self, directory: Path, *, environment: dict[str, str] | None = None) -> None:
         self.directory = directory
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        self._listening: dict[str, str] = {}
         self._environment = {**os.environ, **(environment or {})}
         # What configures the agent of whoever runs this must not configure these.
         for key in [key for key in self._environment if key.startswith("MESHD_") and key not in (environment or {})]:
@@ -42,7 +45,8 @@ class DevMesh:
         output = self.home(name) / "agent.log"
         command = [sys.executable, "-m", "meshd.main", "up", "--data-dir", str(self.home(name)), "--name", name]
         if "--listen" not in flags:
-            command += ["--listen", "127.0.0.1:0"]
+            # The same port again: a mesh whose members all moved at once could not find itself.
+            command += ["--listen", self._listening.get(name, "127.0.0.1:0")]
         begin = output.stat().st_size if output.exists() else 0
         with output.open("ab") as file:
             self.agents[name] = subprocess.Popen(
@@ -57,6 +61,8 @@ class DevMesh:
         while time.monotonic() < deadline:
             said = output.read_bytes()[begin:].decode(errors="replace")
             if "\nready\n" in said:
+                if found := PEERS_LINE.search(said):
+                    self._listening[name] = f"127.0.0.1:{found[1]}"
                 return
             if self.agents[name].poll() is not None:
                 raise StartRefused(f"agent {name} ended with code {self.agents[name].returncode}:\n{said.strip()}")
@@ -95,7 +101,7 @@ def run_dev(nodes: int, data_dir: Path | None) -> None:
             if (mesh.home(name) / "mesh.json").exists():
                 mesh.start(name)
             else:
-                invite = Client([mesh.socket("node1")]).create_invite(roles=["server", "worker"], uses=1, expires="10m")
+                invite = Client([mesh.socket("node1")]).invite(uses=1)
                 mesh.start(name, "--join", invite)
         click.echo(f"a mesh of {nodes} in {directory}; ctrl-c stops it" + ("" if data_dir else " and removes it"))
         for number in range(1, nodes + 1):

@@ -26,8 +26,6 @@ def test_kill_9_of_a_worker_mid_task_its_task_runs_again_elsewhere(make_mesh):
             assert rest.wait(job, timeout_s=60).state.value == "done"
             tasks = list(rest.tasks(job))
             assert sorted(task.attempt for task in tasks) == [1, 1, 2]
-            fences = [task.fence for task in tasks]
-            assert len(set(fences)) == 3
 
 
 def test_kill_9_of_the_leader_mid_submission_loses_nothing_and_doubles_nothing(make_mesh):
@@ -90,7 +88,7 @@ def test_kill_9_of_all_agents_at_once_every_acknowledged_job_is_there_and_finish
             assert client.wait(job, timeout_s=60).state.value == "done"
         # The node that computed it never comes back; its result lies on a second disk.
         assert client.output(finished) == b"done\n"
-        client.get_directory(f"job:{finished}", mesh.directory / "out")
+        client.get_directory(client.outputs(finished).blob.hash, mesh.directory / "out")
         [file] = (mesh.directory / "out").rglob("out.txt")
         assert file.read_bytes() == b"x" * 20_000
         assert {task.state.value for task in client.tasks(slow)} == {"done"}
