@@ -29,7 +29,10 @@ SWEEP_S_MAX = 5.0
 """How long the remains of a job may take to die of SIGKILL; what is stuck in the kernel longer is reported."""
 
 OWN_DATA_BYTES = 64 << 20
-"""The memory limit holds for the spawner too for the moment in which it starts a command: this much is its own."""
+"""For the moment in which it starts a command the memory limit holds for the spawner too, which needs some 10 MiB.
+
+So a command with a lower limit begins with this one.
+"""
 
 OOM_SCORE_ADJUST = "500"
 """When the machine runs out of memory the kernel should take a job, not the agent."""
@@ -186,7 +189,7 @@ class Spawned:
             except OSError as error:
                 raise Refused("backend", f"the attempt's files cannot be opened: {error}") from error
             files.enter_context(_inherited(resource.RLIMIT_FSIZE, self._file_bytes_max))
-            files.enter_context(_inherited(resource.RLIMIT_DATA, self._memory and self._memory + OWN_DATA_BYTES))
+            files.enter_context(_inherited(resource.RLIMIT_DATA, self._memory and max(self._memory, OWN_DATA_BYTES)))
             try:
                 # No preexec_fn: with it Popen must fork instead of vfork, which costs four times as much.
                 process = subprocess.Popen(
@@ -207,7 +210,7 @@ class Spawned:
         return process.pid
 
     def _bound(self, pid: int) -> None:
-        """Make its limits exact, and hard: it began with soft ones a little above."""
+        """Make its limits hard, and a very low one exact: it began with soft ones."""
         try:
             # DATA, not AS: what counts is what can be written to, not addresses that runtimes merely reserve.
             for limit, value in ((resource.RLIMIT_DATA, self._memory), (resource.RLIMIT_FSIZE, self._file_bytes_max)):

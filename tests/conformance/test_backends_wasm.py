@@ -16,19 +16,19 @@ from meshd.backends import wasm
 from meshd.backends.wasm_modules import Linked, Modules, Refused
 from meshd.model import EndReason, Resources
 from meshd.ports import Leash, Limits
-from meshd.testing.backend_suite import BackendSuite, Program, boottime, processes_of
+from meshd.testing.backend_suite import BackendSuite, Program, boottime, poll, processes_of
 from tests.guests import guest
 
 
 class _Wasm(BackendSuite):
     factory = "meshd.backends.wasm:WasmBackend"
 
+    def program(self, *words: str) -> Program:
+        return Program(words, guest())
 
-serving = _Wasm().serving
 
-
-def program(*words: str) -> Program:
-    return Program(words, guest())
+suite = _Wasm()
+serving, program = suite.serving, suite.program
 
 
 def runners(directory: Path) -> list[int]:
@@ -249,6 +249,14 @@ async def test_a_leash_put_on_a_running_guest_holds(tmp_path: Path) -> None:
         assert (await bench.run(bench.attempt(program("spin"), leash=leash))).reason is EndReason.LOST
 
 
+def test_a_stopped_agent_does_not_keep_a_sleeping_guest_past_its_leash(tmp_path: Path) -> None:
+    with suite.owner(tmp_path, ("sleep", "60"), leash_s=1.0) as owner:
+        owner.send_signal(signal.SIGSTOP)
+        (runner,) = processes_of(tmp_path / "backend", but=owner.pid)
+        # A zombie until the agent, which cannot, reaps it.
+        poll(lambda: _is_dead(runner), "the guest slept on")
+
+
 async def test_idle_runners_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wasm, "IDLE_S", 0.2)
     async with serving(tmp_path) as bench:
@@ -268,6 +276,10 @@ async def wait_busy(directory: Path) -> None:
             if found and _cpu_ticks(found[0]) > 30:  # starting takes some 15 ticks of 10 ms
                 return
             await trio.sleep(0.02)
+
+
+def _is_dead(pid: int) -> bool:
+    return b") Z" in Path(f"/proc/{pid}/stat").read_bytes()
 
 
 def _cpu_ticks(pid: int) -> int:
