@@ -189,7 +189,9 @@ class Spawned:
             except OSError as error:
                 raise Refused("backend", f"the attempt's files cannot be opened: {error}") from error
             files.enter_context(_inherited(resource.RLIMIT_FSIZE, self._file_bytes_max))
-            files.enter_context(_inherited(resource.RLIMIT_DATA, self._memory and max(self._memory, OWN_DATA_BYTES)))
+            files.enter_context(
+                _inherited(resource.RLIMIT_DATA, None if self._memory is None else max(self._memory, OWN_DATA_BYTES))
+            )
             try:
                 # No preexec_fn: with it Popen must fork instead of vfork, which costs four times as much.
                 process = subprocess.Popen(
