@@ -32,6 +32,9 @@ from meshd.model import NodeId
 PERIOD_MS = 500
 """One probe each. With 50 nodes an unannounced death is noticed within 2.3 s in 99 of 100 cases."""
 
+CONTACT_MS = 900
+"""Whoever spoke to us this recently needs no probe. Halves what a quiet mesh of three costs; hardly matters from ten on."""
+
 PROBE_MS = 400
 """A member on a LAN answers in a few ms; a loop that is busy for longer is worth a second opinion."""
 
@@ -440,7 +443,7 @@ class Membership:
             peer = self._peers.get(node)
             if peer is None or peer.state is State.DEAD:
                 continue
-            if turn.now_ms - peer.contact_ms < PERIOD_MS:
+            if turn.now_ms - peer.contact_ms < CONTACT_MS:
                 is_in_touch = True
                 continue
             self._probe(node, turn)

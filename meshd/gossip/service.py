@@ -74,7 +74,7 @@ class GossipService:
         incarnation: int,
         on_change: OnChange = lambda _node, _state: None,
     ) -> None:
-        """`clock_ms` is monotonic. `incarnation` rises with every start; the wall clock in ms will do.
+        """`clock_ms` is monotonic. `incarnation` rises with every start: a counter, or the wall clock in ms.
 
         `on_change` is called from the loop and must not wait.
         """

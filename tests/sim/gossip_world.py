@@ -35,7 +35,8 @@ def verify(node: NodeId, payload: bytes, signature: bytes) -> bool:
 class Node:
     def __init__(self, world: World, me: NodeId, life: int) -> None:
         self.me = me
-        self.core = Gossip(me, 1_000_000 + world.now_ms, Random(f"{world.seed} {me} {life}"), sign_as(me), verify)
+        # A plain count of starts: each objection in one life then collides with the lives to come.
+        self.core = Gossip(me, life, Random(f"{world.seed} {me} {life}"), sign_as(me), verify)
         self.life = life
         self.is_up = True
         self.is_paused = False
@@ -58,7 +59,7 @@ class World:
         self._order = count()
         self._sides: dict[NodeId, int] = {}
         self.ids = [NodeId(f"node-{number:03}") for number in range(size)]
-        self.nodes = {me: Node(self, me, 0) for me in self.ids}
+        self.nodes = {me: Node(self, me, 1) for me in self.ids}
         for node in self.nodes.values():
             self.at(self.random.randrange(300), lambda node=node: self._start(node))
 

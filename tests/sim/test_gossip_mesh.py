@@ -70,6 +70,29 @@ def test_a_node_that_is_back_within_two_seconds_never_counts_as_dead(size: int, 
     assert world.is_settled() and State.DEAD not in {state for *_, state in world.changes}
 
 
+@each_seed([(3, 10), (10, 4)])
+def test_a_restart_overtakes_the_objections_of_the_life_before(size: int, seed: int) -> None:
+    world = settled(size, seed)
+    victim = world.ids[0]
+    for _ in range(3):
+        world.pause(victim)
+        world.run(6_000)
+        world.resume(victim)
+        world.run(3_000)
+    before = world.nodes[victim].core.liveness()[victim].incarnation
+    assert before > world.nodes[victim].life + 1, "its next start counts for less than what it has objected with"
+
+    world.kill(victim)
+    world.run(100)
+    world.restart(victim)
+    world.publish(victim, "offer", b"after")
+    world.run(4_000)
+
+    assert world.seen(victim) == ALIVE and world.is_settled()
+    assert {node.core.facts.fact(victim, "offer") for node in world.up()} == {b"after"}
+    assert world.nodes[victim].core.liveness()[victim].incarnation > before
+
+
 @each_seed()
 def test_a_paused_node_is_taken_back_within_five_seconds_and_blames_nobody(size: int, seed: int) -> None:
     world = settled(size, seed)
