@@ -1,7 +1,7 @@
 // Counts words: runs of ASCII letters, digits and underscores, case matters.
 //
 // The files named in MESHD_ITEM, one path a line, are counted into counts.txt, as lines
-// "count word" sorted by word. Without MESHD_ITEM it counts stdin onto stdout:
+// "count word" sorted by word. Without an item it counts stdin onto stdout:
 //
 //     python -m ziglang cc -target wasm32-wasi -O2 -s -o wordcount.wasm examples/wordcount.c
 //     mesh run wordcount.wasm < book.txt
@@ -73,7 +73,7 @@ int main(void) {
     for (int c = 0; c < 256; c++)
         is_word[c] = c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
     const char *item = getenv("MESHD_ITEM");
-    if (!item) {
+    if (!item || !*item) {
         count(stdin, "stdin", &words);
         write_words(&words, stdout, "stdout", by_word);
         return 0;

@@ -58,9 +58,10 @@ async def test_word_count_and_reduce_agree_with_a_plain_count(tmp_path: Path, se
         assert total.read_bytes() == b"".join(line + b"\n" for line in expected)
 
 
-async def test_word_count_reads_stdin_when_it_has_no_item(tmp_path: Path) -> None:
+@pytest.mark.parametrize("env", [(), (("MESHD_ITEM", ""),)])
+async def test_word_count_reads_stdin_when_it_has_no_item(tmp_path: Path, env: tuple[tuple[str, str], ...]) -> None:
     async with _Wasm().serving(tmp_path) as bench:
-        attempt = bench.attempt(Program((), example("wordcount")), stdin=b"to be or not to be")
+        attempt = bench.attempt(Program((), example("wordcount")), env=env, stdin=b"to be or not to be")
         assert (await bench.run(attempt)).is_success
         assert attempt.stdout.read_bytes() == b"2 be\n1 not\n1 or\n2 to\n"
 
