@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from mesh_cli.session import target_options
+from mesh_cli.session import Session, target_options
 
 INTERRUPTED = 130
 
@@ -84,7 +84,7 @@ def main() -> NoReturn:
 def run(args: list[str]) -> int:
     """The exit code."""
     try:
-        code = cli.main(args, prog_name="mesh", standalone_mode=False)
+        code = cli.main(args, prog_name="mesh", standalone_mode=False, obj=Session())
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.UsageError as error:

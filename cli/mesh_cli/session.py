@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from meshd.client import Client
@@ -65,23 +66,27 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _set(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+def _set(field: str, parse: Callable[[Any], Any] = lambda value: value) -> Callable[..., None]:
     def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-        if value not in (None, (), False):
-            setattr(context.ensure_object(Session), field, value)
+        if value in (None, (), False):
+            return
+        session = context.ensure_object(Session)
+        # The same option stands at the front and at the end of a line; a flag at either beats the environment.
+        is_flag = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if is_flag or getattr(session, field) == getattr(Session(), field):
+            setattr(session, field, parse(value))
 
     return callback
 
 
-def _set_nodes(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    if value:
-        context.ensure_object(Session).nodes = tuple(part for part in value.split(",") if part)
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def target_options(command: F) -> F:
     """--node and --context, at the front or at the end of a line."""
     command = click.option(
-        "--node", "-n", metavar="HOST:PORT", envvar="MESH_NODE", expose_value=False, callback=_set_nodes,
+        "--node", "-n", metavar="HOST:PORT", envvar="MESH_NODE", expose_value=False, callback=_set("nodes", _split),
         help="Ask this node (several: comma). unix:PATH is a local agent.",
     )(command)  # fmt: skip
     return click.option(

@@ -1,0 +1,335 @@
+"""`mesh` as people use it: what it prints where, and how it exits. Most calls run in this process; a few are real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from mesh_cli import main
+
+from meshd.client import Client
+from tests.integration.api_server import Served, served
+
+ROOT = Path(__file__).parents[2]
+WASM = b"\0asm\x01\0\0\0"
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Mesh = Callable[..., Said]
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[Served]:
+    with served(is_remote=True) as server:
+        yield server
+
+
+@pytest.fixture
+def mesh(api: Served, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Mesh:
+    monkeypatch.setenv("MESH_NODE", api.node)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str) -> Said:
+        code = main.run(list(args))
+        sys.stdout.flush()
+        captured = capfd.readouterr()
+        return Said(code, captured.out, captured.err)
+
+    return call
+
+
+def as_process(api: Served, *args: str, stdin: object = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "MESH_NODE": api.node, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mesh_cli.main", *args],
+        env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+
+
+# --- run and submit -----------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_what_the_job_prints_and_nothing_else(mesh: Mesh) -> None:
+    assert mesh("run", "--", "echo", "hello") == Said(0, "hello\n", "")
+    assert mesh("run", "echo", "-n", "--cpu") == Said(0, "-n --cpu\n", "")
+
+
+def test_run_exits_as_the_job_did(mesh: Mesh) -> None:
+    assert mesh("run", "--", "fail", "200", "oops") == Said(200, "", "oops")
+
+
+def test_a_command_that_is_not_found_is_a_failed_job(mesh: Mesh) -> None:
+    said = mesh("run", "--", "nosuchcommand")
+    assert said.code == 5 and "command not found: nosuchcommand" in said.err and "try: mesh job show" in said.err
+
+
+def test_a_wasm_file_is_told_by_its_content(mesh: Mesh, tmp_path: Path) -> None:
+    (tmp_path / "real.wasm").write_bytes(WASM)
+    (tmp_path / "renamed").write_bytes(WASM)
+    (tmp_path / "fake.wasm").write_bytes(b"#!/bin/sh\n")
+    assert mesh("run", "real.wasm", "arg") == mesh("run", "./renamed") == Said(0, "ran\n", "")
+    said = mesh("run", "fake.wasm")
+    assert said.code == 2 and said.err.startswith("error: fake.wasm is not a WebAssembly module\ntry: ")
+    assert mesh("run", "missing.wasm").code == 3
+
+
+def test_a_job_no_node_can_run_says_what_each_lacks(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh_cli.run.UNPLACED_S", 0.1)
+    monkeypatch.setattr("mesh_cli.run.STARTED_POLL_S", 0.1)
+    said = mesh("run", "--gpu", "8", "--name", "hungry", "--", "echo")
+    assert said.code == 4 and "fake: gpu 8 (has gpu 0)" in said.err and "mesh job cancel" in said.err
+    assert mesh("job", "explain", "hungry").code == 4
+    assert mesh("job", "cancel", "hungry").out.endswith("cancelled\n")
+
+
+def test_flags_and_a_job_file_say_the_same(mesh: Mesh, api: Served, tmp_path: Path) -> None:
+    flags = "--name a --cpu 0.5 --memory 256Mi --array 1-10:3%2 --env A=1 --label t=x --need-label arch=x86_64 --need license=1 --retries 4 --backoff 1s..2s --timeout 10m --on-lost wait --lost-after 5m --priority 9 --replicas 1 --output out/ --max-fails 2"  # fmt: skip
+    written = {
+        "name": "a",
+        "run": {"args": ["echo", "x"], "env": {"A": 1}},
+        "needs": {"cpu": 0.5, "memory": "256Mi", "labels": "arch=x86_64", "license": 1},
+        "array": {"range": "1-10:3", "at_once": 2, "max_fails": 2},
+        "labels": {"t": "x"},
+        "retry": {"attempts": 5, "backoff": "1s..2s"},
+        "timeout": {"run": "10m"},
+        "on_lost": "wait",
+        "lost_after": "5m",
+        "priority": 9,
+        "replicas": 1,
+        "outputs": ["out/"],
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(written))
+    by_flags = mesh("submit", *flags.split(), "--", "echo", "x").out.strip()
+    by_file = mesh("submit", "--file", "job.yaml").out.strip()
+    with Client([api.node]) as client:
+        assert client.job(by_flags).spec == client.job(by_file).spec
+    for job in (by_flags, by_file):
+        mesh("job", "cancel", job)
+
+
+def test_inputs_and_arrays_from_files(mesh: Mesh, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("a\nb\nc\n")
+    (tmp_path / "many").mkdir()
+    for number in range(5):
+        (tmp_path / f"many/{number}").write_text("x")
+    job = mesh("submit", "--each-line", "lines", "--input", "i/=many", "--wait", "--", "echo", "x").out.strip()
+    assert mesh("job", "ls", "-q", "--limit", "1").out.strip() == job
+    assert json.loads(mesh("job", "show", job, "-o", "json").out)["tasks"] == 3
+    job = mesh("submit", "--each-file", "many", "--per-task", "2", "--", "echo", "x").out.strip()
+    assert json.loads(mesh("job", "show", job, "-o", "json").out)["tasks"] == 3
+
+
+def test_an_id_of_ones_own_makes_repeating_safe(mesh: Mesh) -> None:
+    job_id = str(Client.new_id())
+    first = mesh("submit", "--id", job_id, "--", "echo", "x")
+    assert first == mesh("submit", "--id", job_id, "--", "echo", "x") == Said(0, f"{job_id}\n", "")
+
+
+def test_a_file_on_stdin_reaches_the_job(api: Served, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_bytes(b"in the beginning" * 1000)
+    with (tmp_path / "book.txt").open("rb") as book:
+        out, err = as_process(api, "run", "cat", stdin=book).communicate(timeout=30)
+    assert (out, err) == (b"in the beginning" * 1000, b"")
+    out, _ = as_process(api, "run", "-i", "cat", stdin=subprocess.PIPE).communicate(b"piped", timeout=30)
+    assert out == b"piped"
+
+
+def test_an_interrupt_leaves_the_job_running_and_says_how_to_come_back(api: Served) -> None:
+    process = as_process(api, "run", "--name", "long", "--", "hang")
+    with Client([api.node]) as client:
+        deadline = time.monotonic() + 20
+        while not any(job.name == "long" for job in client.jobs(limit=1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        # The job is agreed before the command knows; it is following once it has asked for the log.
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+        assert process.returncode == 130 and out == b""
+        job = client.job("long")
+        assert f"mesh job logs -f {job.id}" in err.decode() and not job.is_final
+        client.cancel(job.id)
+
+
+def test_an_array_prints_each_tasks_output_in_order(mesh: Mesh) -> None:
+    assert mesh("run", "--array", "3", "--", "echo", "hi") == Said(0, "hi\nhi\nhi\n", "")
+    said = mesh("run", "--array", "3", "--", "fail", "1")
+    assert said.code == 5 and "3 of 3 tasks failed" in said.err
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_in_every_form(mesh: Mesh) -> None:
+    job = mesh("submit", "--label", "form=x", "--", "echo", "x").out.strip()
+    ask = ("ps", "-l", "form=x")
+    table = mesh(*ask).out.splitlines()
+    assert table[0].split()[:3] == ["ID", "NAME", "STATE"] and table[1].startswith(job[:18])
+    assert job in mesh(*ask, "-o", "wide").out
+    assert json.loads(mesh(*ask, "-o", "json").out)[0]["id"] == job
+    assert json.loads(mesh(*ask, "-o", "jsonl").out)["id"] == job
+    assert yaml.safe_load(mesh(*ask, "-o", "yaml").out)[0]["id"] == job
+    assert mesh(*ask, "-q").out == mesh(*ask, "-o", "name").out == f"{job}\n"
+
+
+def test_waiting_tells_good_from_bad_from_not_yet(mesh: Mesh) -> None:
+    good, bad, long = (mesh("submit", "--", *command).out.strip() for command in (["echo"], ["fail", "1"], ["hang"]))
+    assert mesh("job", "wait", good).code == 0
+    assert mesh("job", "wait", good, bad).code == 5
+    said = mesh("job", "wait", long, "--timeout", "100ms")
+    assert said.code == 124 and said.err.startswith(f"error: job {long} is still")
+    assert mesh("job", "result", long).code == 6
+    mesh("job", "cancel", long)
+
+
+def test_logs_result_and_retry(mesh: Mesh, tmp_path: Path) -> None:
+    job = mesh("submit", "--array", "1-3", "--output", "out.txt", "--", "files").out.strip()
+    assert mesh("job", "result", job, "--save", "all").code == 0
+    assert (tmp_path / "all/2/out.txt").read_text() == "task 2\n"
+    assert mesh("job", "result", f"{job}:1", "--save", "one").code == 0
+    assert (tmp_path / "one/out.txt").read_text() == "task 1\n"
+    assert len(mesh("job", "tasks", f"{job}:0-1").out.splitlines()) == 3
+    bad = mesh("submit", "--", "fail", "9", "why").out.strip()
+    assert mesh("job", "logs", "-f", bad) == Said(0, "", "why")
+    assert "exit 9" in mesh("job", "show", bad).out
+    again = mesh("job", "retry", bad).out.strip()
+    assert again != bad and bad in mesh("job", "show", again).out
+
+
+# --- everything else ----------------------------------------------------------------------------------------------------
+
+
+def test_blobs_there_and_back(mesh: Mesh, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"some bytes")
+    name = mesh("blob", "put", "a").out.strip()
+    digest = name.split(":")[1]
+    assert mesh("blob", "get", name).out == "some bytes"
+    assert mesh("blob", "get", digest[:10], "b").code == 0 and (tmp_path / "b").read_bytes() == b"some bytes"
+    assert digest in mesh("blob", "ls", "-q").out and "fake" in mesh("blob", "where", name).out
+    assert mesh("blob", "rm", name).code == 0
+    assert mesh("blob", "get", name, "c").code == 3 and not (tmp_path / "c").exists()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/x").write_text("x")
+    tree = mesh("blob", "put", "d").out.strip()
+    assert mesh("blob", "get", tree, "back").code == 0 and (tmp_path / "back/x").read_text() == "x"
+
+
+def test_nodes_cluster_and_version(mesh: Mesh) -> None:
+    assert mesh("node", "ls").out.splitlines()[1].split()[0] == "fake"
+    assert "no docker: no engine answers" in mesh("node", "show", "fake").out
+    assert mesh("node", "invite", "--role", "worker", "--uses", "3", "--expires", "2h").out.startswith("meshd1-")
+    assert mesh("node", "drain", "self") == Said(0, "", "draining: waiting for running work\nsafe: safe to stop\n")
+    assert mesh("node", "drain", "--cancel", "self").code == 0
+    assert "survives  0 failures" in mesh("cluster", "status").out
+    assert "node 0.0.0" in mesh("version").out
+
+
+def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = mesh("token", "create", "laptop").out.strip()
+    monkeypatch.delenv("MESH_NODE")
+    monkeypatch.setenv("MESH_TOKEN", token)
+    assert mesh("context", "add", "lab", f"127.0.0.1:{api.port}").code == 0
+    monkeypatch.delenv("MESH_TOKEN")
+    assert mesh("run", "--", "echo", "from afar") == Said(0, "from afar\n", "")
+    assert mesh("context", "ls").out == f"* lab  127.0.0.1:{api.port}\n"
+    saved = Path(os.environ["XDG_CONFIG_HOME"]) / "meshd/contexts.json"
+    assert saved.stat().st_mode & 0o777 == 0o600
+    assert mesh("token", "ls").code == 7
+    assert mesh("--context", "nowhere", "ps").code == 3
+    assert mesh("context", "rm", "lab").code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("jbo ls", 2, "error: there is no command 'jbo'; did you mean `mesh job`?"),
+        ("run --cpuu 3 -- x", 2, "error: no such option '--cpuu'"),
+        ("run", 2, "error: nothing to run\ntry: mesh run -- COMMAND"),
+        ("run --cpu lots -- x", 2, "error: needs.cpu: 'lots' is not a number of cores"),
+        ("run --timeout soon -- x", 2, "error: timeout.run: 'soon' is not a duration"),
+        ("run --on-lost maybe -- x", 2, "error: on_lost: 'maybe' is not one of rerun, wait, fail"),
+        ("run --array 9-1 -- x", 2, "error: array.range: '9-1' is not a range"),
+        ("run --input ../up=job.py -- x", 3, "error: inputs.../up: there is no file"),
+        ("run --file nothing.yaml", 3, "error: there is no job file nothing.yaml"),
+        ("run --each-line nothing -- x", 3, "error: array.each_line: there is no file"),
+        ("job show nowhere", 3, "error: "),
+        ("job show a/b", 2, "error: 'a/b' does not name a job"),
+        ("job wait", 2, "error: which job?"),
+        ("job ls -s finished", 2, "error: state: 'finished' has an unknown state"),
+        ("node show nowhere", 3, "error: this mesh has no node 'nowhere'\ntry: mesh node ls"),
+        ("node invite --role king", 2, "error: --role 'king' is not server, worker or server,worker"),
+        ("blob get zz", 2, "error: 'zz' is not the name of a blob"),
+        ("--node nowhere ps", 2, "error: 'nowhere' is not an address"),
+        ("--node unix:/nowhere/api.sock ps", 8, "error: no agent on this machine"),
+        ("--node 127.0.0.1:1 ps", 7, "error: a node over the network needs a token"),
+    ],
+)
+def test_what_is_wrong_is_said_on_stderr_with_its_exit_code(mesh: Mesh, line: str, code: int, message: str) -> None:
+    said = mesh(*line.split())
+    assert (said.code, said.out) == (code, "") and said.err.startswith(message)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "run: {args: [x]}\nrun2: 3", "a: &a [*a]", "x" * 2_000_000, "\0"])
+def test_a_job_file_that_is_none_is_a_usage_error(mesh: Mesh, tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    said = mesh("submit", "--file", "job.yaml")
+    assert said.code == 2 and said.err.startswith("error: ") and "Traceback" not in said.err
+
+
+def test_colour_is_only_for_terminals(mesh: Mesh) -> None:
+    assert "\x1b" not in mesh("ps").out + mesh("job", "show", "nowhere").err
+
+
+def test_a_reader_that_leaves_is_no_error(api: Served) -> None:
+    process = as_process(api, "job", "ls", "-o", "jsonl")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.wait(10)
+
+
+def test_every_flag_has_an_environment_variable(mesh: Mesh, api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_SUBMIT_PRIORITY", "77")
+    job = mesh("submit", "--", "echo", "x").out.strip()
+    with Client([api.node]) as client:
+        assert client.job(job).spec.priority == 77
+
+
+def test_completion_knows_live_jobs(mesh: Mesh, api: Served) -> None:
+    job = mesh("submit", "--", "echo", "x").out.strip()
+    environment = {**os.environ, "_MESH_COMPLETE": "bash_complete", "COMP_WORDS": f"mesh job show {job[:20]}", "COMP_CWORD": "3", "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "mesh_cli.main"], env=environment, capture_output=True, timeout=30)
+    assert job in done.stdout.decode()
+    assert "_MESH_COMPLETE" in mesh("completion", "zsh").out
+
+
+def test_the_command_starts_quickly_and_without_the_agents_libraries(api: Served) -> None:
+    """CPU seconds of `mesh ps`, the best of three: 0.10-0.17 measured; 0.4 leaves room for a slow machine."""
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert as_process(api, "ps").wait(30) == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.4
+    code = "import sys; from mesh_cli import main; main.run(['ps']); print(*sys.modules)"
+    environment = {**os.environ, "MESH_NODE": api.node, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}"}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=30).stdout.decode().split()  # fmt: skip
+    assert not {"trio", "libp2p", "cryptography", "rich", "yaml", "starlette", "blake3", "pysyncobj"} & set(loaded)
