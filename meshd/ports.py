@@ -1,6 +1,6 @@
 """What the shell needs from the world, as small protocols. Adapters live beside their feature and are built by daemon.py.
 
-Transport   authenticated byte streams to peers           net/libp2p.py, net/memory.py
+Transport   authenticated byte streams to peers           net/libp2p, net/memory.py
 Rpc         calls over one long-lived stream per peer      net/rpc.py, on any Transport
 Log         propose, read barrier, who leads               raft/log.py at servers, raft/remote.py elsewhere
 BlobStore   bytes by their hash, on this disk              blobs/store.py
@@ -77,8 +77,8 @@ class Transport(Protocol):
         """Over the live connection; dials through the address book if there is none. Raises Unavailable, NotAllowed."""
         ...
 
-    async def drop(self, peer: NodeId) -> None:
-        """Close every connection to the peer at once, even behind a blocked writer."""
+    async def drop(self, peer: NodeId, *, age_s: float = 0.0) -> None:
+        """Close every connection to the peer that is at least so old, at once, even behind a blocked writer."""
         ...
 
     def connected(self) -> frozenset[NodeId]: ...

@@ -177,8 +177,11 @@ class MemoryTransport:
             return ours
         raise Unavailable(f"{peer} did not open a stream within {timeout_s:g} s")
 
-    async def drop(self, peer: NodeId) -> None:
-        self._network.sever(frozenset((self._me, peer)))
+    async def drop(self, peer: NodeId, *, age_s: float = 0.0) -> None:
+        pair = frozenset((self._me, peer))
+        link = self._network.link(pair)
+        if link is not None and trio.current_time() - link.made_at >= age_s:
+            self._network.sever(pair)
 
     def connected(self) -> frozenset[NodeId]:
         return self._network.linked_with(self._me)
@@ -212,6 +215,7 @@ class _Link:
     def __init__(self, network: MemoryNetwork, pair: Pair) -> None:
         self._network = network
         self._pair = pair
+        self.made_at = trio.current_time()
         self._pipes: set[_Pipe] = set()
 
     def open(self, caller: NodeId, peer: NodeId) -> tuple[_MemoryStream, _MemoryStream]:

@@ -14,28 +14,38 @@ peer that is stopped, or behind a dead wire, keeps its connections open for ever
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
 
 import structlog
 import trio
-from msgspec import Meta, Struct
 
-from meshd import codec
 from meshd.errors import (
     Busy,
-    InvalidRequest,
     MeshError,
     NotFound,
     PeerFault,
     TooLarge,
     Unavailable,
     UnknownOutcome,
-    from_code,
 )
 from meshd.model import NodeId
+from meshd.net.frames import (
+    BODY_BYTES_MAX,
+    GREETING_ID,
+    PING_ID,
+    Answer,
+    Call,
+    FrameReader,
+    Malformed,
+    Outbox,
+    Request,
+    copy_of,
+    error_of,
+    fault_of,
+    framed,
+    parse,
+)
 from meshd.ports import Stream, Transport
 
 PROTOCOL = "/meshd/rpc/1"
@@ -43,17 +53,8 @@ PROTOCOL = "/meshd/rpc/1"
 CALLS_MAX = 1024
 """Calls in flight per peer and direction. Far above what 2 cores can answer in a second of patience."""
 
-BODY_BYTES_MAX = codec.FRAME_BYTES_MAX - 1024
-"""The frame adds id, method and lengths."""
-
 OUTBOX_BYTES_MAX = 64 << 20
 """Bytes waiting for one peer: sixteen of the largest frames. A peer that lets more pile up does not read."""
-
-WRITE_BYTES_MAX = 1 << 20
-"""One write to the stream; it must go through in the transport's 30 s, also over 300 kbit/s."""
-
-READ_BYTES_MAX = 256 << 10
-"""One read from the stream: few reads for many small frames."""
 
 GREETING_S = 10.0
 """For greeting and admission, which may ask the replicated state."""
@@ -63,40 +64,7 @@ PING_MISSES_MAX = 3
 """Three silent intervals after the one in which the peer stopped: noticed after 7.5 to 10 s. Ticks are counted,
 not time, so that a pause of this process is never taken for one of the peer."""
 
-GREETING_ID = 0
-PING_ID = 0
 
-
-class Request(Struct, frozen=True, array_like=True, gc=False):
-    id: Annotated[int, Meta(ge=0, le=2**53)]
-    method: Annotated[str, Meta(max_length=128)]
-    timeout_ms: Annotated[int, Meta(ge=0, le=2**40)]
-    """How long the caller waits, so that the answerer does not work for nobody."""
-    body: bytes
-
-
-class Answer(Struct, frozen=True, array_like=True, gc=False):
-    """Also the form of both greetings."""
-
-    id: Annotated[int, Meta(ge=0, le=2**53)]
-    is_ok: bool
-    body: bytes
-    """Of the method; or an encoded `Fault`."""
-
-
-class Fault(Struct, frozen=True, array_like=True, gc=False):
-    """A MeshError on its way."""
-
-    code: str
-    message: str
-    hint: str
-
-
-class _Malformed(PeerFault):
-    """The peer's bytes are no frame or no message: its stream is over."""
-
-
-T = TypeVar("T")
 Handler = Callable[[NodeId, bytes], Awaitable[bytes]]
 Greeting = Callable[[], bytes]
 Admit = Callable[[NodeId, bytes], Awaitable[None]]
@@ -146,6 +114,8 @@ class StreamRpc:
         if len(body) > BODY_BYTES_MAX:
             raise TooLarge(f"{method} with {len(body)} bytes is over the limit of {BODY_BYTES_MAX}")
         caller = self._calling.get(peer)
+        if caller is not None and caller.is_open and peer not in self._transport.connected():
+            caller = None  # its stream broke this instant; nothing sent there would arrive
         if caller is None:
             if self._work is None:
                 raise Unavailable("this node is not running")
@@ -186,7 +156,7 @@ class StreamRpc:
                     await self._converse(caller, stream)
                 finally:
                     await stream.aclose()
-        except* _Malformed as group:
+        except* Malformed as group:
             self._counters["frames_malformed"] += 1
             failure = _first(group)
         except* MeshError as group:
@@ -203,25 +173,26 @@ class StreamRpc:
             caller.fail(failure)
 
     async def _converse(self, caller: _Caller, stream: Stream) -> None:
-        frames = _FrameReader(stream)
+        frames = FrameReader(stream)
         greeted_at = trio.current_time()
         with trio.move_on_after(GREETING_S) as patience:
-            await stream.write(_frame(Answer(GREETING_ID, True, self._greeting())))
+            await stream.write(framed(Answer(GREETING_ID, True, self._greeting())))
             theirs = await frames.next()
             if theirs is None:
                 raise Unavailable(f"{caller.peer} closed the stream without a greeting")
-            greeting = _parse(theirs, Answer)
+            greeting = parse(theirs, Answer)
             if not greeting.is_ok:
-                raise _fault(greeting.body)
+                raise error_of(greeting.body)
             await self._admit(caller.peer, greeting.body)
         if patience.cancelled_caught:
             raise Unavailable(f"{caller.peer} did not greet within {GREETING_S:g} s")
+        caller.is_open = True
         self._rtt_ms[caller.peer] = (trio.current_time() - greeted_at) * 1000
         async with trio.open_nursery() as tasks:
             tasks.start_soon(caller.outbox.write_to, stream)
             tasks.start_soon(self._keep_alive, caller.peer, frames, caller.outbox)
             while (frame := await frames.next()) is not None:
-                answer = _parse(frame, Answer)
+                answer = parse(frame, Answer)
                 if answer.id == PING_ID:
                     self._note_rtt(caller)
                 else:
@@ -235,24 +206,26 @@ class StreamRpc:
             old_ms = self._rtt_ms.get(caller.peer, rtt_ms)
             self._rtt_ms[caller.peer] = old_ms + (rtt_ms - old_ms) / 4
 
-    async def _keep_alive(self, peer: NodeId, frames: _FrameReader, pings: _Outbox | None) -> None:
+    async def _keep_alive(self, peer: NodeId, frames: FrameReader, pings: Outbox | None) -> None:
         misses = 0
         while misses < PING_MISSES_MAX:
-            frames.has_heard = False
+            ticked_at = trio.current_time()
             if pings is not None:
                 pings.ping()
             await trio.sleep(PING_INTERVAL_S)
-            misses = 0 if frames.has_heard else misses + 1
+            misses = 0 if frames.heard_at >= ticked_at else misses + 1
+        silent_s = trio.current_time() - frames.heard_at
         self._counters["peers_silent"] += 1
-        self._log.warning("peer.silent", peer=peer, seconds=PING_INTERVAL_S * PING_MISSES_MAX)
-        await self._transport.drop(peer)
-        raise Unavailable(f"{peer} has been silent for over {PING_INTERVAL_S * PING_MISSES_MAX:g} s")
+        self._log.warning("peer.silent", peer=peer, seconds=round(silent_s, 1))
+        # The peer may be back already, on a new connection that has nothing to do with this silence.
+        await self._transport.drop(peer, age_s=silent_s)
+        raise Unavailable(f"{peer} has been silent for {silent_s:.1f} s")
 
     # --- their calls -------------------------------------------------------------------------------------------------
 
     async def _answer_stream(self, stream: Stream) -> None:
         peer = stream.peer
-        frames = _FrameReader(stream)
+        frames = FrameReader(stream)
         try:
             if not await self._is_admitted(stream, frames):
                 return
@@ -266,37 +239,37 @@ class StreamRpc:
                 finally:
                     if self._answering.get(peer) is scope:
                         del self._answering[peer]
-        except* _Malformed as group:
+        except* Malformed as group:
             self._counters["frames_malformed"] += 1
             self._log.warning("rpc.malformed", peer=peer, error=str(_first(group)))
             raise
         except* Unavailable:
             pass  # lost or silent: its caller knows
 
-    async def _is_admitted(self, stream: Stream, frames: _FrameReader) -> bool:
+    async def _is_admitted(self, stream: Stream, frames: FrameReader) -> bool:
         with trio.move_on_after(GREETING_S) as patience:
             theirs = await frames.next()
             if theirs is None:
                 return False
-            greeting = _parse(theirs, Answer).body
+            greeting = parse(theirs, Answer).body
             try:
                 await self._admit(stream.peer, greeting)
             except MeshError as error:
                 self._counters["peers_refused"] += 1
                 self._log.info("peer.refused", peer=stream.peer, error=error.code, message=error.message)
-                await stream.write(_frame(Answer(GREETING_ID, False, _faulted(error))))
+                await stream.write(framed(Answer(GREETING_ID, False, fault_of(error))))
                 return False
-            await stream.write(_frame(Answer(GREETING_ID, True, self._greeting())))
+            await stream.write(framed(Answer(GREETING_ID, True, self._greeting())))
         return not patience.cancelled_caught
 
-    async def _answer_calls(self, stream: Stream, frames: _FrameReader) -> None:
-        outbox = _Outbox()
+    async def _answer_calls(self, stream: Stream, frames: FrameReader) -> None:
+        outbox = Outbox()
         in_flight = 0
 
         async def answer(request: Request) -> None:
             nonlocal in_flight
             try:
-                outbox.put(_frame(await self._answer(stream.peer, request)))
+                outbox.put(framed(await self._answer(stream.peer, request)))
             finally:
                 in_flight -= 1
 
@@ -304,17 +277,15 @@ class StreamRpc:
             tasks.start_soon(outbox.write_to, stream)
             tasks.start_soon(self._keep_alive, stream.peer, frames, None)
             while (frame := await frames.next()) is not None:
-                request = _parse(frame, Request)
+                request = parse(frame, Request)
                 if outbox.bytes_pending > OUTBOX_BYTES_MAX:
-                    raise _Malformed(
-                        f"{stream.peer} asks on, but leaves {outbox.bytes_pending} bytes of answers unread"
-                    )
+                    raise Malformed(f"{stream.peer} asks on, but leaves {outbox.bytes_pending} bytes of answers unread")
                 if request.id == PING_ID:
-                    outbox.put(_frame(Answer(PING_ID, True, b"")))
+                    outbox.put(framed(Answer(PING_ID, True, b"")))
                 elif in_flight >= CALLS_MAX:
                     self._counters["calls_refused"] += 1
                     busy = Busy(f"{in_flight} calls from {stream.peer} are in flight already")
-                    outbox.put(_frame(Answer(request.id, False, _faulted(busy))))
+                    outbox.put(framed(Answer(request.id, False, fault_of(busy))))
                 else:
                     in_flight += 1
                     tasks.start_soon(answer, request)
@@ -334,24 +305,13 @@ class StreamRpc:
                 raise TooLarge(f"the answer to {method} has {len(body)} bytes, over the limit of {BODY_BYTES_MAX}")
             return Answer(request.id, True, body)
         except MeshError as error:
-            return Answer(request.id, False, _faulted(error))
+            return Answer(request.id, False, fault_of(error))
         except Exception as error:
             # A method that trips over one request must not take the peer's other calls with it.
             self._counters["methods_failed"] += 1
             self._log.exception("rpc.method_failed", peer=peer, method=method)
             fault = PeerFault(f"{method} failed at {self._transport.me}: {type(error).__name__}")
-            return Answer(request.id, False, _faulted(fault))
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One of ours, until it is answered."""
-
-    done: trio.Event = field(default_factory=trio.Event)
-    is_sent: bool = False
-    is_given_up: bool = False
-    answer: bytes | None = None
-    failure: MeshError | None = None
+            return Answer(request.id, False, fault_of(fault))
 
 
 class _Caller:
@@ -360,17 +320,18 @@ class _Caller:
     def __init__(self, peer: NodeId) -> None:
         self.peer = peer
         self.scope = trio.CancelScope()
-        self.outbox = _Outbox()
-        self.waiting: dict[int, _Call] = {}
+        self.outbox = Outbox()
+        self.waiting: dict[int, Call] = {}
+        self.is_open = False
         self._ids = itertools.count(1)
         self._failure: MeshError | None = None
 
     async def call(self, method: str, body: bytes, timeout_s: float) -> bytes:
         if self._failure is not None:
-            raise _copy(self._failure)
-        call, call_id = _Call(), next(self._ids)
+            raise copy_of(self._failure)
+        call, call_id = Call(), next(self._ids)
         self.waiting[call_id] = call
-        self.outbox.put(_frame(Request(call_id, method, int(timeout_s * 1000), body)), call)
+        self.outbox.put(framed(Request(call_id, method, int(timeout_s * 1000), body)), call)
         try:
             with trio.move_on_after(timeout_s):
                 await call.done.wait()
@@ -392,7 +353,7 @@ class _Caller:
         if answer.is_ok:
             call.answer = answer.body
         else:
-            call.failure = _fault(answer.body)
+            call.failure = error_of(answer.body)
         call.done.set()
 
     def fail(self, failure: MeshError) -> None:
@@ -403,113 +364,8 @@ class _Caller:
         self.scope.cancel()
         for call in self.waiting.values():
             if call.answer is None and call.failure is None:
-                call.failure = UnknownOutcome(f"sent, but {failure.message}") if call.is_sent else _copy(failure)
+                call.failure = UnknownOutcome(f"sent, but {failure.message}") if call.is_sent else copy_of(failure)
                 call.done.set()
-
-
-class _Outbox:
-    """Frames that wait for the one task that writes the stream."""
-
-    def __init__(self) -> None:
-        self.bytes_pending = 0
-        self.pinged_at: float | None = None
-        self._frames: deque[tuple[bytes, _Call | None]] = deque()
-        self._filled = trio.Event()
-
-    def put(self, frame: bytes, call: _Call | None = None) -> None:
-        self._frames.append((frame, call))
-        self.bytes_pending += len(frame)
-        self._filled.set()
-
-    def ping(self) -> None:
-        # Not another one behind a ping that is still on its way: its answer would be taken for this one's.
-        if self.pinged_at is None:
-            self.pinged_at = trio.current_time()
-            self.put(_frame(Request(PING_ID, "", 0, b"")))
-
-    async def write_to(self, stream: Stream) -> None:
-        while True:
-            await self._filled.wait()
-            await stream.write(self._take())
-            if not self._frames:
-                self._filled = trio.Event()
-
-    def _take(self) -> bytes:
-        taken: list[bytes] = []
-        size = 0
-        while self._frames and size < WRITE_BYTES_MAX:
-            frame, call = self._frames.popleft()
-            self.bytes_pending -= len(frame)
-            if call is not None:
-                if call.is_given_up:
-                    continue
-                call.is_sent = True
-            taken.append(frame)
-            size += len(frame)
-        return b"".join(taken)
-
-
-class _FrameReader:
-    """Frames out of a stream, read in large pieces; a frame's length is judged before its bytes are kept."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.has_heard = False
-        """Set with any bytes that arrive: a large frame on a slow wire is not silence."""
-        self._stream = stream
-        self._bytes = bytearray()
-        self._at = 0
-
-    async def next(self) -> bytes | None:
-        """None at the end. Raises _Malformed (too large, or ends within a frame), Unavailable."""
-        while (frame := self._pop()) is None:
-            del self._bytes[: self._at]
-            self._at = 0
-            data = await self._stream.read(READ_BYTES_MAX)
-            if not data:
-                if self._bytes:
-                    raise _Malformed(f"the stream ended within a frame, after {len(self._bytes)} bytes of it")
-                return None
-            self.has_heard = True
-            self._bytes += data
-        return frame
-
-    def _pop(self) -> bytes | None:
-        start = self._at + 4
-        if len(self._bytes) < start:
-            return None
-        size = int.from_bytes(self._bytes[self._at : start], "big")
-        if size > codec.FRAME_BYTES_MAX:
-            raise _Malformed(f"frame of {size} bytes is over the limit of {codec.FRAME_BYTES_MAX}")
-        if len(self._bytes) < start + size:
-            return None
-        self._at = start + size
-        return bytes(memoryview(self._bytes)[start : self._at])
-
-
-def _frame(message: Request | Answer) -> bytes:
-    payload = codec.encode(message)
-    return len(payload).to_bytes(4, "big") + payload
-
-
-def _parse(frame: bytes, kind: type[T]) -> T:
-    try:
-        return codec.decode(frame, kind)
-    except InvalidRequest as error:
-        raise _Malformed(error.message) from error
-
-
-def _faulted(error: MeshError) -> bytes:
-    return codec.encode(Fault(error.code, error.message[:4096], error.hint[:1024]))
-
-
-def _fault(body: bytes) -> MeshError:
-    fault = _parse(body, Fault)
-    return from_code(fault.code, fault.message, fault.hint)
-
-
-def _copy(error: MeshError) -> MeshError:
-    # Many calls fail by one loss; an exception raised twice would gather the tracebacks of both.
-    return from_code(error.code, error.message, error.hint)
 
 
 def _first(group: BaseExceptionGroup[MeshError]) -> MeshError:

@@ -27,15 +27,18 @@ import pytest
 import trio
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from multiaddr import Multiaddr
 
 from meshd.errors import Busy, MeshError, PeerFault, StartRefused, Unavailable
 from meshd.model import NodeId
-from meshd.net import libp2p as subject
 from meshd.net.addresses import parse, reachable
 from meshd.net.identity_key import KeyPair
 from meshd.net.libp2p import JOIN_PROTOCOL, Libp2pTransport
+from meshd.net.libp2p import muxer as of_muxer
+from meshd.net.libp2p import transport as of_transport
+from meshd.net.libp2p.muxer import Wire
 from meshd.net.rpc import StreamRpc
 from meshd.ports import Stream
 
@@ -234,7 +237,7 @@ async def test_d7_a_reader_that_is_idle_for_six_seconds_still_gets_every_byte() 
 
 
 async def test_d7_a_peer_that_never_reads_is_unavailable_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "WRITE_DEADLINE_S", 0.5)
+    monkeypatch.setattr(of_muxer, "WRITE_DEADLINE_S", 0.5)
     a, b = Node(), Node()
     async with running(a, b):
         stream = await a.transport.open_stream(b.id, DEAF, timeout_s=5)
@@ -278,7 +281,7 @@ async def stopped_peer(nursery: trio.Nursery) -> AsyncIterator[tuple[NodeId, str
 
     accept = node.transport._keep
 
-    async def keep(connection: subject._Connection, **_: object) -> None:
+    async def keep(connection: of_transport._Connection, **_: object) -> None:
         connection.muxer.handle_incoming = read_nothing.__get__(connection.muxer)  # type: ignore[method-assign]
         await accept(connection)
 
@@ -287,37 +290,63 @@ async def stopped_peer(nursery: trio.Nursery) -> AsyncIterator[tuple[NodeId, str
 
 
 async def test_d8_a_peer_that_stops_answering_is_dropped_and_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped process keeps its sockets open: only pings tell."""
-    monkeypatch.setattr("meshd.net.rpc.PING_INTERVAL_S", 0.2)
+    """A stopped process, or a cut wire, keeps its connections open: only pings tell."""
+    monkeypatch.setattr("meshd.net.rpc.PING_INTERVAL_S", 0.3)
     a, b = Node(), Node()
     async with running(a, b) as nursery:
-        rpcs = [StreamRpc(node.transport) for node in (a, b)]
-        for rpc in rpcs:
-
-            async def answer(_peer: NodeId, body: bytes) -> bytes:
-                return body
-
+        of_a, of_b = StreamRpc(a.transport), StreamRpc(b.transport)
+        for rpc in (of_a, of_b):
             rpc.register("echo", answer)
             await nursery.start(rpc.serve)
-        assert await rpcs[0].call(b.id, "echo", b"1", timeout_s=5) == b"1"
-        muxer = b.transport._connections[a.id][0].muxer
-        gate = trio.Event()
-        read, write = muxer._wire.read, muxer._wire.write
-
-        async def stopped_read(n: int | None = None) -> bytes:
-            await gate.wait()
-            return await read(n)
-
-        async def stopped_write(data: bytes) -> None:
-            await gate.wait()
-            await write(data)
-
-        muxer._wire.read, muxer._wire.write = stopped_read, stopped_write  # type: ignore[method-assign]
+        assert await of_a.call(b.id, "echo", b"1", timeout_s=5) == b"1"
+        assert await of_b.call(a.id, "echo", b"1", timeout_s=5) == b"1"
+        fall_silent(b.transport._connections[a.id][0].muxer._wire)
         stopped_at = time.monotonic()
         await until(lambda: a.events == ["up", "down"])
-        assert time.monotonic() - stopped_at < 4 * 0.2 + 0.5
-        gate.set()
-        assert await rpcs[0].call(b.id, "echo", b"2", timeout_s=5) == b"2"
+        assert time.monotonic() - stopped_at < 4 * 0.3 + 1
+        assert await of_a.call(b.id, "echo", b"2", timeout_s=5) == b"2"
+        await until(lambda: of_b.counters().get("peers_silent") == 1)  # its own stream on the old connection
+        assert await of_a.call(b.id, "echo", b"3", timeout_s=5) == b"3"
+        assert a.events == ["up", "down", "up"]
+
+
+async def test_d8_a_connection_made_since_the_silence_is_spared_by_the_drop() -> None:
+    a, b = Node(), Node()
+    async with running(a, b):
+        await a.transport.connect(b.id, b.transport.addresses, timeout_s=5)
+        await trio.sleep(0.3)
+        await a.transport._dial(b.id, b.transport.addresses)
+        assert len(a.transport._connections[b.id]) == 2
+        await a.transport.drop(b.id, age_s=0.25)
+        assert len(a.transport._connections[b.id]) == 1
+        assert await ask(a, b) == b"ping"
+        assert a.events == ["up"]
+
+
+async def answer(_peer: NodeId, body: bytes) -> bytes:
+    return body
+
+
+def fall_silent(wire: Wire) -> None:
+    """It says nothing more, still hears, and does not hear when the other end closes."""
+    hear = wire.read
+
+    async def until_closed_here() -> None:
+        while wire._socket.socket.fileno() != -1:
+            await trio.sleep(0.01)
+        raise ConnectionClosedError("closed here")
+
+    async def write(_data: bytes) -> None:
+        await until_closed_here()
+
+    async def read(n: int | None = None) -> bytes:
+        try:
+            return await hear(n)
+        except ConnectionClosedError:
+            await until_closed_here()
+            raise
+
+    wire.write, wire.read = write, read  # type: ignore[method-assign]
 
 
 async def test_d10_a_dial_takes_milliseconds_and_no_failure_is_remembered() -> None:
@@ -427,7 +456,7 @@ async def test_d14_a_peer_may_have_a_few_connections_and_no_more() -> None:
     async with running(hub, *clones):
         for clone in clones:
             await clone.transport.connect(hub.id, hub.transport.addresses, timeout_s=5)
-        await until(lambda: len(hub.transport._connections[key.node_id]) <= subject.CONNECTIONS_PER_PEER_MAX)
+        await until(lambda: len(hub.transport._connections[key.node_id]) <= of_transport.CONNECTIONS_PER_PEER_MAX)
         assert hub.events == ["up"]
         await until(lambda: clones[0].events == ["up", "down"])
 
@@ -455,7 +484,7 @@ async def test_d16_a_stream_too_many_is_busy_at_once_and_closed_ones_make_room()
     a, b = Node(), Node()
     async with running(a, b):
         streams = []
-        for _ in range(subject.STREAMS_MAX):
+        for _ in range(of_muxer.STREAMS_MAX):
             streams.append(await a.transport.open_stream(b.id, ECHO, timeout_s=5))
         with pytest.raises(Busy):
             await a.transport.open_stream(b.id, ECHO, timeout_s=5)
@@ -472,14 +501,14 @@ async def test_d16_a_peer_that_opens_streams_without_end_is_refused_them() -> No
         assert await ask(a, b) == b"ping"
         muxer = a.transport._connections[b.id][0].muxer
         muxer._opened = -1000  # a does not count its own
-        for _ in range(subject.STREAMS_MAX + 50):
+        for _ in range(of_muxer.STREAMS_MAX + 50):
             await muxer.open_stream()
         await until(lambda: b.transport.counters().get("streams_refused", 0) >= 50)
-        assert b.transport._connections[a.id][0].streams_answered <= subject.STREAMS_MAX
+        assert b.transport._connections[a.id][0].streams_answered <= of_muxer.STREAMS_MAX
 
 
 async def test_d16_a_stream_whose_peer_never_closes_its_side_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "LINGER_S", 0.2)
+    monkeypatch.setattr(of_muxer, "LINGER_S", 0.2)
     a, b = Node(), Node()
     async with running(a, b):
         stream = await a.transport.open_stream(b.id, DEAF, timeout_s=5)
@@ -488,7 +517,7 @@ async def test_d16_a_stream_whose_peer_never_closes_its_side_is_forgotten(monkey
 
 
 async def test_d17_half_open_connections_do_not_shut_out_a_peer_and_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "HANDSHAKE_S", 2.0)
+    monkeypatch.setattr(of_transport, "HANDSHAKE_S", 2.0)
     a, b = Node(), Node()
     async with running(a, b):
         idle = [socket.create_connection(("127.0.0.1", b.port)) for _ in range(200)]
@@ -537,7 +566,7 @@ async def test_garbage_after_the_handshake_costs_its_connection_only() -> None:
 
 
 async def test_a_peer_that_ignores_its_windows_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "BUFFERED_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(of_muxer, "BUFFERED_BYTES_MAX", 1 << 20)
     a, b = Node(), Node()
     async with running(a, b):
         stream = await a.transport.open_stream(b.id, DEAF, timeout_s=5)
@@ -548,7 +577,7 @@ async def test_a_peer_that_ignores_its_windows_is_cut_off(monkeypatch: pytest.Mo
 
 
 async def test_a_stranger_may_join_for_a_while_and_speak_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "STRANGER_S", 0.5)
+    monkeypatch.setattr(of_transport, "STRANGER_S", 0.5)
     stranger, member, b = Node(), Node(), Node(members=set())
     b.members = {member.id}
     async with running(stranger, member, b):
@@ -562,7 +591,7 @@ async def test_a_stranger_may_join_for_a_while_and_speak_nothing_else(monkeypatc
 
 
 async def test_who_has_joined_in_time_stays_connected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "STRANGER_S", 0.3)
+    monkeypatch.setattr(of_transport, "STRANGER_S", 0.3)
     newcomer, b = Node(), Node(members=set())
     async with running(newcomer, b):
         assert await ask(newcomer, b, protocol=JOIN_PROTOCOL) == b"ping"
@@ -573,7 +602,7 @@ async def test_who_has_joined_in_time_stays_connected(monkeypatch: pytest.Monkey
 
 
 async def test_strangers_are_few_and_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "STRANGERS_MAX", 2)
+    monkeypatch.setattr(of_transport, "STRANGERS_MAX", 2)
     b = Node(members=set())
     strangers = [Node() for _ in range(4)]
     async with running(b, *strangers):

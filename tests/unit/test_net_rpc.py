@@ -24,8 +24,9 @@ from meshd.errors import (
     UnknownOutcome,
 )
 from meshd.model import NodeId
+from meshd.net.frames import BODY_BYTES_MAX
 from meshd.net.memory import MemoryNetwork, MemoryTransport
-from meshd.net.rpc import BODY_BYTES_MAX, CALLS_MAX, PROTOCOL, Admit, Greeting, StreamRpc, admit_anyone
+from meshd.net.rpc import CALLS_MAX, PROTOCOL, Admit, Greeting, StreamRpc, admit_anyone
 from meshd.ports import Stream
 
 A, B = NodeId("a"), NodeId("b")

@@ -1,36 +1,25 @@
-"""The Transport port over libp2p: TCP, Noise and yamux. The only module that touches py-libp2p.
+"""The Transport port: connections accepted, dialled, kept and closed.
 
-What is used of it: the Noise handshake, yamux frames, multistream-select and peer ids, so that any libp2p node
-can connect. What is not: its host, swarm, listener and dialer. Measured on 0.8.1, one exception in a handler stops
-that host, it refuses every connection after 250, blocks a peer for 60 s after one failed dial, and binds a port
-that another process already has. So connections are accepted, dialled, kept and closed here:
-
-      accept ──▶ handshake (10 s, 128 at a time) ──▶ stranger ──15 s──▶ closed
-                        ▲                              │ the gate lets it speak more than join
-      dial ──────── pinned key ──────────────────▶ connected ──▶ streams, each asked of the gate
-
-    yamux needs four cures, all in `_Muxer` and `_Stream`: a frame once begun is always written to its end (a cancelled
-    write corrupts every stream of the connection); its reader never waits for a write (two full directions would wait
-    for each other); a stream's writer waits 30 s for the peer's reader, not 5; a closed stream always leaves.
+accept ──▶ handshake (10 s, 128 at a time) ──▶ stranger ──15 s──▶ closed
+                  ▲                              │ the gate lets it speak more than join
+dial ──────── pinned key ──────────────────▶ connected ──▶ streams, each asked of the gate
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import struct
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import structlog
 import trio
-from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.connection_types import ConnectionType
+from libp2p.abc import ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.io.exceptions import ConnectionClosedError, IOException
+from libp2p.io.exceptions import IOException
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect import Multiselect
@@ -40,22 +29,14 @@ from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
-from libp2p.stream_muxer.yamux.yamux import (
-    FLAG_FIN,
-    FLAG_RST,
-    FLAG_SYN,
-    TYPE_DATA,
-    TYPE_WINDOW_UPDATE,
-    YAMUX_HEADER_FORMAT,
-    Yamux,
-    YamuxStream,
-)
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
-from meshd.errors import Busy, InvalidRequest, MeshError, NotAllowed, PeerFault, StartRefused, Unavailable
+from meshd.errors import InvalidRequest, MeshError, NotAllowed, PeerFault, StartRefused, Unavailable
 from meshd.model import NodeId
 from meshd.net import addresses as multiaddrs
 from meshd.net.identity_key import KeyPair, public_bytes
+from meshd.net.libp2p.muxer import STREAMS_MAX, MuxedStream, Muxer, Wire
 from meshd.ports import AddressBook, Gate, PeerEvents, Stream, StreamHandler
 
 JOIN_PROTOCOL = "/meshd/join/1"
@@ -76,35 +57,15 @@ STRANGER_S = 15.0
 CONNECTIONS_PER_PEER_MAX = 4
 """Two are usual after a simultaneous dial, and tolerated: to close one would race with the peer closing the other."""
 
-STREAMS_MAX = 256
-"""Per connection and direction; yamux peers count on no more."""
-
 STREAMS_OF_STRANGER_MAX = 4
 
-BUFFERED_BYTES_MAX = 64 << 20
-"""Received on one connection and not yet read: four windows of yamux's largest. Nothing else holds a peer to them."""
-
 BUFFERED_BYTES_OF_STRANGER_MAX = 1 << 20
-
-WRITE_DEADLINE_S = 30.0
-"""For one frame into the socket, and for a stream's reader to make room. Frames are 64 KiB: 2 kB/s is too slow."""
-
-LINGER_S = 10.0
-"""A closed stream waits so long for the peer to close its side, then is reset."""
 
 DIAL_STAGGER_S = 0.25
 """Head start of each address over the next one (RFC 8305 says 250 ms)."""
 
 ADDRESSES_MAX = 16
 """Dialled for one peer."""
-
-CONTROL_FRAMES_MAX = 1024
-"""Acknowledgements and pongs that wait to be written. A peer that causes more does not read what it asks for."""
-
-FRAME_PAYLOAD_MAX = 65535 - 16 - 12
-"""One yamux frame in exactly one Noise message: less the tag and the header."""
-
-SOCKET_READ_BYTES = 256 << 10
 
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
 logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)  # it shouts about every failed dial; errors are raised here
@@ -185,10 +146,11 @@ class Libp2pTransport:
         if patience.cancelled_caught:
             raise Unavailable(f"{peer} did not answer within {timeout_s:g} s")
 
-    async def drop(self, peer: NodeId) -> None:
+    async def drop(self, peer: NodeId, *, age_s: float = 0.0) -> None:
         for connection in list(self._connections.get(peer, ())):
-            self._counters["connections_dropped"] += 1
-            self._remove(connection)
+            if trio.current_time() - connection.made_at >= age_s:
+                self._counters["connections_dropped"] += 1
+                self._remove(connection)
         await trio.lowlevel.checkpoint()
 
     async def _dial(self, peer: NodeId, addresses: Sequence[str]) -> None:
@@ -231,12 +193,12 @@ class Libp2pTransport:
             socket = await trio.open_tcp_stream(host, port)
         except (OSError, InvalidRequest) as error:
             raise Unavailable(f"{address}: {error}") from error
-        wire = _Wire(socket, is_initiator=True)
+        wire = Wire(socket, is_initiator=True)
         try:
             await _select(wire, NOISE)
             secured = await self._noise.secure_outbound(wire, peer_id)
             await _select(secured, YAMUX)
-            return _Connection(peer, _Muxer(secured, peer_id, wire), is_inbound=False)
+            return _Connection(peer, Muxer(secured, peer_id, wire), is_inbound=False)
         except PeerIDMismatchesPubkey as error:
             wire.abort()
             raise PeerFault(f"another node than {peer} answers at {address}") from error
@@ -248,7 +210,7 @@ class Libp2pTransport:
             raise
 
     async def _accept(self, socket: trio.SocketStream) -> None:
-        wire = _Wire(socket, is_initiator=False)
+        wire = Wire(socket, is_initiator=False)
         try:
             connection = await self._greet(wire)
             if connection is not None:
@@ -260,7 +222,7 @@ class Libp2pTransport:
         finally:
             wire.abort()
 
-    async def _greet(self, wire: _Wire) -> _Connection | None:
+    async def _greet(self, wire: Wire) -> _Connection | None:
         if len(self._handshakes) >= HANDSHAKES_MAX:
             next(iter(self._handshakes)).cancel()
         with trio.move_on_after(HANDSHAKE_S) as patience:
@@ -276,7 +238,7 @@ class Libp2pTransport:
             public_bytes(peer)  # a key of another kind has no place here
             if peer == self._me:
                 return None
-            return _Connection(peer, _Muxer(secured, peer_id, wire), is_inbound=True)
+            return _Connection(peer, Muxer(secured, peer_id, wire), is_inbound=True)
         self._counters["handshakes_failed"] += 1
         return None
 
@@ -362,7 +324,7 @@ class Libp2pTransport:
             # The newest: an older one may be dead without anybody having noticed.
             muxer = connections[-1].muxer
             try:
-                stream = _Stream(peer, muxer, await muxer.open_stream(), self._soon)
+                stream = MuxedStream(peer, muxer, await muxer.open_stream(), self._soon)
             except (IOException, MuxedStreamError) as error:
                 raise Unavailable(f"the connection to {peer} was lost") from error
             try:
@@ -372,7 +334,7 @@ class Libp2pTransport:
                 raise
         raise Unavailable(f"{peer} did not open a stream within {timeout_s:g} s")
 
-    async def _ask(self, stream: _Stream, protocol: str) -> _Stream:
+    async def _ask(self, stream: MuxedStream, protocol: str) -> MuxedStream:
         client, communicator = MultiselectClient(), MultiselectCommunicator(stream)  # type: ignore[arg-type]
         try:
             await client.handshake(communicator)
@@ -386,7 +348,7 @@ class Libp2pTransport:
         return stream
 
     def _answer_soon(self, connection: _Connection, yamux: YamuxStream) -> None:
-        stream = _Stream(connection.peer, connection.muxer, yamux, self._soon)
+        stream = MuxedStream(connection.peer, connection.muxer, yamux, self._soon)
         streams_max = STREAMS_OF_STRANGER_MAX if connection in self._strangers else STREAMS_MAX
         if connection.streams_answered >= streams_max or self._work is None:
             self._counters["streams_refused"] += 1
@@ -395,7 +357,7 @@ class Libp2pTransport:
         connection.streams_answered += 1
         self._work.start_soon(self._answer, connection, stream)
 
-    async def _answer(self, connection: _Connection, stream: _Stream) -> None:
+    async def _answer(self, connection: _Connection, stream: MuxedStream) -> None:
         try:
             handler = await self._negotiate(stream)
             if handler is None:
@@ -411,7 +373,7 @@ class Libp2pTransport:
             connection.streams_answered -= 1
             await stream.aclose()
 
-    async def _negotiate(self, stream: _Stream) -> StreamHandler | None:
+    async def _negotiate(self, stream: MuxedStream) -> StreamHandler | None:
         """What the peer asks for; it is offered only what the gate lets it speak."""
         offered: Any = {
             protocol: each for protocol, each in self._handlers.items() if self._gate(stream.peer, protocol)
@@ -439,289 +401,12 @@ class Libp2pTransport:
 class _Connection:
     """A peer, authenticated, and its streams."""
 
-    def __init__(self, peer: NodeId, muxer: _Muxer, *, is_inbound: bool) -> None:
+    def __init__(self, peer: NodeId, muxer: Muxer, *, is_inbound: bool) -> None:
         self.peer = peer
         self.muxer = muxer
         self.is_inbound = is_inbound
+        self.made_at = trio.current_time()
         self.streams_answered = 0
-
-
-class _Wire(IRawConnection):
-    """A TCP connection, read in large pieces: Noise asks for 2 bytes and then for 60,000."""
-
-    def __init__(self, socket: trio.SocketStream, *, is_initiator: bool) -> None:
-        self.is_initiator = is_initiator
-        self._socket = socket
-        self._bytes = b""
-        self._at = 0
-
-    async def read(self, n: int | None = None) -> bytes:
-        if self._at == len(self._bytes):
-            try:
-                self._bytes = await self._socket.receive_some(SOCKET_READ_BYTES)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionClosedError(str(error)) from error
-            self._at = 0
-            if not self._bytes:
-                # Not b"": py-libp2p would ask again, a hundred times.
-                raise ConnectionClosedError("the peer closed the connection")
-        end = len(self._bytes) if n is None else min(self._at + n, len(self._bytes))
-        data = self._bytes[self._at : end]
-        self._at = end
-        return data
-
-    async def write(self, data: bytes) -> None:
-        try:
-            await self._socket.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(str(error)) from error
-
-    async def close(self) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        """At once: whoever reads or writes it gets an error."""
-        self._socket.socket.close()
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return None
-
-    def get_transport_addresses(self) -> list[Any]:
-        return []
-
-    def get_connection_type(self) -> ConnectionType:
-        return ConnectionType.DIRECT
-
-
-class _Muxer(Yamux):
-    """Yamux, with its writes made safe to cancel and its memory bounded."""
-
-    def __init__(self, secured: ISecureConn, peer_id: ID, wire: _Wire) -> None:
-        super().__init__(secured, peer_id, is_initiator=wire.is_initiator)
-        self.buffered_bytes_max = BUFFERED_BYTES_MAX
-        self._wire = wire
-        self._reader: trio.lowlevel.Task | None = None
-        self._control: deque[bytes] = deque()
-        self._control_filled = trio.Event()
-        self._opened = 0
-
-    def end(self) -> None:
-        """Close the connection at once; every stream's reader and writer gets an error."""
-        self.event_shutting_down.set()
-        self._wire.abort()
-        self.new_stream_send_channel.close()
-        for stream in self.streams.values():
-            stream.closed = stream.send_closed = stream.recv_closed = stream.reset_received = True
-        for event in self.stream_events.values():
-            event.set()
-        self.streams.clear()
-        self.stream_buffers.clear()
-        self.stream_events.clear()
-        self.event_closed.set()
-
-    async def open_stream(self) -> YamuxStream:
-        """Raises Busy; IOException when the connection is lost."""
-        if self._opened >= STREAMS_MAX:
-            raise Busy(f"{STREAMS_MAX} streams to {self.peer_id} are open already")
-        if self.event_shutting_down.is_set():
-            raise ConnectionClosedError("the connection is lost")
-        stream = YamuxStream(self.next_stream_id, self, True)
-        self.next_stream_id += 2
-        self.streams[stream.stream_id] = stream
-        self.stream_buffers[stream.stream_id] = bytearray()
-        self.stream_events[stream.stream_id] = trio.Event()
-        self._opened += 1
-        try:
-            await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_SYN)
-        except BaseException:
-            await self.forget(stream)
-            raise
-        return stream
-
-    async def send(self, stream: YamuxStream, kind: int, flags: int = 0, payload: bytes = b"") -> None:
-        header = struct.pack(YAMUX_HEADER_FORMAT, 0, kind, flags, stream.stream_id, len(payload))
-        await self._write_frame(header + payload)
-
-    async def forget(self, stream: YamuxStream) -> None:
-        with trio.CancelScope(shield=True):  # the lock is never held for long
-            async with self.streams_lock:
-                self.streams.pop(stream.stream_id, None)
-                self.stream_buffers.pop(stream.stream_id, None)
-                self.stream_events.pop(stream.stream_id, None)
-        if stream.is_initiator:
-            self._opened -= 1
-
-    async def let_go(self, stream: YamuxStream) -> None:
-        """Close our side, give the peer a while to close its own, then forget the stream."""
-        try:
-            if not stream.send_closed:
-                stream.send_closed = True
-                await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_FIN)
-            with trio.move_on_after(LINGER_S):
-                while not stream.recv_closed and not stream.reset_received:
-                    if self.stream_buffers.get(stream.stream_id):
-                        break  # it goes on writing: nobody will read that
-                    await self.wait_moved(stream)
-            if not stream.recv_closed and not stream.reset_received:
-                await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_RST)
-        finally:
-            await self.forget(stream)
-
-    async def reset(self, stream: YamuxStream) -> None:
-        try:
-            stream.closed = stream.send_closed = True
-            await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_RST)
-        finally:
-            await self.forget(stream)
-
-    async def wait_moved(self, stream: YamuxStream) -> None:
-        """Until bytes, an end or a reset have arrived for the stream since the last wait."""
-        event = self.stream_events.get(stream.stream_id)
-        if event is None:
-            raise ConnectionClosedError("the stream is gone")
-        await event.wait()
-        if self.stream_events.get(stream.stream_id) is event:
-            self.stream_events[stream.stream_id] = trio.Event()
-
-    async def handle_incoming(self) -> None:
-        self._reader = trio.lowlevel.current_task()
-        await super().handle_incoming()
-
-    async def write_control(self) -> None:
-        """What the reader has to say; it must go on reading meanwhile."""
-        while True:
-            await self._control_filled.wait()
-            while self._control:
-                await self._write_frame(self._control.popleft())
-            self._control_filled = trio.Event()
-
-    async def _write_frame(self, data: bytes) -> None:
-        if trio.lowlevel.current_task() is self._reader:
-            if len(self._control) >= CONTROL_FRAMES_MAX:
-                self.end()
-            self._control.append(data)
-            self._control_filled.set()
-            return
-        async with self._write_lock:
-            # Half a frame would make garbage of all that follows on this connection.
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_DEADLINE_S) as patience:
-                await self.secured_conn.write(data)
-            if patience.cancelled_caught:
-                self.end()
-                raise ConnectionClosedError(f"the peer took no bytes for {WRITE_DEADLINE_S:g} s")
-
-    async def _read_data_body(self, length: int) -> bytes:
-        if length + sum(map(len, self.stream_buffers.values())) > self.buffered_bytes_max:
-            self.end()
-            raise ConnectionClosedError("the peer sent far more than its windows allow")
-        try:
-            return await super()._read_data_body(length)
-        except BaseException:
-            self.end()  # or yamux would call the stream ended, as if all its bytes had come
-            raise
-
-
-class _Stream:
-    """ports.Stream on one yamux stream."""
-
-    def __init__(
-        self,
-        peer: NodeId,
-        muxer: _Muxer,
-        yamux: YamuxStream,
-        soon: Callable[[Callable[[], Awaitable[None]]], None],
-    ) -> None:
-        self._peer = peer
-        self._muxer = muxer
-        self._yamux = yamux
-        self._soon = soon
-        self._turn = trio.Lock()
-        self._is_closed = False
-
-    @property
-    def peer(self) -> NodeId:
-        return self._peer
-
-    async def read(self, n: int) -> bytes:
-        """See ports.Stream. No byte is taken that is not returned, also when cancelled."""
-        await trio.lowlevel.checkpoint()
-        while not self._is_closed:
-            buffer = self._muxer.stream_buffers.get(self._yamux.stream_id)
-            if buffer:
-                data = bytes(buffer[:n])
-                del buffer[:n]
-                self._give_credit(len(buffer))
-                return data
-            if self._muxer.event_shutting_down.is_set():
-                break
-            if self._yamux.recv_closed:
-                return b""
-            if buffer is None or self._yamux.reset_received:
-                break
-            await self._muxer.wait_moved(self._yamux)
-        raise await self._broken_off()
-
-    async def write(self, data: bytes) -> None:
-        """See ports.Stream. Cancelled in the middle it resets this stream, since nobody could make sense of the rest."""
-        rest = memoryview(data)
-        async with self._turn:
-            try:
-                while rest:
-                    size = min(await self._wait_window(), FRAME_PAYLOAD_MAX, len(rest))
-                    self._yamux.send_window -= size
-                    await self._muxer.send(self._yamux, TYPE_DATA, payload=bytes(rest[:size]))
-                    rest = rest[size:]
-            except IOException as error:
-                raise await self._broken_off() from error
-            except BaseException:
-                if len(rest) < len(data):
-                    self.reset()
-                raise
-
-    async def close_write(self) -> None:
-        if not self._yamux.send_closed:
-            self._yamux.send_closed = True
-            self._soon(lambda: self._muxer.send(self._yamux, TYPE_WINDOW_UPDATE, FLAG_FIN))
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        if not self._is_closed:
-            self._close()
-            self._soon(lambda: self._muxer.let_go(self._yamux))
-
-    def reset(self) -> None:
-        if not self._is_closed:
-            self._close()
-            self._soon(lambda: self._muxer.reset(self._yamux))
-
-    def _close(self) -> None:
-        self._is_closed = True
-        event = self._muxer.stream_events.get(self._yamux.stream_id)
-        if event is not None:
-            event.set()  # another task may be reading
-
-    async def _wait_window(self) -> int:
-        # Yamux announces room without an event, and itself looks every 10 ms.
-        pause_s = 0.001
-        with trio.move_on_after(WRITE_DEADLINE_S):
-            while not (self._yamux.send_closed or self._yamux.closed or self._is_closed):
-                if self._yamux.send_window > 0:
-                    return self._yamux.send_window
-                await trio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.02)
-            raise await self._broken_off()
-        self.reset()
-        raise Unavailable(f"{self._peer} did not read for {WRITE_DEADLINE_S:g} s")
-
-    async def _broken_off(self) -> Unavailable:
-        await trio.lowlevel.checkpoint_if_cancelled()  # a task that is being stopped shall not take it for a loss
-        return Unavailable(f"the stream to {self._peer} broke off")
-
-    def _give_credit(self, unread: int) -> None:
-        stream = self._yamux
-        # As soon as half the window is free, not with every read: each update costs the peer a frame.
-        if stream.target_recv_window - stream.recv_window - unread >= stream.target_recv_window // 2:
-            self._soon(stream._auto_tune_and_send_window_update)
 
 
 async def _listen(address: str) -> list[trio.SocketListener]:
@@ -736,7 +421,7 @@ async def _listen(address: str) -> list[trio.SocketListener]:
         raise StartRefused(f"cannot listen at {address}: {error.strerror or error}") from error
 
 
-async def _select(conn: _Wire | ISecureConn, protocol: str) -> None:
+async def _select(conn: Wire | ISecureConn, protocol: str) -> None:
     """Agree on the next layer with multistream-select, as whichever side this is."""
     communicator = MultiselectCommunicator(conn)
     if conn.is_initiator:
