@@ -128,6 +128,15 @@ def test_a_stuck_reader_does_not_hold_the_stop(monkeypatch: pytest.MonkeyPatch) 
     assert not api.socket.exists()
 
 
+def test_a_kept_connection_that_is_idle_does_not_hold_the_stop() -> None:
+    with served() as api:
+        idle = connect(api)
+        idle.sendall(GET_ME)
+        assert idle.recv(1)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < server.STOP_S / 2
+
+
 def test_an_answer_that_is_under_way_is_finished_at_the_stop() -> None:
     with served() as api:
         client = connect(api)
