@@ -16,7 +16,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as package_version
@@ -39,7 +39,7 @@ from meshd.certificates import Greeting
 from meshd.config import Config, split_address
 from meshd.directory import JOIN_PROTOCOL, Directory
 from meshd.drain import Drain
-from meshd.errors import Busy, Conflict, MeshError, NotAllowed, StartRefused
+from meshd.errors import Busy, Conflict, InvalidRequest, MeshError, NotAllowed, StartRefused
 from meshd.executor import Executor
 from meshd.gossip.membership import State
 from meshd.gossip.service import GossipService
@@ -67,6 +67,8 @@ from meshd.views import GetMembers, MembersView
 from meshd.worker import HandOver, Offering, Worker
 
 JOIN_S = 20.0
+GREETED_MAX = 16
+"""Members greeted at the start; the rest when there is something to say."""
 HELLO_S = 12.0
 """How long a refusal as a double is tried again: a peer notices within 10 s that an older start of ours is gone."""
 REFRESH_S = 1.0
@@ -296,25 +298,29 @@ class _Daemon:
         await self._say_hello()
 
     async def _say_hello(self) -> None:
-        """Greet who is known; learn at once if another start of this identity is running."""
-        doubles: list[Conflict] = []
+        """Greet who is known; learn at once whether this identity is running elsewhere, or was removed."""
+        refusals: list[MeshError] = []
+        welcomes: list[NodeId] = []
 
         async def greet(peer: NodeId) -> None:
             try:
                 await self.rpc.call(peer, "mesh.hello", b"", timeout_s=3)
-            except Conflict as error:
-                if DOUBLE in error.message:
-                    doubles.append(error)
+                welcomes.append(peer)
+            except (Conflict, NotAllowed) as error:
+                refusals.append(error)
             except MeshError as error:
                 log.info("peer.unreached", peer=peer, error=str(error))
 
         deadline = trio.current_time() + HELLO_S
         while True:
-            doubles.clear()
+            refusals.clear()
             with trio.move_on_after(4):
                 async with trio.open_nursery() as nursery:
-                    for peer in self.directory.members()[:16]:
+                    for peer in self.directory.members()[:GREETED_MAX]:
                         nursery.start_soon(greet, peer)
+            doubles = [error for error in refusals if isinstance(error, Conflict) and DOUBLE in error.message]
+            if refusals and not doubles and not welcomes:
+                raise refusals[0]
             if not doubles:
                 return
             if trio.current_time() > deadline:
@@ -575,7 +581,7 @@ class _Daemon:
         servers = list(self.directory.servers())
         if self.gossip is None:
             return servers
-        leaders = {node: codec.decode(value, int) for (node, _), value in self.gossip.facts("leader").items()}
+        leaders = self._told_numbers("leader")
         health = self.gossip.liveness()
 
         def rank(node: NodeId) -> tuple[bool, int]:
@@ -583,6 +589,18 @@ class _Daemon:
             return is_dead, -leaders.get(node, -1)
 
         return sorted(servers, key=rank)
+
+    def _told_numbers(self, key: str) -> dict[NodeId, int]:
+        """What members say of themselves under this key; a fact is authentic, but may still be nonsense."""
+        assert self.gossip is not None
+        found: dict[NodeId, int] = {}
+        for (node, name), value in self.gossip.facts(key).items():
+            try:
+                if name == key:
+                    found[node] = codec.decode(value, int)
+            except InvalidRequest:
+                continue
+        return found
 
     def _replica_peers(self) -> Sequence[NodeId]:
         """Who may take copies of blobs: everybody that is thought alive and stays."""
@@ -671,7 +689,7 @@ class _Daemon:
                     announced = self.directory.position
                     self.gossip.publish("members", codec.encode(announced))
             else:
-                newest = max((codec.decode(v, int) for v in self.gossip.facts("members").values()), default=0)
+                newest = max(self._told_numbers("members").values(), default=0)
                 is_due = trio.current_time() - asked_at > REFRESH_S_MAX
                 if newest > self.directory.position or is_due or self.directory.position == 0:
                     try:
@@ -679,7 +697,17 @@ class _Daemon:
                         asked_at = trio.current_time()
                     except MeshError as error:
                         log.info("members.not_refreshed", error=str(error))
+            self._learn_addresses()
             await trio.sleep(REFRESH_S)
+
+    def _learn_addresses(self) -> None:
+        """Where members say that they are now: a node that moved is found by all as soon as one has heard of it."""
+        assert self.gossip is not None
+        for (node, key), value in self.gossip.facts("addr").items():
+            if key == "addr" and node != self.me:
+                with suppress(InvalidRequest):
+                    addresses, api_address = codec.decode(value, tuple[tuple[str, ...], str])
+                    self.directory.learn_addresses(node, addresses[:8], api_address[:256])
 
     async def _keep_peers_saved(self) -> None:
         while True:
@@ -690,6 +718,8 @@ class _Daemon:
 
     async def _tell_about_self(self) -> None:
         """Tell the mesh where this node is now, when that is not what the state says."""
+        assert self.gossip is not None
+        self.gossip.publish("addr", codec.encode((self.addresses(), self.api_address)))
         while True:
             try:
                 member = await self._find_member(self.me)

@@ -43,13 +43,11 @@ class Directory:
     # --- asked -------------------------------------------------------------------------------------------------------
 
     def gate(self, peer: NodeId, protocol: str) -> bool:
-        """May this authenticated peer speak this protocol? On calls, the greeting decides next."""
-        if protocol == JOIN_PROTOCOL:
+        """May this authenticated peer speak this protocol? On calls, the greeting decides next, and says why not."""
+        if protocol in (JOIN_PROTOCOL, RPC_PROTOCOL):
             return True
         if peer in self._revoked:
             return False
-        if protocol == RPC_PROTOCOL:
-            return True
         known = self._peers.get(peer)
         if known is None or known.certificate is None:
             return False

@@ -30,7 +30,7 @@ def issue_leaf(mesh_key: Ed25519PrivateKey, ca_pem: str, request_pem: str) -> st
     """Sign a node's request, PEM. Only its key, name and alternative names are taken over."""
     authority = x509.load_pem_x509_certificate(ca_pem.encode())
     request = x509.load_pem_x509_csr(request_pem.encode())
-    builder = _builder(request.subject, authority.subject, request.public_key())  # type: ignore[arg-type]
+    builder = _builder(request.subject, authority.subject, request.public_key())
     names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     builder = (
         builder.add_extension(names, critical=False)

@@ -51,8 +51,10 @@ NEVER_MS = 1 << 40
 class StateMachine(Protocol):
     """What is replicated."""
 
-    wall_ms: int
-    """The state's wall time."""
+    @property
+    def wall_ms(self) -> int:
+        """The state's wall time."""
+        ...
 
     def apply(self, index: int, batch: bytes) -> list[bytes]:
         """Encoded answers, one for each command. Total and deterministic."""

@@ -93,11 +93,11 @@ def test_raft_frames_are_for_servers_only():
     assert known.gate(ALICE.node_id, RAFT_PROTOCOL)
 
 
-def test_a_removed_member_can_speak_nothing_but_join_and_is_told_so():
+def test_a_removed_member_gets_no_further_than_the_greeting_which_tells_it():
     known = directory()
     known.greet(ALICE.node_id, greeting())
     known.learn_members(MembersView(MESH, (), (ALICE.node_id,), 5, 0))
-    assert not any(known.gate(ALICE.node_id, each) for each in (RPC_PROTOCOL, RAFT_PROTOCOL, BLOB_PROTOCOL))
+    assert not any(known.gate(ALICE.node_id, each) for each in (RAFT_PROTOCOL, BLOB_PROTOCOL))
     with pytest.raises(NotAllowed, match="was removed"):
         known.greet(ALICE.node_id, greeting())
 

@@ -40,6 +40,8 @@ from meshd.net.libp2p.muxer import STREAMS_MAX, MuxedStream, Muxer, Wire
 from meshd.ports import AddressBook, Gate, PeerEvents, Stream, StreamHandler
 
 JOIN_PROTOCOL = "/meshd/join/1"
+ANYONES_PROTOCOLS = (JOIN_PROTOCOL, "/meshd/rpc/1")
+"""What anyone may begin to speak: the join desk and the greeting decide. Who may speak only these is a stranger."""
 """Whom the gate lets speak nothing else is a stranger."""
 
 HANDSHAKE_S = 10.0
@@ -277,7 +279,7 @@ class Libp2pTransport:
             self._remove(connection)
 
     def _is_stranger(self, peer: NodeId) -> bool:
-        return not any(self._gate(peer, protocol) for protocol in self._handlers if protocol != JOIN_PROTOCOL)
+        return not any(self._gate(peer, protocol) for protocol in self._handlers if protocol not in ANYONES_PROTOCOLS)
 
     def _admit_stranger(self, connection: _Connection, tasks: trio.Nursery) -> None:
         async def see_off() -> None:
