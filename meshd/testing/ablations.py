@@ -27,7 +27,7 @@ from meshd.raft.queue import Queue
 from meshd.raft.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing.world import SimNode
-from meshd.worker import RenewAnswered, State, Worker
+from meshd.worker import MoveLeash, RenewAnswered, State, Worker
 
 Patch = tuple[Any, str, Any]
 """Where, which name, and what to put there."""
@@ -43,9 +43,16 @@ def _wrapped(owner: type, name: str, make: Callable[[Callable[..., Any]], Callab
 def _forgets_with_the_session(original: Callable[..., None]) -> Callable[..., None]:
     def open_next(self: Worker, now_ms: int) -> None:
         original(self, now_ms)
-        self.attempts._seen = {key.fence for key in self.attempts.listing()}
+        self.attempts._seen.clear()
 
     return open_next
+
+
+def _obey_unless_held(original: Callable[..., bool]) -> Callable[..., bool]:
+    def obey(self: Attempts, key: AttemptKey, spec: JobSpec) -> bool:
+        return key.fence not in self._held and original(self, key, spec)
+
+    return obey
 
 
 def _obey_again(self: Attempts, key: AttemptKey, spec: JobSpec) -> bool:
@@ -122,6 +129,17 @@ def _leash_from_the_opening(original: Callable[..., int | None]) -> Callable[...
         return deadline_ms - self.view_end_ms + self._opened_ms + worker.VIEW_MS
 
     return leash_ms
+
+
+def _moves_leashes_as_it_opens(original: Callable[..., None]) -> Callable[..., None]:
+    def open_next(self: Worker, now_ms: int) -> None:
+        original(self, now_ms)
+        for attempt in self.attempts.in_phase(Phase.RUNNING):
+            deadline_ms = self._leash_ms(attempt)
+            if deadline_ms is not None:
+                self._effects.append(MoveLeash(attempt.key, deadline_ms))
+
+    return open_next
 
 
 def _obeys_any_epoch(original: Callable[..., None]) -> Callable[..., None]:
@@ -291,7 +309,10 @@ RULES: dict[str, tuple[Patch, ...]] = {
     # protocol.md 5
     "what has ended stays listed": ((Attempts, "listing", _listing_of_live_ones),),
     "once per attempt": ((Attempts, "obey", _obey_again),),
-    "once per attempt over all epochs": (_wrapped(Worker, "_open_next", _forgets_with_the_session),),
+    "once per attempt over all epochs": (
+        _wrapped(Worker, "_open_next", _forgets_with_the_session),
+        _wrapped(Attempts, "obey", _obey_unless_held),
+    ),
     "only the current lease completes": (
         _wrapped(Queue, "finish", _believes_any_attempt),
         _wrapped(Sessions, "numbered", _takes_reports_of_any_session),
@@ -302,7 +323,10 @@ RULES: dict[str, tuple[Patch, ...]] = {
         (worker, "cut_off_allowance_ms", _never_by_itself),
         (attempts, "cut_off_allowance_ms", _never_by_itself),
     ),
-    "cut off counts from the last view": (_wrapped(Worker, "_leash_ms", _leash_from_the_opening),),
+    "cut off counts from the last view": (
+        _wrapped(Worker, "_leash_ms", _leash_from_the_opening),
+        _wrapped(Worker, "_open_next", _moves_leashes_as_it_opens),
+    ),
     "what it stopped stays held as lost": (_wrapped(Worker, "_ended", _forgets_what_it_stopped),),
     # protocol.md 7
     "ids outlive their jobs": (_wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),

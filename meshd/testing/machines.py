@@ -36,6 +36,10 @@ class Runner:
         self.node = node
         self._runs: dict[int, Run] = {}
 
+    @property
+    def is_busy(self) -> bool:
+        return any(run.is_running and not run.is_over for run in self._runs.values())
+
     def start(self, key: AttemptKey, spec: JobSpec, leash_ms: int | None) -> None:
         run = self._runs[key.fence] = Run(key, spec, leash_ms)
         self._watch_leash(run)

@@ -236,7 +236,7 @@ class ModelledLog:
         batch = Batch(elapsed_ms, self.world.wall_ms(), tuple(stamped for stamped, _ in chosen))
         leader.in_flight = (codec.encode(batch), [reply for _, reply in chosen])
         term = leader.term_led
-        slow_ms = 300 if self.heap.chance(0.1) else 30  # now and then a disk takes its time
+        slow_ms = 300 if self.heap.chance(self.world.faults.slow_disk) else 30  # now and then a disk takes its time
         self.heap.after(self.heap.between(2, slow_ms), lambda: self._acknowledged(leader, term))
 
     def _acknowledged(self, leader: Voter, term: int | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from random import Random
 
 from meshd.model import Array, JobId, JobSpec, OnLost, Retry, Run, TaskState, Timeout
@@ -20,8 +21,6 @@ from meshd.worker import HandOver
 
 SETTLE_MS = 900_000
 """After the last fault everything acknowledged must be finished within this."""
-
-RESTART_MS = ((100.0, 2_000.0), (2_000.0, 9_000.0), (9_000.0, 30_000.0))
 
 
 class Client:
@@ -80,30 +79,35 @@ def uuid7(wall_ms: int, random: Random) -> JobId:
     return JobId("-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])))
 
 
-def some_job(random: Random) -> JobSpec:
-    on_lost = random.choice((OnLost.RERUN, OnLost.RERUN, OnLost.WAIT, OnLost.FAIL))
-    lost_after = random.choice((None, None, 0, 5_000, 30_000, 40_000))
-    length_ms = random.choice((20, 300, 2_000, 8_000, 25_000, 70_000))
-    count = random.choice((1, 1, 3, 6)) if length_ms <= 8_000 else random.choice((1, 2))
-    failures = random.choice((0, 0, 0, 1))
-    tries = 1 if on_lost is OnLost.FAIL else random.choice((1, 2, 3))
-    total_ms = 90_000 if random.random() < 0.1 else 0
-    return JobSpec(
-        backend=("process",),
-        run=Run(args=("work", str(length_ms), str(failures))),
-        array=Array(count=count, at_once=random.choice((0, 0, 1))),
-        retry=Retry(attempts=tries, backoff_min_ms=200, backoff_max_ms=2_000),
-        timeout=Timeout(total_ms=total_ms),
-        on_lost=on_lost,
-        lost_after_ms=lost_after,
-        priority=random.choice((50, 50, 80)),
-    )
+@dataclass(frozen=True)
+class Load:
+    """What is submitted: how much, and what each job is drawn from."""
+
+    jobs: tuple[int, int] = (4, 12)
+    on_lost: tuple[OnLost, ...] = (OnLost.RERUN, OnLost.RERUN, OnLost.WAIT, OnLost.FAIL)
+    lost_after_ms: tuple[int | None, ...] = (None, None, 0, 5_000, 30_000, 40_000)
+    lengths_ms: tuple[int, ...] = (20, 300, 2_000, 8_000, 25_000)
+    counts: tuple[int, ...] = (1, 1, 3, 6)
+
+    def some_job(self, random: Random) -> JobSpec:
+        on_lost = random.choice(self.on_lost)
+        tries = 1 if on_lost is OnLost.FAIL else random.choice((1, 2, 3))
+        length_ms, failures = random.choice(self.lengths_ms), random.choice((0, 0, 0, 1))
+        return JobSpec(
+            backend=("process",),
+            run=Run(args=("work", str(length_ms), str(failures))),
+            array=Array(count=random.choice(self.counts), at_once=random.choice((0, 0, 1))),
+            retry=Retry(attempts=tries, backoff_min_ms=200, backoff_max_ms=2_000),
+            timeout=Timeout(total_ms=90_000 if random.random() < 0.1 else 0),
+            on_lost=on_lost,
+            lost_after_ms=random.choice(self.lost_after_ms),
+            priority=random.choice((50, 50, 80)),
+        )
 
 
 class Sim:
-    def __init__(self, seed: int, faults: Faults | None = None) -> None:
-        chooser = Random(f"profile {seed}")  # noqa: S311 - a simulation
-        self.faults = faults if faults is not None else _profile(seed, chooser)
+    def __init__(self, seed: int) -> None:
+        self.faults, self.load = _profile(seed)
         self.world = World(seed, self.faults)
         self.client = Client(self.world, rough=self.faults is not CALM)
         self.lost: SimNode | None = None
@@ -113,7 +117,7 @@ class Sim:
         world = self.world
         world.found(servers=3, workers=world.heap.random.randint(0, 2))
         random = world.heap.random
-        for _ in range(random.randint(4, 12)):
+        for _ in range(random.randint(*self.load.jobs)):
             world.heap.after(random.uniform(0, max(self.faults.lasts_ms - 5_000, 10_000)), self._someone_submits)
         self._plan_faults()
         world.heap.run(self.faults.lasts_ms + SETTLE_MS, is_over=self._is_over)
@@ -122,7 +126,7 @@ class Sim:
 
     def _someone_submits(self) -> None:
         heap = self.world.heap
-        job = self.client.submit(some_job(heap.random))
+        job = self.client.submit(self.load.some_job(heap.random))
         if heap.chance(0.15):
             heap.after(heap.between(0, 15_000), lambda: self.client.cancel(job))
 
@@ -143,7 +147,7 @@ class Sim:
             heap.after(moment(), lambda node=node, whole=whole, ms=for_ms: self._freeze(node, ms, whole))  # type: ignore[misc]
         for _ in range(faults.cuts):
             node = heap.random.choice(nodes)
-            for_ms, one_way = heap.between(2_000, heap.random.choice((20_000, 80_000))), heap.chance(0.25)
+            for_ms, one_way = heap.between(*faults.cut_ms), heap.chance(0.25)
             heap.after(moment(), lambda n=node, ms=for_ms, o=one_way: self.world.cut_off(n, ms, one_way=o))  # type: ignore[misc]
         for _ in range(faults.freezes_then_cuts):
             heap.after(moment(), lambda: self._freeze_then_cut(heap.random.choice(nodes)))
@@ -161,7 +165,7 @@ class Sim:
             return
         node.crash()
         heap = self.world.heap
-        heap.after(heap.between(*heap.random.choice(RESTART_MS)), lambda: self._restart(node))
+        heap.after(heap.between(*heap.random.choice(self.faults.restart_ms)), lambda: self._restart(node))
 
     def _restart(self, node: SimNode) -> None:
         if not node.is_alive and node is not self.lost:
@@ -191,8 +195,8 @@ class Sim:
         node.offers(0)
         if self.world.heap.chance(0.5):
             self.client.send(SetDraining(node.id, True), lambda answer: None)
-        if self.world.heap.chance(0.5):
-            self.world.heap.after(3_000, lambda: node.handle(HandOver()))
+        if self.world.heap.chance(self.faults.hands_over):
+            self.world.heap.after(self.world.heap.between(0, 3_000), lambda: node.handle(HandOver()))
 
     def _die(self, node: SimNode) -> None:
         """For good. Somebody sees it a while later, and says so."""
@@ -235,10 +239,44 @@ class Sim:
             checks.nothing_was_lost_without_a_fault()
 
 
-def _profile(seed: int, random: Random) -> Faults:
-    """One seed in ten is calm; others differ in how much goes wrong."""
-    if seed % 10 == 0:
-        return CALM
+def _profile(seed: int) -> tuple[Faults, Load]:
+    """Half of the seeds get a bit of everything; the others press on one spot, where a general mix seldom hits."""
+    match seed % 12:
+        case 0:
+            return CALM, Load()
+        case 1:  # long absences from jobs that may run once at a time
+            promised = Load(
+                jobs=(2, 4), on_lost=(OnLost.RERUN,), lost_after_ms=(30_000, 35_000), lengths_ms=(90_000,), counts=(1,)
+            )
+            return Faults(cuts=4, cut_ms=(50_000, 100_000)), promised
+        case 2:  # claims that change all the time, doubled and late
+            return Faults(double=0.5, late=0.4, offers=40), Load(jobs=(15, 25), lengths_ms=(20, 300), counts=(3, 6))
+        case 3:  # many leaders, each of which tells again what is leased; nodes come and go meanwhile
+            careful = Load(
+                jobs=(3, 6),
+                on_lost=(OnLost.FAIL, OnLost.WAIT),
+                lost_after_ms=(45_000,),
+                lengths_ms=(25_000,),
+                counts=(1, 3),
+            )
+            return Faults(
+                late=0.4, late_ms=(1_000, 12_000), transfers=10, cuts=5, cut_ms=(11_000, 15_000), has_gossip=False
+            ), careful
+        case 4:  # nodes that leave and hand back what they have
+            return Faults(drains=1, hands_over=1), Load(jobs=(10, 15), lengths_ms=(8_000, 25_000), counts=(3, 6))
+        case 5:  # sleepers that wake to old answers, and nobody who says that they are gone
+            return Faults(late=0.1, late_ms=(1_000, 5_000), freezes_then_cuts=3, has_gossip=False), Load()
+        case 6:  # absences about as long as it takes to be called dead, and a slow log
+            return Faults(cuts=14, cut_ms=(4_500, 6_500), slow_disk=1), Load()
+        case 7:  # quick restarts, and reports of the life before that arrive in the next
+            return Faults(late=0.4, late_ms=(1_000, 12_000), crashes=10, restart_ms=((100, 2_000),)), Load(
+                jobs=(15, 25), lengths_ms=(300, 2_000), counts=(3, 6)
+            )
+        case _:
+            return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation
+
+
+def _mixed(random: Random) -> Faults:
     return Faults(
         lose=random.choice((0, 0.02, 0.1)),
         double=random.choice((0, 0.05, 0.4)),

@@ -60,36 +60,29 @@ class Faults:
     """How rough the world is. Probabilities per message, counts per run, times in milliseconds."""
 
     lasts_ms: int = 40_000
-    lose: float = 0.02
-    double: float = 0.02
+    lose: float = 0
+    double: float = 0
     latency_ms: tuple[float, float] = (0.5, 8.0)
-    late: float = 0.03
+    late: float = 0
     late_ms: tuple[float, float] = (100.0, 4_000.0)
-    crashes: int = 3
-    freezes: int = 2
-    cuts: int = 2
-    transfers: int = 1
-    offers: int = 1
-    drains: float = 0.2
-    freezes_then_cuts: int = 1
+    slow_disk: float = 0.1
+    """How often a commit takes up to 300 ms instead of 30."""
+    crashes: int = 0
+    restart_ms: tuple[tuple[float, float], ...] = ((100.0, 2_000.0), (2_000.0, 9_000.0), (9_000.0, 30_000.0))
+    """Each crash draws one of these."""
+    freezes: int = 0
+    cuts: int = 0
+    cut_ms: tuple[float, float] = (2_000.0, 40_000.0)
+    transfers: int = 0
+    offers: int = 0
+    drains: float = 0
+    hands_over: float = 0.5
+    freezes_then_cuts: int = 0
     has_gossip: bool = True
-    dies_for_good: float = 0.15
+    dies_for_good: float = 0
 
 
-CALM = Faults(
-    lasts_ms=0,
-    lose=0,
-    double=0,
-    late=0,
-    crashes=0,
-    freezes=0,
-    cuts=0,
-    transfers=0,
-    offers=0,
-    drains=0,
-    freezes_then_cuts=0,
-    dies_for_good=0,
-)
+CALM = Faults(lasts_ms=0)
 
 
 class SimNode:

@@ -1,0 +1,303 @@
+"""A node's own side of its session (protocol.md 4 and 5)."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshd.model import AttemptKey, EndReason, JobId, JobSpec, Offer, OnLost, Outcome, Resources, Run
+from meshd.raft.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
+from meshd.session_messages import Granted, Notice, Refusal, Refused
+from meshd.worker import (
+    AttemptEnded,
+    HandOver,
+    MoveLeash,
+    NoticeArrived,
+    Offering,
+    Open,
+    Propose,
+    Proposed,
+    RenewAnswered,
+    SendRenew,
+    Start,
+    State,
+    Stop,
+    Worker,
+    WorkerEffect,
+)
+
+JOB = JobId("018f0000-0000-7000-8000-000000000001")
+OFFER = Offer(resources=Resources(cpu_milli=1000))
+OK = Outcome(EndReason.EXIT, exit_code=0)
+T0 = 1_000_000
+
+
+def key(fence: int) -> AttemptKey:
+    return AttemptKey(JOB, task=fence, attempt=1, fence=fence)
+
+
+def spec(on_lost: OnLost = OnLost.RERUN, lost_after_ms: int | None = None) -> JobSpec:
+    return JobSpec(backend=("process",), run=Run(args=("true",)), on_lost=on_lost, lost_after_ms=lost_after_ms)
+
+
+def notice(worker: Worker, *fences: int, of: JobSpec | None = None) -> NoticeArrived:
+    return NoticeArrived(Notice(worker.epoch, tuple(map(key, fences)), ((JOB, of or spec()),)))
+
+
+def stop_notice(worker: Worker, fence: int) -> NoticeArrived:
+    return NoticeArrived(Notice(worker.epoch, stops=(key(fence),)))
+
+
+def opening(worker: Worker) -> OpenSession:
+    assert worker._opening is not None
+    return worker._opening
+
+
+def opened(worker: Worker, now_ms: int, *leased: int) -> list[WorkerEffect]:
+    answer = SessionOpened(worker.epoch, tuple(map(key, leased)))
+    return worker.handle(Proposed(opening(worker), answer), now_ms)
+
+
+def open_worker(*, now_ms: int = T0) -> Worker:
+    worker = Worker(epoch=6)
+    worker.handle(Offering(2, OFFER), now_ms)
+    opened(worker, now_ms)
+    return worker
+
+
+def only(effects: list[WorkerEffect], kind: type) -> list:  # type: ignore[type-arg]
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def test_the_first_offer_opens_the_epoch_after_the_saved_one() -> None:
+    worker = Worker(epoch=6)
+
+    assert worker.handle(Offering(2, OFFER), T0) == [Open(7, OpenSession(7, (), 2, OFFER))]
+
+
+def test_the_first_view_counts_from_the_first_sending_of_the_open() -> None:
+    worker = Worker(epoch=0)
+    [first] = worker.handle(Offering(2, OFFER), T0)
+    worker.handle(Proposed(opening(worker), None), T0 + 3_000)
+    assert worker.handle(None, T0 + 3_250) == [first]
+
+    opened(worker, T0 + 9_000)
+
+    assert (worker.state, worker.view_end_ms) == (State.OPEN, T0 + 10_000)
+
+
+def test_an_answer_later_than_that_opens_nothing() -> None:
+    worker = Worker(epoch=0)
+    worker.handle(Offering(2, OFFER), T0)
+    late = Proposed(opening(worker), SessionOpened(1, ()))
+
+    [effect] = worker.handle(late, T0 + 10_000)
+
+    assert isinstance(effect, Open)
+    assert (worker.state, worker.epoch) == (State.OPENING, 2)
+
+
+def test_a_refused_epoch_is_overtaken_in_doubling_steps() -> None:
+    worker = Worker(epoch=0)
+    worker.handle(Offering(2, OFFER), T0)
+    for _ in range(4):
+        worker.handle(Proposed(opening(worker), Rejected(Reason.WRONG_EPOCH, "")), T0)
+
+    assert worker.epoch == 1 + 2 + 4 + 8 + 16
+
+
+def test_a_view_counts_from_the_sending_of_the_renewal_that_was_granted() -> None:
+    worker = open_worker()
+    [renewal] = only(worker.handle(None, T0 + 2_000), SendRenew)
+
+    worker.handle(RenewAnswered(worker.epoch, renewal.sent_ms, Granted()), T0 + 9_000)
+
+    assert worker.view_end_ms == T0 + 12_000
+
+
+def test_a_view_that_has_ended_is_noticed_before_the_grant_that_came_meanwhile() -> None:
+    worker = open_worker()
+    grant = RenewAnswered(worker.epoch, T0 + 9_999, Granted())
+
+    worker.handle(grant, T0 + 10_000)
+
+    assert (worker.state, worker.epoch, worker.view_end_ms) == (State.OPENING, 8, T0 + 10_000)
+
+
+def test_a_refusal_of_a_leader_that_leads_no_more_says_nothing_about_the_session() -> None:
+    worker = open_worker()
+    worker.handle(RenewAnswered(worker.epoch, T0, Refused(Refusal.NOT_LEADING)), T0 + 1)
+    assert worker.state is State.OPEN
+
+    worker.handle(RenewAnswered(worker.epoch, T0, Refused(Refusal.OVER)), T0 + 2)
+    assert (worker.state, worker.epoch) == (State.OPENING, 8)
+
+
+def test_a_notice_that_overtakes_the_answer_to_the_open_waits_for_it() -> None:
+    worker = Worker(epoch=0)
+    worker.handle(Offering(2, OFFER), T0)
+    assert worker.handle(notice(worker, 1), T0 + 1) == []
+
+    assert only(opened(worker, T0 + 2), Start) == [Start(key(1), spec(), None)]
+
+
+def test_attempts_beyond_what_fits_wait_in_fence_order() -> None:
+    worker = open_worker()
+    assert only(worker.handle(notice(worker, 3, 2, 1), T0 + 1), Start) == [Start(key(1), spec(), None)]
+
+    assert only(worker.handle(AttemptEnded(key(1), OK), T0 + 2), Start) == [Start(key(2), spec(), None)]
+
+
+def test_an_attempt_is_obeyed_once_over_all_epochs() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1), T0)
+    [report] = only(worker.handle(AttemptEnded(key(1), OK), T0 + 1), Propose)
+    worker.handle(Proposed(report.command, None), T0 + 2)
+    worker.handle(None, T0 + 10_000)
+    [report] = only(opened(worker, T0 + 10_001, 1), Propose)
+    worker.handle(Proposed(report.command, Reported()), T0 + 10_002)
+    assert worker.attempts.listing() == ()
+
+    assert only(worker.handle(notice(worker, 1), T0 + 10_003), Start) == []
+
+
+def test_an_unanswered_report_is_sent_again_unchanged_and_the_next_one_waits() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, 2), T0)
+    [first] = only(worker.handle(AttemptEnded(key(1), OK), T0 + 1), Propose)
+    assert first.command == Report(7, 1, (Ended(key(1), OK),))
+    assert only(worker.handle(AttemptEnded(key(2), OK), T0 + 2), Propose) == []
+
+    worker.handle(Proposed(first.command, None), T0 + 3)
+    assert only(worker.handle(None, T0 + 300), Propose) == [first]
+    [second] = only(worker.handle(Proposed(first.command, Reported()), T0 + 301), Propose)
+
+    assert second.command == Report(7, 2, (Ended(key(2), OK),))
+    assert worker.attempts.listing() == (key(2),)
+
+
+def test_what_the_opens_answer_does_not_name_is_seen_dead_before_anything_starts() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, 2), T0)
+    [lapse] = only(worker.handle(None, T0 + 10_000), Open)
+    assert lapse.command.held == (key(1), key(2))
+
+    effects = opened(worker, T0 + 10_001, 2)
+    assert only(effects, Stop) == [Stop(key(1), EndReason.LOST)]
+    assert only(effects, Start) == []
+    assert only(worker.handle(notice(worker, 5), T0 + 10_002), Start) == []
+
+    assert only(worker.handle(AttemptEnded(key(1), OK), T0 + 12_000), Start) == [Start(key(2), spec(), None)]
+    assert worker.attempts.listing() == (key(2), key(5))
+
+
+def test_after_a_list_no_lease_up_to_its_fence_is_obeyed() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 4), T0)
+    [listed] = only(worker.handle(RenewAnswered(7, T0, Granted(list_fence=9)), T0 + 1), Propose)
+    assert listed.command == Reconcile(7, 9, (key(4),))
+
+    worker.handle(notice(worker, 9, 10), T0 + 2)
+
+    assert worker.attempts.listing() == (key(4), key(10))
+
+
+@pytest.mark.parametrize(
+    ("job", "allowance_ms"),
+    [
+        (spec(OnLost.RERUN, 45_000), 15_000),
+        (spec(OnLost.RERUN, 5_000), 0),
+        (spec(OnLost.FAIL), 0),
+        (spec(OnLost.RERUN), None),
+        (spec(OnLost.RERUN, 0), None),
+        (spec(OnLost.WAIT, 45_000), None),
+    ],
+)
+def test_a_cut_off_attempt_is_stopped_when_its_job_says_so(job: JobSpec, allowance_ms: int | None) -> None:
+    worker = open_worker()
+    [start] = only(worker.handle(notice(worker, 1, of=job), T0), Start)
+    deadline_ms = None if allowance_ms is None else T0 + 10_000 + allowance_ms
+    assert start.leash_ms == deadline_ms
+
+    stops = {}
+    for at_ms in range(T0, T0 + 60_000, 500):
+        for stop in only(worker.handle(None, at_ms), Stop):
+            stops[at_ms] = stop
+
+    expected = {} if deadline_ms is None else {deadline_ms: Stop(key(1), EndReason.LOST)}
+    assert stops == expected
+
+
+def test_a_granted_renewal_moves_the_leash_of_what_runs() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, of=spec(OnLost.FAIL)), T0)
+
+    effects = worker.handle(RenewAnswered(7, T0 + 2_000, Granted()), T0 + 2_001)
+
+    assert only(effects, MoveLeash) == [MoveLeash(key(1), T0 + 12_000)]
+
+
+def test_what_it_stopped_by_itself_stays_listed_as_lost() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, of=spec(OnLost.FAIL)), T0)
+    worker.handle(None, T0 + 10_000)
+    lost = Outcome(EndReason.LOST)
+    worker.handle(AttemptEnded(key(1), lost), T0 + 11_000)
+    assert worker.attempts.listing() == (key(1),)
+
+    [report] = only(opened(worker, T0 + 12_000, 1), Propose)
+
+    assert report.command == Report(8, 1, (Ended(key(1), lost),))
+
+
+def test_a_cancelled_attempt_is_stopped_or_ends_before_it_starts() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, 2), T0)
+
+    assert only(worker.handle(stop_notice(worker, 1), T0), Stop) == [Stop(key(1), EndReason.CANCELLED)]
+    [report] = only(worker.handle(stop_notice(worker, 2), T0), Propose)
+    assert [ended.outcome.reason for ended in report.command.ended] == [EndReason.CANCELLED]
+
+
+def test_a_lease_notice_that_comes_after_its_stop_is_not_obeyed() -> None:
+    worker = open_worker()
+    worker.handle(stop_notice(worker, 1), T0)
+
+    assert only(worker.handle(notice(worker, 1), T0), Start) == []
+
+
+def test_handing_over_stops_what_runs_and_gives_back_what_never_started() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, 2), T0)
+
+    assert only(worker.handle(HandOver(), T0), Stop) == [Stop(key(1), EndReason.LOST)]
+    assert worker.attempts.listing() == (key(1),)
+
+
+def test_a_drained_node_claims_no_slots_and_lets_its_work_end() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1), T0)
+
+    [claim] = only(worker.handle(Offering(0, OFFER), T0), Propose)
+
+    assert (claim.command.seq, claim.command.slots) == (1, 0)
+    assert worker.attempts.listing() == (key(1),)
+
+
+def test_a_backends_impossible_outcome_becomes_one_that_the_log_takes() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1), T0)
+
+    [report] = only(worker.handle(AttemptEnded(key(1), Outcome(EndReason.EXIT, message="x" * 3000)), T0), Propose)
+
+    assert report.command.ended[0].outcome.reason is EndReason.BACKEND
+
+
+def test_its_timer_is_never_in_the_past() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, 2, of=spec(OnLost.FAIL)), T0)
+    now_ms = T0
+    for _ in range(200):
+        timer_ms = worker.next_timer_ms()
+        assert timer_ms is not None and timer_ms > now_ms
+        now_ms = timer_ms
+        worker.handle(None, now_ms)
