@@ -155,6 +155,11 @@ class Node:
         holders = await self._replicator.ensure([ref], replicas, timeout_s=REPLICATE_S)
         return BlobView(ref.hash, ref.size, tuple(sorted(holders)))
 
+    async def put_many(self, datas: Sequence[bytes], *, replicas: int) -> Sequence[BlobRef]:
+        refs = await self._store.put_many(datas)
+        await self.ensure_blobs(refs, replicas=replicas)
+        return refs
+
     async def ensure_blobs(self, refs: Sequence[BlobRef], *, replicas: int) -> None:
         if refs:
             await self._replicator.ensure(refs, replicas, timeout_s=REPLICATE_S)

@@ -79,6 +79,10 @@ class Face(Protocol):
         """On `min(replicas, nodes)` disks, fsynced, when it returns; `holders` says which. Raises Busy (disk full)."""
         ...
 
+    async def put_many(self, datas: Sequence[bytes], *, replicas: int) -> Sequence[BlobRef]:
+        """As `put_blob`, for many small ones together, in their order."""
+        ...
+
     async def ensure_blobs(self, refs: Sequence[BlobRef], *, replicas: int) -> None:
         """Each of these is on `min(replicas, nodes)` disks, fsynced, when this returns (protocol.md 6).
 

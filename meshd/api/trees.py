@@ -17,15 +17,18 @@ from starlette.requests import ClientDisconnect
 
 from meshd.api.endpoint import Call, Endpoint, Rights
 from meshd.api.face import Face
-from meshd.api.references import TREE_FILES_MAX, describe_tree, once, size_of, store_tree
+from meshd.api.references import TREE_FILES_MAX, describe_tree, size_of, store_tree
 from meshd.api.streams import ByteStream
 from meshd.errors import InvalidRequest, MeshError, TooLarge
 from meshd.model import INLINE_BYTES_MAX, BlobRef, Content, Inline, Tree, TreeEntry, TreeRef
 from meshd.spec import check_path
 
 PIECE_BYTES = 1 << 20
-PUTS_AT_ONCE = 8
-"""Files of one upload that are being stored and copied at a time: copying waits on other nodes, not on this one."""
+BATCH_BYTES = 1 << 20
+BATCH_FILES = 128
+"""Small files of one upload that are stored, synced and copied to other nodes together: one by one, each would cost a
+sync on two disks and a round trip."""
+BATCHES_AT_ONCE = 4
 TAR = "application/x-tar"
 
 _PARSERS = trio.CapacityLimiter(4)
@@ -65,12 +68,15 @@ class _Upload:
         self._rest = b""
         self._entries: dict[str, TreeEntry] = {}
         self._failure: MeshError | None = None
-        self._room = trio.CapacityLimiter(PUTS_AT_ONCE)
+        self._room = trio.Semaphore(BATCHES_AT_ONCE)
+        self._batch: list[tuple[str, bytes, bool]] = []
+        self._batch_bytes = 0
 
     async def run(self) -> list[TreeEntry]:
         async with trio.open_nursery() as self._nursery:
             try:
                 await trio.to_thread.run_sync(self._parse, limiter=_PARSERS)
+                await self._put_batch_soon()
             except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
                 self._fail(InvalidRequest(f"this is not a tar: {error}"))
             except ClientDisconnect:
@@ -129,17 +135,25 @@ class _Upload:
         return data
 
     async def _put_soon(self, path: str, data: bytes, is_executable: bool) -> None:
-        await self._room.acquire_on_behalf_of(path)
-        self._nursery.start_soon(self._put_small, path, data, is_executable)
+        self._batch.append((path, data, is_executable))
+        self._batch_bytes += len(data)
+        if self._batch_bytes >= BATCH_BYTES or len(self._batch) >= BATCH_FILES:
+            await self._put_batch_soon()
 
-    async def _put_small(self, path: str, data: bytes, is_executable: bool) -> None:
+    async def _put_batch_soon(self) -> None:
+        await self._room.acquire()
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        self._nursery.start_soon(self._put_batch, batch)
+
+    async def _put_batch(self, batch: list[tuple[str, bytes, bool]]) -> None:
         try:
-            view = await self._face.put_blob(once(data), replicas=self._replicas)
-            self._entries[path] = TreeEntry(path, BlobRef(view.hash, view.size), is_executable)
+            refs = await self._face.put_many([data for _, data, _ in batch], replicas=self._replicas)
+            for (path, _, is_executable), ref in zip(batch, refs, strict=True):
+                self._entries[path] = TreeEntry(path, ref, is_executable)
         except MeshError as error:
             self._fail(error)
         finally:
-            self._room.release_on_behalf_of(path)
+            self._room.release()
 
     async def _put_large(self, file: object) -> BlobRef:
         # The parser's thread is waiting for this very call, so another one may read from the file meanwhile;

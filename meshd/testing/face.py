@@ -158,6 +158,11 @@ class FakeFace:
         parts = [chunk async for chunk in chunks]
         return self.put(b"".join(parts))
 
+    async def put_many(self, datas: Sequence[bytes], *, replicas: int) -> Sequence[BlobRef]:
+        await trio.lowlevel.checkpoint()
+        views = [self.put(data) for data in datas]
+        return [BlobRef(view.hash, view.size) for view in views]
+
     async def ensure_blobs(self, refs: Sequence[BlobRef], *, replicas: int) -> None:
         await trio.lowlevel.checkpoint()
         for ref in refs:
