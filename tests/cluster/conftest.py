@@ -70,7 +70,9 @@ class Mesh(DevMesh):
         with self.client() as client:
             return names[str(eventually(lambda: client.cluster().leader, within_s=20))]
 
-    def cli(self, at: str, *arguments: str, stdin: bytes = b"", timeout_s: float = 60) -> subprocess.CompletedProcess[bytes]:
+    def cli(
+        self, at: str, *arguments: str, stdin: bytes = b"", timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[bytes]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("MESH_", "MESHD_"))}
         environment |= {"MESH_NODE": self.socket(at), "NO_COLOR": "1"}
         return subprocess.run(

@@ -29,7 +29,9 @@ def test_submit_at_each_node_read_at_each_node_by_http(mesh3, submitted_at):
     job = request(mesh3, submitted_at, "POST", "/v1/jobs", {"spec": spec})["id"]
     for read_at in NAMES:
         version = 0
-        while not (view := request(mesh3, read_at, "GET", f"/v1/jobs/{job}/wait?after={version}&timeout=10"))["is_final"]:
+        while not (view := request(mesh3, read_at, "GET", f"/v1/jobs/{job}/wait?after={version}&timeout=10"))[
+            "is_final"
+        ]:
             version = view["version"]
         assert view["state"] == "done" and view["counts"]["done"] == 1
         for stream in ("stdout", "stderr"):
@@ -53,7 +55,9 @@ def test_every_node_tells_the_same_story_of_the_mesh(mesh3):
 
 def test_output_is_followed_live_at_another_node(mesh3):
     with mesh3.client("node1") as one, mesh3.client("node2") as two:
-        job = one.submit({"run": {"args": ["sh", "-c", "echo first; sleep 30; echo second"]}, "timeout": {"run": "60s"}})
+        job = one.submit(
+            {"run": {"args": ["sh", "-c", "echo first; sleep 30; echo second"]}, "timeout": {"run": "60s"}}
+        )
         pieces = two.follow(job, streams=["stdout"])
         assert next(pieces).data == b"first\n", "seen while the job still runs"
         two.cancel(job)

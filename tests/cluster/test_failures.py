@@ -68,7 +68,12 @@ def test_kill_9_of_the_leader_mid_submission_loses_nothing_and_doubles_nothing(m
 def test_kill_9_of_all_agents_at_once_every_acknowledged_job_is_there_and_finishes(make_mesh):
     mesh = make_mesh("node1", "node2", "node3")
     with mesh.client() as client:
-        finished = client.submit({"run": {"args": ["sh", "-c", "head -c 20000 /dev/zero | tr '\\0' x > out.txt; echo done"]}, "outputs": ["out.txt"]})
+        finished = client.submit(
+            {
+                "run": {"args": ["sh", "-c", "head -c 20000 /dev/zero | tr '\\0' x > out.txt; echo done"]},
+                "outputs": ["out.txt"],
+            }
+        )
         assert client.wait(finished, timeout_s=30).state.value == "done"
         computed_by = client.task(finished).node or client.task(finished).outcome.holders[0]
         slow = client.submit({"run": {"args": ["sleep", "2"]}, "array": {"range": "1-6"}})
@@ -78,7 +83,7 @@ def test_kill_9_of_all_agents_at_once_every_acknowledged_job_is_there_and_finish
         mesh.agents[name].kill()
     for name in list(mesh.agents):
         mesh.agents[name].wait()
-    names = {name: node for name, node in _ids_on_disk(mesh).items()}
+    names = _ids_on_disk(mesh)
     gone = next(name for name, node in names.items() if node == computed_by)
     rest = [name for name in mesh.agents if name != gone]
     for name in rest:

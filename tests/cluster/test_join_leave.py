@@ -28,7 +28,13 @@ def test_a_node_joins_by_one_address_and_runs_a_job_within_10_s(make_mesh):
 def test_a_node_leaves_by_drain_and_remove_with_nothing_lost(make_mesh):
     mesh = make_mesh("node1", "node2", "node3")
     with mesh.client("node2", "node3") as client:
-        job = client.submit({"run": {"args": ["sh", "-c", "sleep 1; head -c 9000 /dev/zero > o"]}, "array": {"range": "1-9"}, "outputs": ["o"]})
+        job = client.submit(
+            {
+                "run": {"args": ["sh", "-c", "sleep 1; head -c 9000 /dev/zero > o"]},
+                "array": {"range": "1-9"},
+                "outputs": ["o"],
+            }
+        )
         eventually(lambda: client.node("node1").leased, within_s=20)
         drained = mesh.cli("node2", "node", "drain", "node1", timeout_s=90)
         assert drained.returncode == 0, drained.stderr.decode()
