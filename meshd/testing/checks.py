@@ -206,6 +206,9 @@ class Checks:
         self, commands: list[tuple[NodeId, AnyCommand]], answers: list[bytes], given: set[int]
     ) -> None:
         """No session is leased more than it claimed last, by the order in which it claimed."""
+        before = (
+            self._claimed.copy()
+        )  # commands ahead of a smaller claim in the same entry may still fill the larger one
         for (origin, command), data in zip(commands, answers, strict=True):
             is_refused = isinstance(codec.decode(data, AnyAnswer), Rejected)
             if isinstance(command, OpenSession) and not is_refused:
@@ -215,7 +218,7 @@ class Checks:
                 self._claimed[origin, command.epoch] = max(last, (command.seq, command.slots))
         for node, epoch in self.oracle.sessions_live():
             leases = self.oracle.leases_of(node, epoch)
-            slots = self._claimed[node, epoch][1]
+            slots = max(self._claimed[node, epoch][1], before.get((node, epoch), (0, 0))[1])
             if len(leases) > slots and any(key.fence in given for key in leases):
                 self.breach("leases fit the slots", f"{len(leases)} leases in {slots} slots of {node}")
 
