@@ -165,8 +165,7 @@ class Spawned:
 
         The peak contains the spawner's own size from before exec, so a limit below that tells nothing.
         """
-        own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return peak_bytes > own_bytes and peak_bytes >= memory // 8 * 7
+        return peak_bytes > _own_peak_bytes() and peak_bytes >= memory // 8 * 7
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
@@ -285,3 +284,12 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _own_peak_bytes() -> int:
+    """Of this process image alone: getrusage would count the agent's size too, from before this program was executed."""
+    with open("/proc/self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
