@@ -94,6 +94,8 @@ def run_dev(nodes: int, data_dir: Path | None) -> None:
 
     directory = data_dir or Path(tempfile.mkdtemp(prefix="meshd-dev-"))
     mesh = DevMesh(directory)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started it in the background
     try:
         mesh.start("node1")
         for number in range(2, nodes + 1):
