@@ -16,7 +16,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as package_version
@@ -26,7 +26,7 @@ import structlog
 import trio
 from msgspec.structs import replace
 
-from meshd import certificates, codec, tls
+from meshd import codec, tls
 from meshd.agent import Agent, AgentEvent, Tick
 from meshd.api import server as api_server
 from meshd.authority import Authority
@@ -39,44 +39,40 @@ from meshd.certificates import Greeting
 from meshd.config import Config, split_address
 from meshd.directory import JOIN_PROTOCOL, Directory
 from meshd.drain import Drain
-from meshd.errors import Busy, Conflict, InvalidRequest, MeshError, NotAllowed, StartRefused
+from meshd.errors import Busy, Conflict, MeshError, NotAllowed, StartRefused
 from meshd.executor import Executor
+from meshd.founding import JOIN_S, found_mesh, join_mesh
 from meshd.gossip.membership import State
 from meshd.gossip.service import GossipService
 from meshd.greetings import DOUBLE, Greetings
 from meshd.home import Counters, Home, KnownPeer, MeshFile
 from meshd.invites import Invite
-from meshd.join import JoinDesk, JoinRequest, knock
+from meshd.join import JoinDesk, JoinRequest
 from meshd.keeper import Applied, Keeper, PeerGone
 from meshd.logs import LogDesk, LogReader
 from meshd.model import BackendProbe, Member, NodeId, Offer, Role
+from meshd.neighbours import LEADER_FACT, Neighbours
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
 from meshd.node import Node
 from meshd.offer import make_offer, slots
 from meshd.ports import BackendSettings, ProposeResult
-from meshd.raft.commands import Event, Found, MembersChanged, UpdateMember
+from meshd.raft.commands import Event, Found, MembersChanged
 from meshd.raft.engine import RaftSettings
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
 from meshd.shell import Shell
+from meshd.upkeep import Upkeep, find_member
 from meshd.views import GetMembers, MembersView
 from meshd.worker import HandOver, Offering, Worker
 
-JOIN_S = 20.0
 GREETED_MAX = 16
 """Members greeted at the start; the rest when there is something to say."""
 HELLO_S = 12.0
 """How long a refusal as a double is tried again: a peer notices within 10 s that an older start of ours is gone."""
-REFRESH_S = 1.0
-"""How often a node without a replica looks whether gossip announces a change of members …"""
-REFRESH_S_MAX = 30.0
-"""… and how often it asks regardless."""
-SAVE_EVERY_S = 2.0
-"""peers.json is a hint: not written more often than this."""
 STOP_S = 5.0
 """For handing back what runs, when the agent is asked to stop."""
 
@@ -127,7 +123,7 @@ async def run(
                     f"{home.path} belongs to no mesh yet",
                     hint="found one with `meshd up`, or join: `meshd up --join INVITE`",
                 )
-            mesh_file = await trio.to_thread.run_sync(_found, home, key, name, config.roles)
+            mesh_file = await trio.to_thread.run_sync(found_mesh, home, key, name, config.roles)
             is_founded = True
         elif mesh_file is None:
             assert invite is not None
@@ -147,29 +143,9 @@ async def run(
         home.close()
 
 
-def _found(home: Home, key: KeyPair, name: str, roles: tuple[Role, ...]) -> MeshFile:
-    """A new mesh: its key first, mesh.json last, so that a start in between founds again from the same key."""
-    if Role.SERVER not in roles:
-        raise StartRefused("the founder of a mesh is a server", hint="add --role server")
-    mesh_key = KeyPair.load_or_create(home.mesh_key)
-    mesh = certificates.mesh_id(mesh_key.public_bytes)
-    mesh_file = MeshFile(
-        mesh=mesh,
-        public_key=mesh_key.public_bytes.hex(),
-        ca_pem=tls.make_authority(mesh_key.private, mesh),
-        certificate=certificates.certify(mesh_key.sign, mesh, key.node_id, roles, 1),
-        name=name,
-        is_founder=True,
-    )
-    home.write_mesh(mesh_file)
-    return mesh_file
-
-
 async def _join(home: Home, key: KeyPair, name: str, config: Config, invite: Invite) -> MeshFile:
-    """Knock with a transport that only dials; what listens starts afterwards, as a member."""
-    transport = Libp2pTransport(
-        key, listen=["/ip4/127.0.0.1/tcp/0"], gate=lambda peer, protocol: False, book=lambda peer: (), events=_Deaf()
-    )
+    """Through a transport that only dials; the one that listens starts afterwards, as a member's."""
+    transport = Libp2pTransport(key, [], gate=lambda peer, protocol: False, book=lambda peer: (), events=_Deaf())
     request = JoinRequest(
         mesh=invite.mesh,
         secret=invite.secret,
@@ -180,23 +156,7 @@ async def _join(home: Home, key: KeyPair, name: str, config: Config, invite: Inv
         wall_ms=wall_ms(),
     )
     async with _serving(transport.serve):
-        welcome = await knock(transport, invite, request, timeout_s=JOIN_S)
-    if certificates.mesh_id(welcome.public_key) != invite.mesh:
-        raise NotAllowed("who answered is not of the mesh that the invite names")
-    certificates.check(welcome.certificate, invite.mesh, welcome.public_key, key.node_id, verify)
-    if abs(offset_ms := welcome.wall_ms - wall_ms()) > 5000:
-        log.warning("clock.off", seconds=round(offset_ms / 1000, 1), against="the member that let us in")
-    mesh_file = MeshFile(
-        mesh=invite.mesh,
-        public_key=welcome.public_key.hex(),
-        ca_pem=welcome.ca_pem,
-        certificate=welcome.certificate,
-        name=name,
-    )
-    known = {peer.node: peer for peer in welcome.members}
-    home.write_peers(tuple(known[node] for node in sorted(known) if node != key.node_id))
-    home.write_mesh(mesh_file)
-    return mesh_file
+        return await join_mesh(home, key, invite, request, transport)
 
 
 class _Deaf:
@@ -238,14 +198,13 @@ class _Daemon:
         self.server_log: ServerLog | None = None
         self.stop = stop
         self.was_removed = False
-        self.peers_changed = trio.Event()
 
     async def run(self, is_founded: bool, task_status: trio.TaskStatus[Started]) -> None:
         counters = self.home.counters()
         self.counters = replace(counters, starts=counters.starts + 1)
         await trio.to_thread.run_sync(self.home.write_counters, self.counters)
         self.directory = Directory(self.me, self.mesh, self.public_key, verify, self.home.peers())
-        self.directory.on_change = self._directory_changed
+        self.neighbours = Neighbours(self.me, self.directory)
         async with trio.open_nursery() as self.work:
             async with AsyncExitStack() as stages:
                 task_status.started(await self._start(stages, is_founded))
@@ -265,11 +224,7 @@ class _Daemon:
         await self._start_blobs(stages)
         await self._start_work(stages)
         api_port = await self._start_api(stages)
-        self.work.start_soon(self._keep_members_fresh)
-        self.work.start_soon(self._keep_peers_saved)
-        self.work.start_soon(self._tell_about_self)
-        if self.has_log and not self.authority.holds_key:
-            self.work.start_soon(self._obtain_key)
+        await stages.enter_async_context(_serving(self.upkeep.serve))
         return Started(
             self.me, self.mesh_file.name, self.mesh, is_founded, tuple(self.addresses()), api_port, self.node
         )
@@ -347,7 +302,7 @@ class _Daemon:
             self.replica = Replica(self.server_log, machine, self._events_happened)
             self.replica.register(self.rpc)
             self.machine = machine
-        self.log = MeshLog(self.me, self.rpc, self._voters, self.replica)
+        self.log = MeshLog(self.me, self.rpc, self.neighbours.voters, self.replica)
         self.authority = Authority(
             home=self.home,
             me=self.me,
@@ -356,7 +311,7 @@ class _Daemon:
             ca_pem=self.mesh_file.ca_pem,
             rpc=self.rpc,
             servers=self.directory.servers,
-            find_member=self._find_member,
+            find_member=lambda node: find_member(self.log, node),
         )
         desk = JoinDesk(
             mesh=self.mesh,
@@ -406,7 +361,21 @@ class _Daemon:
             on_change=self._liveness_changed,
         )
         self.gossip.set_members(self.directory.members())
+        self.neighbours.gossip = self.gossip
         await stages.enter_async_context(_serving(self.gossip.serve))
+        self.upkeep = Upkeep(
+            me=self.me,
+            home=self.home,
+            directory=self.directory,
+            neighbours=self.neighbours,
+            gossip=self.gossip,
+            mesh_log=self.log,
+            authority=self.authority,
+            about_me=lambda: (self.mesh_file.name, self.addresses(), self.api_address),
+            members_known=self._members_known,
+            needs_key=self.has_log and not self.authority.holds_key,
+        )
+        self.directory.on_change = self._directory_changed
 
     async def _start_blobs(self, stages: AsyncExitStack) -> None:
         assert self.gossip is not None
@@ -417,7 +386,7 @@ class _Daemon:
         self.store.on_change(self._blob_changed)
         self.fetcher = Fetcher(self.transport, self.rpc, self.store, gossip.holders)
         BlobServer(self.transport, self.rpc, self.store, may_remove=self.is_server)
-        self.replicator = Replicator(self.rpc, self.store, self.fetcher, self._replica_peers)
+        self.replicator = Replicator(self.rpc, self.store, self.fetcher, self.neighbours.takers)
 
     async def _start_work(self, stages: AsyncExitStack) -> None:
         probes: Sequence[BackendProbe] = ()
@@ -467,8 +436,7 @@ class _Daemon:
         )
         await stages.enter_async_context(_serving(self.shell.serve))
         self.shell.feed(Tick(self.leading_term()))
-        if self.is_worker:
-            self.shell.feed(Offering(slots(self.config), self.offer))
+        self._serve_or_drain()
 
     async def _start_api(self, stages: AsyncExitStack) -> int | None:
         assert self.gossip is not None
@@ -542,10 +510,6 @@ class _Daemon:
     def _myself_as_peer(self) -> KnownPeer:
         return KnownPeer(self.me, self.mesh_file.name, self.addresses(), self.api_address, self.mesh_file.certificate)
 
-    async def _find_member(self, node: NodeId) -> Member | None:
-        view = await self.log.query(GetMembers(), MembersView, timeout_s=5)
-        return next((row.member for row in view.members if row.member.node == node), None)
-
     async def _propose_once(self, command: bytes) -> ProposeResult:
         return await self.log.propose_once(command, timeout_s=5)
 
@@ -567,49 +531,14 @@ class _Daemon:
     def leader(self) -> NodeId | None:
         if self.server_log is not None and self.server_log.is_voter:
             return self.server_log.leader
-        voters = self._voters()
+        voters = self.neighbours.voters()
         return voters[0] if voters else None
 
     def voters(self) -> Sequence[NodeId]:
-        return self._voters()
+        return self.neighbours.voters()
 
     def is_server(self, node: NodeId) -> bool:
         return node == self.me or self.directory.has_role(node, Role.SERVER)
-
-    def _voters(self) -> list[NodeId]:
-        """Other servers, the likely leader first and the dead last: any voter will do, some answer sooner."""
-        servers = list(self.directory.servers())
-        if self.gossip is None:
-            return servers
-        leaders = self._told_numbers("leader")
-        health = self.gossip.liveness()
-
-        def rank(node: NodeId) -> tuple[bool, int]:
-            is_dead = node in health and health[node].state is State.DEAD
-            return is_dead, -leaders.get(node, -1)
-
-        return sorted(servers, key=rank)
-
-    def _told_numbers(self, key: str) -> dict[NodeId, int]:
-        """What members say of themselves under this key; a fact is authentic, but may still be nonsense."""
-        assert self.gossip is not None
-        found: dict[NodeId, int] = {}
-        for (node, name), value in self.gossip.facts(key).items():
-            try:
-                if name == key:
-                    found[node] = codec.decode(value, int)
-            except InvalidRequest:
-                continue
-        return found
-
-    def _replica_peers(self) -> Sequence[NodeId]:
-        """Who may take copies of blobs: everybody that is thought alive and stays."""
-        health = self.gossip.liveness() if self.gossip is not None else {}
-        return tuple(
-            node
-            for node in self.directory.members()
-            if not self.directory.is_draining(node) and (node not in health or health[node].state is not State.DEAD)
-        )
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -629,7 +558,7 @@ class _Daemon:
     def _leadership_changed(self, is_leader: bool) -> None:
         log.info("raft.leading" if is_leader else "raft.following", term=self.server_log.term if self.server_log else 0)
         if is_leader and self.gossip is not None and self.server_log is not None:
-            self.gossip.publish("leader", codec.encode(self.server_log.term))
+            self.gossip.publish(LEADER_FACT, codec.encode(self.server_log.term))
         self._feed(Tick(self.leading_term()))
 
     def _members_known(self, view: MembersView) -> None:
@@ -642,10 +571,14 @@ class _Daemon:
         if mine is not None and mine.is_draining != self.is_draining:
             self.is_draining = mine.is_draining
             log.info("node.draining" if self.is_draining else "node.in_service")
-            if self.is_worker:
-                self._feed(Offering(0 if self.is_draining else slots(self.config), self.offer))
-            if self.is_draining and self.shell is not None:
-                self.work.start_soon(self.drains.move_out)
+            if self.shell is not None:
+                self._serve_or_drain()
+
+    def _serve_or_drain(self) -> None:
+        if self.is_worker:
+            self._feed(Offering(0 if self.is_draining else slots(self.config), self.offer))
+        if self.is_draining:
+            self.work.start_soon(self.drains.move_out)
 
     def _liveness_changed(self, node: NodeId, state: State) -> None:
         log.info("node." + state.value, node=node, name=self.directory.name(node))
@@ -660,7 +593,7 @@ class _Daemon:
             return  # more blobs than gossip tells of: whoever wants this one asks around
 
     def _directory_changed(self) -> None:
-        self.peers_changed.set()
+        self.upkeep.peers_changed()
         if self.gossip is not None:
             self.gossip.set_members(self.directory.members())
 
@@ -675,71 +608,6 @@ class _Daemon:
     def _leave_lead(self) -> None:
         if self.server_log is not None and self.server_log.leads():
             self.work.start_soon(self.server_log.hand_over)
-
-    # --- kept up in the background -----------------------------------------------------------------------------------
-
-    async def _keep_members_fresh(self) -> None:
-        """Voters see changes as they apply them and announce the position; the others then ask."""
-        assert self.gossip is not None
-        announced = -1
-        asked_at = float("-inf")
-        while True:
-            if self.log.local is not None:
-                if self.directory.position != announced:
-                    announced = self.directory.position
-                    self.gossip.publish("members", codec.encode(announced))
-            else:
-                newest = max(self._told_numbers("members").values(), default=0)
-                is_due = trio.current_time() - asked_at > REFRESH_S_MAX
-                if newest > self.directory.position or is_due or self.directory.position == 0:
-                    try:
-                        self._members_known(await self.log.query(GetMembers(), MembersView, timeout_s=5))
-                        asked_at = trio.current_time()
-                    except MeshError as error:
-                        log.info("members.not_refreshed", error=str(error))
-            self._learn_addresses()
-            await trio.sleep(REFRESH_S)
-
-    def _learn_addresses(self) -> None:
-        """Where members say that they are now: a node that moved is found by all as soon as one has heard of it."""
-        assert self.gossip is not None
-        for (node, key), value in self.gossip.facts("addr").items():
-            if key == "addr" and node != self.me:
-                with suppress(InvalidRequest):
-                    addresses, api_address = codec.decode(value, tuple[tuple[str, ...], str])
-                    self.directory.learn_addresses(node, addresses[:8], api_address[:256])
-
-    async def _keep_peers_saved(self) -> None:
-        while True:
-            await self.peers_changed.wait()
-            self.peers_changed = trio.Event()
-            await trio.to_thread.run_sync(self.home.write_peers, self.directory.peers())
-            await trio.sleep(SAVE_EVERY_S)
-
-    async def _tell_about_self(self) -> None:
-        """Tell the mesh where this node is now, when that is not what the state says."""
-        assert self.gossip is not None
-        self.gossip.publish("addr", codec.encode((self.addresses(), self.api_address)))
-        while True:
-            try:
-                member = await self._find_member(self.me)
-                told = (self.mesh_file.name, self.addresses(), self.api_address)
-                if member is not None and (member.name, member.addresses, member.api_address) != told:
-                    await self.log.propose(UpdateMember(*told), timeout_s=10)
-                return
-            except MeshError as error:
-                log.info("node.not_told", error=str(error))
-                await trio.sleep(1)
-
-    async def _obtain_key(self) -> None:
-        while True:
-            try:
-                await self.authority.obtain_key()
-                log.info("mesh.key_obtained")
-                return
-            except MeshError as error:
-                log.info("mesh.key_not_obtained", error=str(error))
-                await trio.sleep(1)
 
     async def _hand_back(self) -> None:
         """Asked to stop: lead no more, stop what runs and report it, so that others go on at once."""

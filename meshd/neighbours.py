@@ -1,0 +1,62 @@
+"""Whom to turn to: voters by what they say of themselves, nodes that may take copies, where members are now.
+
+Advice only, from gossip and the directory: a wrong answer costs a detour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from meshd import codec
+from meshd.directory import Directory
+from meshd.errors import InvalidRequest
+from meshd.gossip.membership import State
+from meshd.gossip.service import GossipService
+from meshd.model import NodeId
+
+LEADER_FACT = "leader"
+"""Published by a server as it begins to lead: its term."""
+MEMBERS_FACT = "members"
+"""Published by voters: the log position of the newest change of members."""
+ADDRESS_FACT = "addr"
+"""Published by everybody: addresses of peers' port and API."""
+
+
+class Neighbours:
+    def __init__(self, me: NodeId, directory: Directory, gossip: GossipService | None = None) -> None:
+        self._me = me
+        self._directory = directory
+        self.gossip = gossip
+        """None until it runs; then nobody is known to be dead."""
+
+    def voters(self) -> list[NodeId]:
+        """Other servers, the likely leader first and the dead last: any voter will do, some answer sooner."""
+        terms = self.told_numbers(LEADER_FACT)
+        return sorted(self._directory.servers(), key=lambda node: (self._is_dead(node), -terms.get(node, -1)))
+
+    def takers(self) -> Sequence[NodeId]:
+        """Who may take copies of blobs: everybody that is thought alive and stays."""
+        members = self._directory.members()
+        return tuple(node for node in members if not self._directory.is_draining(node) and not self._is_dead(node))
+
+    def told_numbers(self, key: str) -> dict[NodeId, int]:
+        """What members say of themselves under this key; a fact is authentic, but may still be nonsense."""
+        found: dict[NodeId, int] = {}
+        for (node, name), value in (self.gossip.facts(key) if self.gossip else {}).items():
+            with suppress(InvalidRequest):
+                if name == key:
+                    found[node] = codec.decode(value, int)
+        return found
+
+    def learn_addresses(self) -> None:
+        """A node that moved is found by all as soon as one has heard of it."""
+        for (node, key), value in (self.gossip.facts(ADDRESS_FACT) if self.gossip else {}).items():
+            if key == ADDRESS_FACT and node != self._me:
+                with suppress(InvalidRequest):
+                    addresses, api_address = codec.decode(value, tuple[tuple[str, ...], str])
+                    self._directory.learn_addresses(node, addresses[:8], api_address[:256])
+
+    def _is_dead(self, node: NodeId) -> bool:
+        health = self.gossip.health(node) if self.gossip else None
+        return health is not None and health.state is State.DEAD

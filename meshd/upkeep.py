@@ -1,0 +1,134 @@
+"""What a node keeps up in the background: its list of members, what the others know of it, the mesh's key.
+
+Voters see members change as they apply it and announce the log position by gossip; the
+others ask a voter when they hear of a newer one, and now and then regardless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+import trio
+
+from meshd import codec
+from meshd.authority import Authority
+from meshd.directory import Directory
+from meshd.errors import MeshError
+from meshd.gossip.service import GossipService
+from meshd.home import Home
+from meshd.model import Member, NodeId
+from meshd.neighbours import ADDRESS_FACT, MEMBERS_FACT, Neighbours
+from meshd.raft.commands import UpdateMember
+from meshd.raft.remote import MeshLog
+from meshd.views import GetMembers, MembersView
+
+REFRESH_S = 1.0
+"""How often a node without a replica looks whether gossip announces a change of members …"""
+REFRESH_S_MAX = 30.0
+"""… and how often it asks regardless."""
+SAVE_EVERY_S = 2.0
+"""peers.json is a hint: not written more often than this."""
+AGAIN_S = 1.0
+
+log = structlog.get_logger()
+
+
+class Upkeep:
+    """`about_me` is (name, addresses, API address) as of now; `members_known` hears what was learned from a voter."""
+
+    def __init__(
+        self,
+        *,
+        me: NodeId,
+        home: Home,
+        directory: Directory,
+        neighbours: Neighbours,
+        gossip: GossipService,
+        mesh_log: MeshLog,
+        authority: Authority,
+        about_me: Callable[[], tuple[str, tuple[str, ...], str]],
+        members_known: Callable[[MembersView], None],
+        needs_key: bool,
+    ) -> None:
+        self._me = me
+        self._home = home
+        self._directory = directory
+        self._neighbours = neighbours
+        self._gossip = gossip
+        self._log = mesh_log
+        self._authority = authority
+        self._about_me = about_me
+        self._members_known = members_known
+        self._needs_key = needs_key
+        self._peers_changed = trio.Event()
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_members_fresh)
+            nursery.start_soon(self._keep_peers_saved)
+            nursery.start_soon(self._tell_about_me)
+            if self._needs_key:
+                nursery.start_soon(self._obtain_key)
+            task_status.started()
+
+    def peers_changed(self) -> None:
+        self._peers_changed.set()
+
+    async def _keep_members_fresh(self) -> None:
+        announced = -1
+        asked_at = float("-inf")
+        while True:
+            if self._log.local is not None:
+                if self._directory.position != announced:
+                    announced = self._directory.position
+                    self._gossip.publish(MEMBERS_FACT, codec.encode(announced))
+            else:
+                newest = max(self._neighbours.told_numbers(MEMBERS_FACT).values(), default=0)
+                is_due = trio.current_time() - asked_at > REFRESH_S_MAX
+                if newest > self._directory.position or is_due or self._directory.position == 0:
+                    try:
+                        self._members_known(await self._log.query(GetMembers(), MembersView, timeout_s=5))
+                        asked_at = trio.current_time()
+                    except MeshError as error:
+                        log.info("members.not_refreshed", error=str(error))
+            self._neighbours.learn_addresses()
+            await trio.sleep(REFRESH_S)
+
+    async def _keep_peers_saved(self) -> None:
+        while True:
+            await self._peers_changed.wait()
+            self._peers_changed = trio.Event()
+            await trio.to_thread.run_sync(self._home.write_peers, self._directory.peers())
+            await trio.sleep(SAVE_EVERY_S)
+
+    async def _tell_about_me(self) -> None:
+        """Tell the mesh where this node is now: by gossip at once, in the state when that says otherwise."""
+        name, addresses, api_address = self._about_me()
+        self._gossip.publish(ADDRESS_FACT, codec.encode((addresses, api_address)))
+        while True:
+            try:
+                member = await find_member(self._log, self._me)
+                told = (name, addresses, api_address)
+                if member is not None and (member.name, member.addresses, member.api_address) != told:
+                    await self._log.propose(UpdateMember(*told), timeout_s=10)
+                return
+            except MeshError as error:
+                log.info("node.not_told", error=str(error))
+                await trio.sleep(AGAIN_S)
+
+    async def _obtain_key(self) -> None:
+        while True:
+            try:
+                await self._authority.obtain_key()
+                log.info("mesh.key_obtained")
+                return
+            except MeshError as error:
+                log.info("mesh.key_not_obtained", error=str(error))
+                await trio.sleep(AGAIN_S)
+
+
+async def find_member(mesh_log: MeshLog, node: NodeId) -> Member | None:
+    """From the replicated state, after the read barrier. Raises Unavailable."""
+    view = await mesh_log.query(GetMembers(), MembersView, timeout_s=5)
+    return next((row.member for row in view.members if row.member.node == node), None)
