@@ -23,7 +23,7 @@ from meshd import codec
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
-from meshd.errors import InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
+from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
 from meshd.model import (
     INLINE_BYTES_MAX,
     AttemptKey,
@@ -114,7 +114,14 @@ class Executor:
         backend = self._choose(spec)
         workdir = directory / "work"
         await trio.to_thread.run_sync(_prepare, directory, workdir)
-        item = await self._lay_inputs(workdir, key, spec)
+        try:
+            item = await self._lay_inputs(workdir, key, spec)
+        except Corrupt as error:
+            # The bad copy was put aside; whoever else has it still has it right.
+            log.warning("input.corrupt", job=key.job, task=key.task, error=str(error))
+            await trio.to_thread.run_sync(_remove, directory)
+            await trio.to_thread.run_sync(_prepare, directory, workdir)
+            item = await self._lay_inputs(workdir, key, spec)
         execution = await self._execution(directory, workdir, key, spec, item, leash)
         outcome = await backend.run(execution)
         outcome = await self._collect(outcome, workdir, spec)

@@ -179,9 +179,13 @@ class Shell:
     async def _do_propose(self, command: AnyCommand) -> None:
         answer: AnyAnswer | None = None
         with trio.move_on_after(PROPOSE_S):
-            result = await self._propose(codec.encode(command))
-            if isinstance(result, Committed):
-                answer = codec.decode(result.answer, AnyAnswer)
+            try:
+                result = await self._propose(codec.encode(command))
+                if isinstance(result, Committed):
+                    answer = codec.decode(result.answer, AnyAnswer)
+            except MeshError as error:
+                # Refused before it was proposed: the agent hears "not committed", as of any other failure.
+                log.warning("proposal.refused", command=type(command).__name__, error=str(error))
         self.feed(Proposed(command, answer))
 
     # --- renewals ----------------------------------------------------------------------------------------------------

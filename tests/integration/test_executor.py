@@ -195,3 +195,15 @@ async def test_the_time_limit_is_reported_as_such(tmp_path):
     async with node(tmp_path) as (executor, _store):
         outcome = await run(executor, shell("sleep 60", timeout=Timeout(run_ms=300)))
     assert outcome.reason is EndReason.TIMEOUT
+
+
+async def test_an_input_that_rotted_on_this_disk_is_put_aside_and_never_given_to_a_job(tmp_path):
+    async with node(tmp_path) as (executor, store):
+        ref = await store.put_bytes(b"a" * 100_000)
+        store.path(ref.hash).chmod(0o600)
+        store.path(ref.hash).write_bytes(b"b" * 100_000)
+        with trio.fail_after(30):
+            outcome = await run(executor, shell("cat in", inputs=(Input("in", ref),)))
+        # Nobody else has it here: the mesh could not do it, and the job is not to blame.
+        assert outcome.reason is EndReason.BACKEND and ref.hash in outcome.message
+        assert not store.has(ref.hash)
