@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from meshd.model import JobId
+
+_JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+
+def is_job_id(text: str) -> bool:
+    """A whole id, as `new_job_id` makes them: it stands for itself, while anything shorter has to be looked up."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def new_job_id(now_ms: int, random: bytes) -> JobId:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from meshd.errors import InvalidRequest, MeshError
+from meshd.ids import is_job_id
 from meshd.model import (
     INLINE_BYTES_MAX,
     TASKS_MAX,
@@ -364,6 +365,8 @@ def _name(value: object, path: str) -> str:
     text = _string(value, path)
     if not _NAME.fullmatch(text):
         raise InvalidRequest(f"{path}: {shorten(text)} is not a name", hint="letters, digits and . _ + @ -")
+    if is_job_id(text):
+        raise InvalidRequest(f"{path}: {shorten(text)} is not a name: it looks like the id of a job")
     return text
 
 

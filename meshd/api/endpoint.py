@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from meshd.api.face import Face
 from meshd.errors import InvalidRequest, TooLarge
+from meshd.ids import is_job_id
 from meshd.model import JobId
 from meshd.views import GetJob, JobView
 
@@ -89,7 +90,9 @@ class Call:
         return await self.face.query(GetJob(selector), JobView, timeout_s=QUERY_S)
 
     async def job_id(self) -> JobId:
-        return (await self.job()).id
+        """As `job`. A whole id is taken as it is, without a look at the queue: what is asked next says NotFound."""
+        selector = self.path("job")
+        return JobId(selector) if is_job_id(selector) else (await self.job()).id
 
     def task(self) -> int:
         text = self.path("task")

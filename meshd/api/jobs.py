@@ -154,7 +154,7 @@ async def explain(call: Call) -> Explanation:
 
 async def result(call: Call) -> ResultView:
     job = await call.job()
-    task = await _task(call, job, call.query(TaskQuery).task)
+    task = await _task(call, job.id, call.query(TaskQuery).task)
     if not task.state.is_final:
         raise Conflict(
             f"task {task.task} of job {job.id} has no result yet: it is {task.state}",
@@ -168,21 +168,21 @@ async def outputs(call: Call) -> TreeRef:
 
 
 async def show_task(call: Call) -> TaskView:
-    return await _task(call, await call.job(), call.task())
+    return await _task(call, await call.job_id(), call.task())
 
 
 async def logs(call: Call) -> EventStream | ByteStream:
     """Plain bytes of one stream; or, asked as text/event-stream, events `stdout` and `stderr` with offset and base64."""
     asked = call.query(LogQuery)
-    job, number = await call.job(), call.task()
-    await _task(call, job, number)
+    job, number = await call.job_id(), call.task()
     if "text/event-stream" in call.request.headers.get("accept", ""):
+        await _task(call, job, number)  # while an error can still be an answer of its own
         wanted: tuple[LogStream, ...] = ("stdout", "stderr") if asked.stream == "both" else (_log_stream(asked.stream),)
-        sources = [_log_events(call, job.id, number, stream, asked) for stream in wanted]
+        sources = [_log_events(call, job, number, stream, asked) for stream in wanted]
         return EventStream(*sources, farewell=format_event("end", {}))
     if asked.stream == "both":
         raise InvalidRequest("stream=both is served as events only", hint="ask with Accept: text/event-stream")
-    stream = call.face.follow_log(job.id, number, _log_stream(asked.stream), offset=asked.offset, follow=asked.follow)
+    stream = call.face.follow_log(job, number, _log_stream(asked.stream), offset=asked.offset, follow=asked.follow)
     return ByteStream(stream)
 
 
@@ -214,10 +214,10 @@ def _log_stream(text: str) -> LogStream:
     return "stderr" if text == "stderr" else "stdout"
 
 
-async def _task(call: Call, job: JobView, number: int) -> TaskView:
-    page = await call.face.query(ListTasks(job.id, (), number, number + 1, 1), TaskPage, timeout_s=QUERY_S)
+async def _task(call: Call, job: JobId, number: int) -> TaskView:
+    page = await call.face.query(ListTasks(job, (), number, number + 1, 1), TaskPage, timeout_s=QUERY_S)
     if not page.tasks:
-        raise NotFound(f"job {job.id} has no task {number}", hint=f"it has tasks 0 to {job.tasks - 1}")
+        raise NotFound(f"job {job} has no task {number}", hint=f"see `mesh job show {job}`")
     return page.tasks[0]
 
 

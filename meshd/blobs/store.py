@@ -77,6 +77,8 @@ class Store:
 
     async def put_many(self, datas: Sequence[bytes]) -> list[BlobRef]:
         """Many small ones in one thread call, durable when it returns. Raises Busy when the disk is full."""
+        if not datas:
+            return []
         return await self._run(self._disk.put_many, datas)
 
     async def put_file(self, path: Path) -> BlobRef:
@@ -113,6 +115,8 @@ class Store:
 
     async def get_many(self, refs: Sequence[BlobRef], *, bytes_max: int) -> list[bytes]:
         """Many small ones in one thread call, each verified; `bytes_max` is for each."""
+        if not refs:
+            return []
         return await self._run(lambda: [self._disk.get(ref, bytes_max=bytes_max) for ref in refs])
 
     async def open_verified(self, ref: BlobRef) -> AsyncGenerator[bytes, None]:

@@ -56,6 +56,8 @@ POLL_S = 30.0
 RECONNECTS_MAX = 20
 """In a row, without a byte in between, before a live stream is given up."""
 PAUSE_S = 0.5
+NEVER_REACHED = 2**53
+"""A version that no job comes to: only its end answers a wait for that."""
 
 Progress = Callable[[str, int, int], None]
 """(what, bytes done, bytes in all)"""
@@ -144,21 +146,21 @@ class Client:
         return self.wait(self.submit(document, base=base), timeout_s=timeout_s)
 
     def wait(
-        self, job: str, *, timeout_s: float | None = None, on_change: Callable[[JobView], None] = lambda view: None
+        self, job: str, *, timeout_s: float | None = None, on_change: Callable[[JobView], None] | None = None
     ) -> JobView:
         """The job when it has ended, well or not. Raises WaitTimeout."""
         ends_s = time.monotonic() + timeout_s if timeout_s is not None else None
-        version = 0
+        version = 0 if on_change is not None else NEVER_REACHED
         while True:
             left_s = POLL_S if ends_s is None else min(POLL_S, ends_s - time.monotonic())
             view = self.wait_change(job, version, left_s)
-            if view.version != version:
+            if on_change is not None and view.version != version:
                 on_change(view)
             if view.is_final:
                 return view
             if left_s <= 0:
                 raise WaitTimeout(f"job {view.id} is still {view.state}", hint=f"mesh job wait {view.id}")
-            job, version = view.id, view.version
+            job, version = view.id, view.version if on_change is not None else NEVER_REACHED
 
     def wait_change(self, job: str, version: int, timeout_s: float) -> JobView:
         """The job when its version is above this one or it has ended; at the timeout (at most 60 s) as it is."""

@@ -135,7 +135,7 @@ class Replica:
                 view = self._job(job)
                 if view.version > after_version or view.is_final:
                     return view
-                await self._job_waits.setdefault(job, trio.Event()).wait()
+                await self._job_waits.setdefault(view.id, trio.Event()).wait()
         return self._job(job)
 
     async def events(self, after: int | None, *, timeout_s: float) -> EventsReply:

@@ -88,6 +88,30 @@ def test_waiting_ends_when_it_was_said_to(mesh: Client) -> None:
     assert mesh.wait(job, timeout_s=10).state is TaskState.CANCELLED
 
 
+def test_who_waits_for_the_end_asks_once_and_a_whole_id_is_not_looked_up(
+    mesh: Client, api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = mesh.submit(ECHO)
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        original = getattr(api.face, name)
+
+        async def call(*arguments: object, **options: object) -> object:
+            asked.append(name)
+            return await original(*arguments, **options)
+
+        monkeypatch.setattr(api.face, name, call)
+
+    counted("wait_job")
+    counted("query")
+    mesh.wait(job)
+    # The fake waits and follows by queries of its own: one each.
+    assert asked == ["wait_job", "query"]
+    mesh.output(job)
+    assert asked == ["wait_job", "query", "query"]
+
+
 def test_a_follower_sees_the_end_of_a_job_that_is_cancelled_meanwhile(mesh: Client, api: Served) -> None:
     job = mesh.submit({"run": {"args": ["hang"]}})
     pieces: list[object] = []

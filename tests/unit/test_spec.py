@@ -163,3 +163,8 @@ def test_a_mistyped_key_is_met_with_the_one_that_was_meant() -> None:
 def test_references_are_written_as_they_are_read() -> None:
     spec = parse_job(echo(inputs={"f": write_blob(A_BLOB), "d": write_tree(A_TREE)}))
     assert spec.inputs == (Input("d", A_TREE), Input("f", A_BLOB))
+
+
+def test_a_name_may_not_look_like_an_id() -> None:
+    with pytest.raises(InvalidRequest, match="looks like the id of a job"):
+        parse_job(echo(name="0199aaaa-bbbb-7ccc-8ddd-eeeeeeeeeeee"))
