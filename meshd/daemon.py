@@ -411,6 +411,7 @@ class _Daemon:
             offered=lambda: offered,
         )
         await trio.to_thread.run_sync(self.executor.sweep)
+        await stages.enter_async_context(_serving(self.executor.serve))
         keeper = Keeper(self.machine) if self.has_log else None
         self.shell = Shell(
             me=self.me,

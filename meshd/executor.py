@@ -49,6 +49,8 @@ FETCH_S = 300.0
 """For one input; a peer that stalls is left much earlier."""
 REPLICATE_S = 30.0
 REPLICATE_PAUSE_S = 1.0
+REMAINS_MAX = 64
+"""Directories of ended attempts that wait to be removed; beyond that an attempt removes its own before it is told of."""
 LISTS_KEPT = 16
 """Trees and item lists held in memory: the tasks of one array share them."""
 LIST_BYTES_MAX = 64 << 20
@@ -79,6 +81,13 @@ class Executor:
         self._offered = offered
         self._lists: dict[str, Tree | tuple[str, ...]] = {}
         self._running: dict[int, Path] = {}
+        self._remains, self._removable = trio.open_memory_channel[Path](REMAINS_MAX)
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Remove what ended attempts left, which nobody waits for. What is left at the end, `sweep` finds."""
+        task_status.started()
+        async for directory in self._removable:
+            await trio.to_thread.run_sync(_remove, directory)
 
     def sweep(self) -> None:
         """Remove what attempts of an earlier start left: their processes died with that agent."""
@@ -106,8 +115,7 @@ class Executor:
             outcome = Outcome(EndReason.BACKEND, message=str(error)[:2000])
         finally:
             del self._running[key.fence]
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_remove, directory)
+            await self._leave(directory)
         return replace(outcome, run_ms=outcome.run_ms or int((monotonic() - started) * 1000))
 
     async def _run(self, directory: Path, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
@@ -127,6 +135,13 @@ class Executor:
         outcome = await self._collect(outcome, workdir, spec)
         outcome = await self._keep_logs(outcome, execution)
         return await self._replicate(outcome, spec)
+
+    async def _leave(self, directory: Path) -> None:
+        try:
+            self._remains.send_nowait(directory)
+        except trio.WouldBlock:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_remove, directory)
 
     def _choose(self, spec: JobSpec) -> Backend:
         offered = self._offered()
@@ -153,7 +168,8 @@ class Executor:
         missing = [ref for ref in refs_of(tree) if not self._store.has(ref.hash)]
         if missing:
             await self._fetcher.fetch_many(missing, timeout_s=FETCH_S)
-        await materialise(tree, workdir, self._store)
+        if tree.entries:
+            await materialise(tree, workdir, self._store)
         return item
 
     async def _item(self, task: int, spec: JobSpec) -> tuple[str, list[TreeEntry]]:
@@ -291,14 +307,23 @@ class Executor:
 
 
 def _prepare(directory: Path, workdir: Path) -> None:
-    workdir.mkdir(mode=0o700, parents=True)
-    for stream in ("stdout", "stderr"):
-        (directory / stream).touch(mode=0o600)
+    os.mkdir(directory, 0o700)
+    os.mkdir(workdir, 0o700)
 
 
 def _read_small(paths: Sequence[Path]) -> list[tuple[Path, bytes | None]]:
     """Each with its bytes, or None when it is too large to travel inside a command."""
-    return [(path, path.read_bytes() if path.stat().st_size <= LOG_INLINE_BYTES_MAX else None) for path in paths]
+    return [(path, _small_bytes(path)) for path in paths]
+
+
+def _small_bytes(path: Path) -> bytes | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return b""  # it was refused before it could say anything
+    if size == 0:
+        return b""
+    return path.read_bytes() if size <= LOG_INLINE_BYTES_MAX else None
 
 
 def _remove(directory: Path) -> None:

@@ -64,9 +64,12 @@ async def node(tmp_path):
     )
     executor.sweep()
     async with trio.open_nursery() as nursery:
-        for serve in (transport.serve, rpc.serve, backend.serve):
+        for serve in (transport.serve, rpc.serve, backend.serve, executor.serve):
             await nursery.start(serve)
         yield executor, store
+        with trio.move_on_after(5):
+            while list((tmp_path / "attempts").iterdir()):
+                await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
     assert list((tmp_path / "attempts").iterdir()) == [], "an attempt left its directory"
 
