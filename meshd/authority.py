@@ -14,7 +14,7 @@ from msgspec import Struct
 from meshd import certificates, codec, tls
 from meshd.errors import InvalidRequest, MeshError, NotAllowed, Unavailable
 from meshd.home import Home
-from meshd.model import Certificate, Member, NodeId, Role
+from meshd.model import Certificate, Count, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
 from meshd.ports import Rpc
 
@@ -23,7 +23,7 @@ CALL_S = 5.0
 
 class CertifyCall(Struct, frozen=True, array_like=True):
     node: NodeId
-    version: int
+    version: Count
 
 
 class Authority:

@@ -18,7 +18,7 @@ from meshd import codec
 from meshd.blobs.fetch import Fetcher
 from meshd.errors import NotFound, Unavailable, UnknownOutcome
 from meshd.executor import Executor
-from meshd.model import BlobRef, Inline, JobId, NodeId
+from meshd.model import BlobRef, Count, Inline, JobId, NodeId
 from meshd.ports import BlobStore, Rpc
 from meshd.raft.remote import MeshLog
 from meshd.views import ListTasks, TaskPage, TaskView
@@ -32,10 +32,10 @@ QUERY_S = 10.0
 
 
 class LogCall(Struct, frozen=True, array_like=True):
-    fence: int
+    fence: Count
     stream: str
-    offset: int
-    stand_ms: int
+    offset: Count
+    stand_ms: Count
 
 
 class LogPiece(Struct, frozen=True, array_like=True):

@@ -22,9 +22,11 @@ from meshd.directory import Directory
 from meshd.drain import Drain
 from meshd.errors import Busy, Conflict, MeshError, NotFound, Unavailable
 from meshd.gossip.service import GossipService
+from meshd.home import KnownPeer
 from meshd.invites import DOORS_MAX, SECRET_BYTES, Door, Invite, hash_secret
 from meshd.logs import LogReader
 from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobId, JobSpec, NodeId, Role, TaskState, TreeRef
+from meshd.neighbours import Neighbours
 from meshd.ports import BlobStore, Rpc
 from meshd.raft.commands import AnyAnswer, AnyCommand, CreateInvite, RemoveMember
 from meshd.raft.remote import MeshLog
@@ -67,6 +69,7 @@ class Node:
         rpc: Rpc,
         directory: Directory,
         gossip: GossipService,
+        neighbours: Neighbours,
         store: BlobStore,
         fetcher: Fetcher,
         replicator: Replicator,
@@ -84,6 +87,7 @@ class Node:
         self._rpc = rpc
         self._directory = directory
         self._gossip = gossip
+        self._neighbours = neighbours
         self._store = store
         self._fetcher = fetcher
         self._replicator = replicator
@@ -238,12 +242,14 @@ class Node:
     async def create_invite(self, roles: Sequence[Role], uses: int, lifetime_ms: int) -> str:
         secret = secrets.token_bytes(SECRET_BYTES)
         await self._log.propose(CreateInvite(hash_secret(secret), tuple(roles), uses, lifetime_ms), timeout_s=15)
-        others = [
-            peer for peer in self._directory.peers() if peer.addresses and not self._directory.is_revoked(peer.node)
-        ]
+        others = [peer for peer in self._directory.peers() if self._is_door(peer, roles)]
         doors = [Door(self._me, tuple(self._addresses())[:4])]
         doors += [Door(peer.node, peer.addresses[:2]) for peer in others[: DOORS_MAX - 1]]
         return str(Invite(self._mesh, secret, tuple(roles), tuple(doors)))
+
+    def _is_door(self, peer: KnownPeer, roles: Sequence[Role]) -> bool:
+        may_let_in = Role.SERVER not in roles or self._directory.has_role(peer.node, Role.SERVER)
+        return bool(peer.addresses) and may_let_in and not self._directory.is_revoked(peer.node)
 
     def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
         return self._drains.drain(node, deadline_ms=deadline_ms)
@@ -266,6 +272,7 @@ class Node:
             version=self._version,
             mesh_log=self._log,
             gossip=self._gossip,
+            neighbours=self._neighbours,
             directory=self._directory,
             clock_offset_ms=self._clock_offset_ms,
         )

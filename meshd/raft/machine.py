@@ -204,25 +204,25 @@ class Machine:
             raise NotAllowed(f"{origin[:64]} is not a member of this mesh")
         match command:
             case Join():
-                joined = members.join(command)
+                joined = members.join(origin, command)
                 self._enlist(joined.member.node)
                 return joined
             case CreateInvite():
-                return members.create_invite(command)
+                return members.create_invite(origin, command)
             case RevokeInvite():
                 return members.revoke_invite(command)
             case UpdateMember():
                 return members.update(origin, command)
             case SetDraining(node, is_draining):
-                members.set_draining(node, is_draining=is_draining)
+                members.set_draining(origin, node, is_draining=is_draining)
                 self._enlist(node)
                 return Accepted()
             case RemoveMember(node):
-                return self._remove(node)
+                return self._remove(origin, node)
             case CreateToken():
-                return members.create_token(command)
+                return members.create_token(origin, command)
             case RevokeToken():
-                return members.revoke_token(command)
+                return members.revoke_token(origin, command)
             case Submit():
                 return self._queue.submit(command)
             case Cancel():
@@ -255,11 +255,11 @@ class Machine:
             node.may_work = may_work
             self._matching.changed(node)
 
-    def _remove(self, node_id: NodeId) -> Accepted:
+    def _remove(self, origin: NodeId, node_id: NodeId) -> Accepted:
         """Whoever removes a member promises that it is dead: nothing waits for it any longer."""
         if node_id in self._members.revoked:
             return Accepted()
-        self._members.remove(node_id)
+        self._members.remove(origin, node_id)
         node = self._matching.nodes[node_id]
         if node.is_live:
             self._sessions.lapse(node)

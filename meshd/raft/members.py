@@ -2,6 +2,7 @@
 
 Invites and tokens are kept as hashes of their secrets: nobody can take them out of the
 state. Removed members are remembered for ever, because their certificates still exist.
+A member that is a worker only may invite workers; what gives power over the mesh, servers do.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Members:
         self.mesh = command.mesh
         return self._add(command.member, command.member.roles)
 
-    def join(self, command: Join) -> Joined:
+    def join(self, origin: NodeId, command: Join) -> Joined:
         node = command.member.node
         if node in self.revoked:
             raise NotAllowed(
@@ -106,6 +107,9 @@ class Members:
             raise NotAllowed(
                 f"the invite grants {granted}, not {asked}", hint="ask for an invite with the roles you need"
             )
+        if Role.SERVER in roles:
+            # Else a worker could let itself in once more as a server: it reads the hashes of open invites.
+            self._check_server(origin, "lets a server in", hint="knock at a server of this mesh")
         if len(self.records) >= MEMBERS_MAX:
             raise Busy(f"the mesh has {MEMBERS_MAX} members", hint="remove members that are gone: mesh node remove")
         joined = self._add(command.member, roles)
@@ -140,7 +144,10 @@ class Members:
             raise NotAllowed(f"the invite has been used up: {invite.uses} of {invite.uses} uses", hint=hint)
         return invite
 
-    def create_invite(self, command: CreateInvite) -> Accepted:
+    def create_invite(self, origin: NodeId, command: CreateInvite) -> Accepted:
+        if Role.SERVER in command.roles:
+            hint = "`mesh node invite --role worker`, or ask a server: `mesh node ls` shows which nodes are"
+            self._check_server(origin, "invites servers", hint=hint)
         if command.secret_hash in self.invites:
             return Accepted()
         if not command.roles:
@@ -183,16 +190,20 @@ class Members:
         self._put(replace(member, name=command.name, addresses=command.addresses, api_address=command.api_address))
         return Accepted()
 
-    def set_draining(self, node: NodeId, *, is_draining: bool) -> None:
+    def set_draining(self, origin: NodeId, node: NodeId, *, is_draining: bool) -> None:
         record = self.records.get(node)
         if record is None:
             raise NotFound(f"no member {node}", hint="see `mesh node ls`")
+        if node != origin:
+            self._check_server(origin, "drains other nodes")
         self._put(replace(record.member, is_draining=is_draining))
 
-    def remove(self, node: NodeId) -> None:
-        """Raises NotFound, Conflict (the last server), Busy."""
+    def remove(self, origin: NodeId, node: NodeId) -> None:
+        """Raises NotFound, NotAllowed, Conflict (the last server), Busy."""
         if node not in self.records:
             raise NotFound(f"no member {node}", hint="see `mesh node ls`")
+        if node != origin:
+            self._check_server(origin, "removes other nodes")
         if self.server_ids() == (node,):
             raise Conflict(f"{node} is the only server of this mesh", hint="let another server join first")
         if len(self.revoked) >= REVOKED_MAX:
@@ -201,13 +212,25 @@ class Members:
         self.revoked[node] = None
         self._moment.events.append(MembersChanged())
 
+    def _check_server(
+        self, origin: NodeId, what: str, *, hint: str = "ask a server: `mesh node ls` shows which nodes are"
+    ) -> None:
+        """Workers run code that nobody trusts: whoever has taken one over shall not have the mesh (protocol.md 1)."""
+        record = self.records.get(origin)
+        if record is None or not record.member.is_server:
+            name = origin if record is None else record.member.name or origin
+            raise NotAllowed(f"only a server {what}, and {name} is a worker only", hint=hint)
+
     def _put(self, member: Member) -> None:
         record = self.records[member.node]
         if record.member != member:
             self.records[member.node] = replace(record, member=member)
             self._moment.events.append(MembersChanged())
 
-    def create_token(self, command: CreateToken) -> Accepted:
+    def create_token(self, origin: NodeId, command: CreateToken) -> Accepted:
+        if command.role == "admin":
+            # With one, any server would do in its own name what it refuses to a worker.
+            self._check_server(origin, "makes tokens for administrators")
         if command.role not in TOKEN_ROLES:
             raise InvalidRequest(f"{command.role!r} is no role of a token", hint="one of " + ", ".join(TOKEN_ROLES))
         if not command.name:
@@ -222,9 +245,11 @@ class Members:
         self.tokens[command.secret_hash] = Token(command.name, command.role, self._moment.wall_ms, command.secret_hash)
         return Accepted()
 
-    def revoke_token(self, command: RevokeToken) -> Accepted:
+    def revoke_token(self, origin: NodeId, command: RevokeToken) -> Accepted:
         for secret_hash, token in self.tokens.items():
             if token.name == command.name:
+                if token.role == "admin":
+                    self._check_server(origin, "revokes tokens of administrators")
                 del self.tokens[secret_hash]
                 return Accepted()
         raise NotFound(f"no token named {command.name}", hint="see `mesh token ls`")

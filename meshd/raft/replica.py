@@ -17,7 +17,7 @@ from msgspec import Raw, Struct
 
 from meshd import codec
 from meshd.errors import Busy, MeshError, Unavailable
-from meshd.model import JobId, NodeId
+from meshd.model import Count, JobId, NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult, Rpc, Unknown
 from meshd.raft.commands import (
     AnyCommand,
@@ -43,7 +43,7 @@ POLL_S_MAX = 30.0
 
 class ProposeCall(Struct, frozen=True, array_like=True):
     command: Raw
-    timeout_ms: int
+    timeout_ms: Count
 
 
 class ProposeReply(Struct, frozen=True, array_like=True):
@@ -57,21 +57,21 @@ class ProposeReply(Struct, frozen=True, array_like=True):
 
 class ReadCall(Struct, frozen=True, array_like=True):
     query: Raw
-    timeout_ms: int
+    timeout_ms: Count
     is_stale_ok: bool
 
 
 class WaitCall(Struct, frozen=True, array_like=True):
     job: JobId
     after_version: int
-    timeout_ms: int
+    timeout_ms: Count
 
 
 class EventsCall(Struct, frozen=True, array_like=True):
     """After this position; None is from now on."""
 
     after: int | None
-    timeout_ms: int
+    timeout_ms: Count
 
 
 class EventsReply(Struct, frozen=True, array_like=True):

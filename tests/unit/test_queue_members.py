@@ -15,6 +15,7 @@ from meshd.raft.commands import (
     RemoveMember,
     RevokeInvite,
     RevokeToken,
+    SetDraining,
     Submit,
     UpdateMember,
 )
@@ -112,6 +113,46 @@ def test_only_servers_end_sessions():
     scene.do(A, CreateInvite(INVITE, (Role.WORKER,), 1, 1000))
     scene.do(A, Join(INVITE, worker(B)))
     assert scene.do(B, EndSession(A, 1)).reason is Reason.NOT_ALLOWED
+
+
+def test_a_worker_gives_nobody_power_over_the_mesh():
+    scene = Scene(A, C)
+    scene.do(A, CreateInvite(INVITE, (Role.WORKER,), 1, 60_000))
+    scene.do(A, Join(INVITE, worker(B)))
+    for command in (
+        CreateInvite("f" * 64, (Role.SERVER,), 1, 1000),
+        CreateInvite("f" * 64, BOTH, 1, 1000),
+        CreateToken("a" * 64, "mine", "admin"),
+        RemoveMember(A),
+        SetDraining(C, True),
+    ):
+        refused = scene.do(B, command)
+        assert refused.reason is Reason.NOT_ALLOWED, command
+        assert "only a server" in refused.message and "name of node-b is a worker only" in refused.message
+        assert refused.hint
+    assert scene.do(B, CreateInvite("f" * 64, (Role.WORKER,), 1, 1000)) == Accepted()
+    assert scene.do(B, CreateToken("a" * 64, "mine", "operator")) == Accepted()
+    assert scene.do(B, SetDraining(B, True)) == scene.do(B, RemoveMember(B)) == Accepted()
+
+
+def test_a_worker_that_read_the_hash_of_an_invite_lets_no_server_in():
+    scene = Scene(A)
+    scene.do(A, CreateInvite(INVITE, BOTH, 5, 60_000))
+    scene.do(A, Join(INVITE, Member(B, "b", (Role.WORKER,))))
+    [hash_seen] = {it.secret_hash for it in scene.machine.answer(GetInvites()).invites if it.uses_left == 5 - 1}
+    refused = scene.do(B, Join(hash_seen, Member(C, "c", ())))
+    assert refused.reason is Reason.NOT_ALLOWED and "only a server lets a server in" in refused.message
+    assert C not in scene.machine.server_ids()
+    assert isinstance(scene.do(B, Join(hash_seen, worker(C))), Joined)
+
+
+def test_tokens_of_administrators_are_revoked_by_servers():
+    scene = Scene(A)
+    scene.do(A, CreateInvite(INVITE, (Role.WORKER,), 1, 60_000))
+    scene.do(A, Join(INVITE, worker(B)))
+    scene.do(A, CreateToken("a" * 64, "root", "admin"))
+    assert scene.do(B, RevokeToken("root")).reason is Reason.NOT_ALLOWED
+    assert scene.do(A, RevokeToken("root")) == Accepted()
 
 
 def test_tokens_are_known_by_the_hash_of_their_secret():
