@@ -51,7 +51,7 @@ from meshd.join import JoinDesk, JoinRequest
 from meshd.keeper import Applied, Keeper, PeerGone
 from meshd.logs import LogDesk, LogReader
 from meshd.model import BackendProbe, Member, NodeId, Offer, Role
-from meshd.neighbours import LEADER_FACT, Neighbours
+from meshd.neighbours import LEADER_FACT, OFFER_FACT, Neighbours
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
@@ -451,6 +451,7 @@ class _Daemon:
             rpc=self.rpc,
             directory=self.directory,
             gossip=self.gossip,
+            neighbours=self.neighbours,
             store=self.store,
             fetcher=self.fetcher,
             replicator=self.replicator,
@@ -576,6 +577,8 @@ class _Daemon:
                 self._serve_or_drain()
 
     def _serve_or_drain(self) -> None:
+        assert self.gossip is not None
+        self.gossip.publish(OFFER_FACT, codec.encode(self.offer))
         if self.is_worker:
             self._feed(Offering(0 if self.is_draining else slots(self.config), self.offer))
         if self.is_draining:

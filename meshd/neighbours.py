@@ -13,12 +13,14 @@ from meshd.directory import Directory
 from meshd.errors import InvalidRequest
 from meshd.gossip.membership import State
 from meshd.gossip.service import GossipService
-from meshd.model import NodeId
+from meshd.model import NodeId, Offer
 
 LEADER_FACT = "leader"
 """Published by a server as it begins to lead: its term."""
 MEMBERS_FACT = "members"
 """Published by voters: the log position of the newest change of members."""
+OFFER_FACT = "offer"
+"""Published by everybody: what the node can run, also for when no voter can be asked."""
 ADDRESS_FACT = "addr"
 """Published by everybody: addresses of peers' port and API."""
 
@@ -39,6 +41,12 @@ class Neighbours:
         """Who may take copies of blobs: everybody that is thought alive and stays."""
         members = self._directory.members()
         return tuple(node for node in members if not self._directory.is_draining(node) and not self._is_dead(node))
+
+    def offer(self, node: NodeId) -> Offer | None:
+        value = self.gossip.fact(node, OFFER_FACT) if self.gossip else None
+        with suppress(InvalidRequest):
+            return codec.decode(value, Offer) if value is not None else None
+        return None
 
     def told_numbers(self, key: str) -> dict[NodeId, int]:
         """What members say of themselves under this key; a fact is authentic, but may still be nonsense."""

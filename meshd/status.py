@@ -9,6 +9,7 @@ from meshd.errors import Unavailable
 from meshd.gossip.membership import Health
 from meshd.gossip.service import GossipService
 from meshd.model import NodeId, Role
+from meshd.neighbours import Neighbours
 from meshd.raft.log import RaftStatus
 from meshd.raft.remote import MeshLog
 from meshd.views import ClusterStatus, GetMembers, MembersView, NodeStatus
@@ -26,6 +27,7 @@ async def cluster_status(
     version: str,
     mesh_log: MeshLog,
     gossip: GossipService,
+    neighbours: Neighbours,
     directory: Directory,
     clock_offset_ms: Callable[[NodeId], int | None],
 ) -> ClusterStatus:
@@ -44,6 +46,7 @@ async def cluster_status(
         row = next((each for each in members.members if each.member.node == node), None) if members else None
         known = directory.peer(node)
         health = liveness.get(node)
+        offer = neighbours.offer(node)
         offset = 0 if node == me else clock_offset_ms(node)
         if offset is not None and abs(offset) > CLOCK_OFF_MS:
             warnings.append(f"the clock of {directory.name(node) or node} is off by {offset / 1000:.0f} s: set it")
@@ -56,7 +59,7 @@ async def cluster_status(
                 is_leader=raft is not None and raft.leader == node,
                 is_voter=raft is not None and node in raft.voters,
                 is_draining=row.member.is_draining if row else False,
-                version=version if node == me else (row.offer.version if row and row.offer else ""),
+                version=version if node == me else (offer.version if offer else ""),
                 addresses=known.addresses if known else (row.member.addresses if row else ()),
                 api_address=row.member.api_address if row else (known.api_address if known else ""),
                 clock_offset_ms=offset,

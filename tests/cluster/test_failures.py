@@ -117,6 +117,31 @@ def test_an_agent_killed_and_restarted_within_2_s_loses_no_task_to_a_stale_lease
         eventually(lambda: all(row.session == "live" and not row.leased for row in client.nodes().members), within_s=15)
 
 
+def test_a_killed_agent_is_seen_within_5_s_and_whole_again_within_5_s_of_its_return(make_mesh):
+    mesh = make_mesh("node1", "node2", "node3")
+    victim = next(name for name in mesh.agents if name != mesh.leader())
+    rest = [name for name in mesh.agents if name != victim]
+    for name in rest:
+        with mesh.client(name) as client:
+            eventually(lambda client=client: health(client, victim) == "alive", within_s=20)
+    mesh.kill(victim)
+    killed = time.monotonic()
+    for name in rest:
+        with mesh.client(name) as client:
+            eventually(lambda client=client: health(client, victim) == "dead", within_s=5 - (time.monotonic() - killed))
+    mesh.start(victim)
+    back = time.monotonic()
+    with mesh.client(*rest) as client, mesh.client(victim) as returned:
+        eventually(lambda: health(client, victim) == "alive", within_s=5 - (time.monotonic() - back))
+        eventually(lambda: client.node(victim).session == "live", within_s=5 - (time.monotonic() - back))
+        eventually(lambda: all(node.health == "alive" for node in returned.cluster().nodes), within_s=5)
+        assert returned.wait(returned.submit({"run": {"args": ["true"]}}), timeout_s=20).state.value == "done"
+
+
+def health(client, name):
+    return next(node.health for node in client.cluster().nodes if node.name == name)
+
+
 def _ids_on_disk(mesh) -> dict[str, str]:
     from meshd.net.identity_key import KeyPair
 
