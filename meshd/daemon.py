@@ -65,6 +65,7 @@ from meshd.raft.machine import Machine
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
 from meshd.shell import Shell
+from meshd.tally import Tally
 from meshd.upkeep import Upkeep, find_member
 from meshd.views import GetMembers, MembersView
 from meshd.worker import HandOver, Offering, Worker
@@ -204,7 +205,7 @@ class _Daemon:
         self.counters = replace(counters, starts=counters.starts + 1)
         await trio.to_thread.run_sync(self.home.write_counters, self.counters)
         self.directory = Directory(self.me, self.mesh, self.public_key, verify, self.home.peers())
-        self.neighbours = Neighbours(self.me, self.directory)
+        self.neighbours = Neighbours(self.me, self.directory, holds_log_alone=self._holds_log_alone)
         async with trio.open_nursery() as self.work:
             async with AsyncExitStack() as stages:
                 task_status.started(await self._start(stages, is_founded))
@@ -363,6 +364,8 @@ class _Daemon:
         self.gossip.set_members(self.directory.members())
         self.neighbours.gossip = self.gossip
         await stages.enter_async_context(_serving(self.gossip.serve))
+        tally = Tally([self.transport.counters, self.rpc.counters, self.gossip.counters])
+        await stages.enter_async_context(_serving(tally.serve))
         self.upkeep = Upkeep(
             me=self.me,
             home=self.home,
@@ -538,6 +541,9 @@ class _Daemon:
 
     def voters(self) -> Sequence[NodeId]:
         return self.neighbours.voters()
+
+    def _holds_log_alone(self) -> bool:
+        return self.server_log is not None and self.server_log.voters == (self.me,)
 
     def is_server(self, node: NodeId) -> bool:
         return node == self.me or self.directory.has_role(node, Role.SERVER)

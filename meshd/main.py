@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,13 @@ async def _stop_on_signal(stop: Any, scope: Any) -> None:
 def _set_up_logging(level: str) -> None:
     import structlog
 
+    from meshd.tally import Throttle
+
     # Before libp2p is imported: its modules log to the root logger, which would otherwise be configured by accident.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     structlog.configure(
         processors=[
+            Throttle(time.monotonic),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
