@@ -56,6 +56,9 @@ CALLS_MAX = 1024
 OUTBOX_BYTES_MAX = 64 << 20
 """Bytes waiting for one peer: sixteen of the largest frames. A peer that lets more pile up does not read."""
 
+FRAMES_PER_TURN = 64
+"""Taken up before everybody else gets a turn: one read may bring 10,000 small ones, and 100 ms of work."""
+
 GREETING_S = 10.0
 """For greeting and admission, which may ask the replicated state."""
 
@@ -185,6 +188,9 @@ class StreamRpc:
                 raise error_of(greeting.body)
             await self._admit(caller.peer, greeting.body)
         if patience.cancelled_caught:
+            self._counters["peers_silent"] += 1
+            self._log.warning("peer.silent", peer=caller.peer, seconds=GREETING_S)
+            await self._transport.drop(caller.peer, age_s=trio.current_time() - greeted_at)
             raise Unavailable(f"{caller.peer} did not greet within {GREETING_S:g} s")
         caller.is_open = True
         self._rtt_ms[caller.peer] = (trio.current_time() - greeted_at) * 1000
@@ -276,7 +282,11 @@ class StreamRpc:
         async with trio.open_nursery() as tasks:
             tasks.start_soon(outbox.write_to, stream)
             tasks.start_soon(self._keep_alive, stream.peer, frames, None)
+            taken = 0
             while (frame := await frames.next()) is not None:
+                taken += 1
+                if taken % FRAMES_PER_TURN == 0:
+                    await trio.lowlevel.checkpoint()
                 request = parse(frame, Request)
                 if outbox.bytes_pending > OUTBOX_BYTES_MAX:
                     raise Malformed(f"{stream.peer} asks on, but leaves {outbox.bytes_pending} bytes of answers unread")

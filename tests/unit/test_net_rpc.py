@@ -24,9 +24,9 @@ from meshd.errors import (
     UnknownOutcome,
 )
 from meshd.model import NodeId
-from meshd.net.frames import BODY_BYTES_MAX
+from meshd.net.frames import BODY_BYTES_MAX, FrameReader, Request, framed
 from meshd.net.memory import MemoryNetwork, MemoryTransport
-from meshd.net.rpc import CALLS_MAX, PROTOCOL, Admit, Greeting, StreamRpc, admit_anyone
+from meshd.net.rpc import CALLS_MAX, FRAMES_PER_TURN, PROTOCOL, Admit, Greeting, StreamRpc, admit_anyone
 from meshd.ports import Stream
 
 A, B = NodeId("a"), NodeId("b")
@@ -339,6 +339,41 @@ async def test_a_peer_that_stalls_within_a_frame_or_a_greeting_is_let_go(autojum
         with trio.fail_after(15), pytest.raises(Unavailable):
             await _read_to_end(halfway)
         assert b.rpc.counters()["peers_silent"] == 1
+
+
+async def test_a_peer_that_never_greets_is_dropped(autojump_clock: MockClock) -> None:
+    """Its connection would stay, and every call to it would wait for a greeting again."""
+    async with mesh() as m:
+        bad, b = await m.node(NodeId("bad"), answers=False), await m.node(B)
+
+        async def never(_stream: Stream) -> None:
+            await trio.sleep_forever()
+
+        bad.transport.handle(PROTOCOL, never)
+        with trio.fail_after(15), pytest.raises(Unavailable, match="did not greet"):
+            await b.rpc.call(NodeId("bad"), "echo", b"", timeout_s=14)
+        assert bad.seen.events == ["up b", "down b"]
+
+
+async def test_many_small_frames_in_one_read_leave_the_others_their_turns(autojump_clock: MockClock) -> None:
+    async with mesh() as m:
+        bad, _ = await m.node(NodeId("bad"), answers=False), await m.node(B)
+        stream = await bad.transport.open_stream(B, PROTOCOL, timeout_s=5)
+        await stream.write(HELLO)
+        frames, turns = 8000, 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        m.nursery.start_soon(take_turns)
+        await stream.write(framed(Request(9, "", 100, b"")) * frames)
+        answers = FrameReader(stream)
+        for _ in range(1 + frames):  # the greeting first
+            assert await answers.next() is not None
+        assert turns > frames / FRAMES_PER_TURN
 
 
 async def test_a_peer_that_leaves_its_answers_unread_is_cut_off(autojump_clock: MockClock) -> None:
