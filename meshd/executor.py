@@ -294,7 +294,9 @@ class Executor:
         refs = [content for content in (outcome.stdout, outcome.stderr) if isinstance(content, BlobRef)]
         if isinstance(outcome.outputs, TreeRef):
             refs.append(outcome.outputs.blob)
-            refs += refs_of(await self._tree(outcome.outputs))
+            # Not remembered: nobody else here asks for it, and it would push out what the tasks of an array share.
+            packed = await self._store.get_bytes(outcome.outputs.blob, bytes_max=LIST_BYTES_MAX)
+            refs += refs_of(codec.decode(packed, Tree, bytes_max=LIST_BYTES_MAX))
         if not refs:
             return outcome
         while True:

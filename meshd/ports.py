@@ -9,7 +9,7 @@ Backend     runs one attempt                               backends/*.py
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -194,6 +194,10 @@ class BlobStore(Protocol):
 
     async def export(self, ref: BlobRef, target: Path, *, executable: bool = False) -> None:
         """A private copy at `target` (reflink or copy, never a hard link: the job may write to it). Verified."""
+        ...
+
+    async def export_many(self, copies: Generator[tuple[BlobRef, Path, bool], None, None]) -> None:
+        """As `export` for each (blob, target, executable), in one thread call: the generator runs in that thread, too."""
         ...
 
     async def remove(self, blob: str) -> bool: ...

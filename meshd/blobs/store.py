@@ -8,8 +8,8 @@ piece by piece. A small blob costs one thread call in all.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -144,6 +144,16 @@ class Store:
 
     async def export(self, ref: BlobRef, target: Path, *, executable: bool = False) -> None:
         await self._run(partial(self._disk.export, ref, target, executable=executable))
+
+    async def export_many(self, copies: Generator[tuple[BlobRef, Path, bool], None, None]) -> None:
+        """See ports.BlobStore."""
+
+        def export() -> None:
+            with closing(copies):
+                for ref, target, executable in copies:
+                    self._disk.export(ref, target, executable=executable)
+
+        await self._run(export)
 
     async def remove(self, blob: str) -> bool:
         return await self._run(self._disk.remove, blob)

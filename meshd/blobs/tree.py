@@ -16,13 +16,14 @@ are not kept. Equal directories make equal trees.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
 import trio
+from blake3 import blake3
 
 from meshd import codec
 from meshd.blobs.disk import disk_errors
@@ -77,12 +78,7 @@ async def materialise(tree: Tree, target: Path, store: BlobStore) -> None:
     Raises InvalidRequest (a path that leads out, or is taken), NotFound, Corrupt; what was written then stays.
     """
     check_tree(tree)
-    root = await _in_thread(lambda: _open_target(target))
-    try:
-        for above, entries in groupby(tree.entries, key=lambda entry: entry.path.split("/")[:-1]):
-            await _lay(root, above, list(entries), store)
-    finally:
-        os.close(root)
+    await store.export_many(_lay_out(tree, target))
 
 
 def check_tree(tree: Tree) -> None:
@@ -118,31 +114,63 @@ async def _pack(
 ) -> Inline | TreeRef:
     root = await _in_thread(lambda: _open_source(directory))
     try:
-        found = await _in_thread(lambda: find(root, patterns, bytes_max=bytes_max))
+        found, small = await _in_thread(partial(_look, root, patterns, bytes_max, inline_bytes_max))
         bytes_total = sum(file.size for file in found)
-        if bytes_total + sum(len(file.path) for file in found) <= inline_bytes_max:
-            datas = await _in_thread(partial(_read_all, root, found))
-            tree = Tree(
-                tuple(
-                    TreeEntry(file.path, Inline(data), file.executable) for file, data in zip(found, datas, strict=True)
-                )
-            )
-            if len(encoded := codec.encode(tree)) <= inline_bytes_max:
-                return Inline(encoded)
-        entries = await _keep(root, found, store)
-        blob = await store.put_bytes(codec.encode(Tree(entries)))
+        if isinstance(small, Inline):
+            return small
+        if small is not None:
+            *_, blob = await store.put_many(small)
+        else:
+            entries = await _keep(root, found, store)
+            blob = await store.put_bytes(codec.encode(Tree(entries)))
         return TreeRef(blob, files=len(found), bytes_total=bytes_total)
     finally:
         os.close(root)
 
 
-async def _keep(root: int, found: Sequence[Found], store: BlobStore) -> tuple[TreeEntry, ...]:
+def _look(
+    root: int, patterns: Sequence[str], bytes_max: int, inline_bytes_max: int
+) -> tuple[list[Found], Inline | list[bytes] | None]:
+    """What there is; and, when it is little, all of it: one value, or the blobs to keep with the list as the last.
+
+    So that few small files, which is what most attempts leave, are one trip to the disk and one sync.
+    """
+    found = find(root, patterns, bytes_max=bytes_max)
+    bytes_total = sum(file.size for file in found)
+    is_little = len(_batches(found)) <= 1 and all(file.size <= SMALL_FILE_BYTES_MAX for file in found)
+    if not is_little:
+        return found, None
+    datas = _read_all(root, found)
+    if bytes_total + sum(len(file.path) for file in found) <= inline_bytes_max:
+        everything = [
+            TreeEntry(file.path, Inline(data), file.executable) for file, data in zip(found, datas, strict=True)
+        ]
+        if len(encoded := codec.encode(Tree(tuple(everything)))) <= inline_bytes_max:
+            return found, Inline(encoded)
+    inline = _kept_in_list(found)
+    blobs: list[bytes] = []
+    entries: list[TreeEntry] = []
+    for file, data in zip(found, datas, strict=True):
+        content: BlobRef | Inline = Inline(data)
+        if file.path not in inline:
+            blobs.append(data)
+            content = BlobRef(blake3(data).hexdigest(), len(data))
+        entries.append(TreeEntry(file.path, content, file.executable))
+    return found, [*blobs, codec.encode(Tree(tuple(entries)))]
+
+
+def _kept_in_list(found: Sequence[Found]) -> set[str]:
     room = LIST_BYTES_MAX - sum(ENTRY_BYTES + len(file.path.encode()) for file in found)
     inline: set[str] = set()
     for file in found:
         if file.size <= INLINE_FILE_BYTES_MAX and file.size <= room:
             inline.add(file.path)
             room -= file.size
+    return inline
+
+
+async def _keep(root: int, found: Sequence[Found], store: BlobStore) -> tuple[TreeEntry, ...]:
+    inline = _kept_in_list(found)
     contents: dict[str, BlobRef | Inline] = {}
     for batch in _batches([file for file in found if file.size <= SMALL_FILE_BYTES_MAX]):
         datas = await _in_thread(partial(_read_all, root, batch))
@@ -195,28 +223,25 @@ def _batches(files: Sequence[Found]) -> list[list[Found]]:
 # --- laying out ------------------------------------------------------------------------------------------------------
 
 
-async def _lay(root: int, above: Sequence[str], entries: Sequence[TreeEntry], store: BlobStore) -> None:
-    """The files of one directory."""
-
-    def write_inline() -> int:
-        with (
-            disk_errors(f"lay out {'/'.join(above) or 'files'}"),
-            open_directory(root, above, create=True) as directory,
-        ):
-            for entry in entries:
-                if isinstance(entry.content, Inline):
-                    _write(directory, entry, entry.content.data)
-            return os.dup(directory)
-
-    directory = await _in_thread(write_inline)
+def _lay_out(tree: Tree, target: Path) -> Generator[tuple[BlobRef, Path, bool], None, None]:
+    """Makes the directories and writes what is in the list itself; yields what is to be copied."""
+    root = _open_target(target)
     try:
-        for entry in entries:
-            if isinstance(entry.content, BlobRef):
-                # Through the open directory: what its path leads to may have changed.
-                target = Path(f"/proc/self/fd/{directory}") / entry.path.rpartition("/")[2]
-                await store.export(entry.content, target, executable=entry.executable)
+        for above, entries in groupby(tree.entries, key=lambda entry: entry.path.split("/")[:-1]):
+            trio.from_thread.check_cancelled()
+            with (
+                disk_errors(f"lay out {'/'.join(above) or 'files'}"),
+                open_directory(root, above, create=True) as directory,
+            ):
+                for entry in entries:
+                    if isinstance(entry.content, Inline):
+                        _write(directory, entry, entry.content.data)
+                    else:
+                        # Through the open directory: what its path leads to may have changed.
+                        path = f"/proc/self/fd/{directory}/{entry.path.rpartition('/')[2]}"
+                        yield entry.content, Path(path), entry.executable
     finally:
-        os.close(directory)
+        os.close(root)
 
 
 def _write(directory: int, entry: TreeEntry, data: bytes) -> None:

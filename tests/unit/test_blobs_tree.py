@@ -111,6 +111,25 @@ async def test_a_list_does_not_grow_without_end_with_what_is_in_it(
     assert all((work.parent / "copy" / f"f{n}").read_bytes() == (work / f"f{n}").read_bytes() for n in range(60))
 
 
+async def test_few_small_outputs_and_their_list_are_made_durable_together(
+    work: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(work, a=b"a" * 5000, b=b"b" * 5000, c=b"c")
+    batches: list[int] = []
+    put_many = store._disk.put_many
+
+    def counted(datas: list[bytes]) -> list[BlobRef]:
+        batches.append(len(datas))
+        return put_many(datas)
+
+    monkeypatch.setattr(store._disk, "put_many", counted)
+    found = await collect(work, ["*"], store)
+    assert batches == [3], "two files and the list, in which the third lies"
+    assert [type(entry.content) for entry in (await tree_of(found, store)).entries] == [BlobRef, BlobRef, Inline]
+    await materialise(await tree_of(found, store), work.parent / "copy", store)
+    assert (work.parent / "copy" / "b").read_bytes() == b"b" * 5000
+
+
 async def test_missing_outputs_are_named(work: Path, store: Store) -> None:
     write(work, there="x")
     with pytest.raises(InvalidRequest, match=r"gone\.txt, out/"):
