@@ -59,11 +59,11 @@ from meshd.node import Node
 from meshd.offer import make_offer, slots
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.raft.commands import Event, Found, MembersChanged
-from meshd.raft.engine import RaftSettings
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
+from meshd.raft.settings import RaftSettings
 from meshd.shell import Shell
 from meshd.tally import Tally
 from meshd.upkeep import Upkeep, find_member

@@ -23,12 +23,13 @@ from meshd import codec
 from meshd.errors import Corrupt, InvalidRequest, MeshError, PeerFault, StartRefused, TooLarge, Unavailable
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
+from meshd.raft.arrival import Arrived
 from meshd.raft.disk import DirectoryDisk, Disk
-from meshd.raft.engine import Arrived, RaftSettings
 from meshd.raft.journal import Journal, LocalHeader, create_journal, journal_names, open_journal
 from meshd.raft.messages import VoterId, node_of, voter_id
 from meshd.raft.proposals import is_one_value
 from meshd.raft.server import Capture, Clocks, Server, StateMachine
+from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
 from meshd.raft.wire import Greeting, Wire
 

@@ -23,7 +23,9 @@ TERM_MAX = 2**53
 
 Number = Annotated[int, Meta(ge=0, le=TERM_MAX)]
 Entry = tuple[bytes, Number, Number]
-"""(command, index, term): PySyncObj's own shape of a log entry."""
+"""(command, index, term): PySyncObj's own shape of a log entry. The first byte of a command is its kind:"""
+
+REPLICATED, NO_OP, MEMBERSHIP = b"\x00", b"\x01", b"\x02"
 
 SNAPSHOT_BYTES_MAX = 1 << 30
 """A larger state is refused; the live state of a mesh is bounded far below."""

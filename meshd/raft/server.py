@@ -22,11 +22,12 @@ from meshd.errors import Corrupt, MeshError
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult
 from meshd.raft.commands import Batch
-from meshd.raft.engine import Engine, RaftSettings
+from meshd.raft.engine import Engine
 from meshd.raft.journal import Journal
 from meshd.raft.messages import AnyMessage, Propose, Proposed, Read, ReadAt, VoterId, node_of, voter_id
 from meshd.raft.proposals import Forwarded, Pending, Proposal, Resolve, as_message, is_one_value, resolver, stamped
 from meshd.raft.reads import Reads
+from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed
 from meshd.raft.stamp import OwnClock, agreed_wall_ms
 from meshd.raft.voters import Add, HandOver, Peer, Remove, View, decide, learners

@@ -15,8 +15,8 @@ from meshd.model import NodeId
 from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.ports import Committed, NotCommitted, ProposeResult, Unknown
 from meshd.raft.commands import Batch
-from meshd.raft.engine import RaftSettings
 from meshd.raft.log import ServerLog
+from meshd.raft.settings import RaftSettings
 from meshd.raft.wire import PROTOCOL
 
 QUICK = RaftSettings(election_min_s=0.3, election_max_s=0.6, heartbeat_s=0.06)

@@ -18,10 +18,10 @@ from meshd.errors import Corrupt
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.commands import Batch
-from meshd.raft.engine import RaftSettings
 from meshd.raft.journal import LocalHeader, create_journal, journal_names, open_journal
 from meshd.raft.messages import AnyMessage, VoterId, node_of, voter_id
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
+from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
 from tests.sim.raft_disk import MemoryDisk, PowerCut
 
@@ -490,7 +490,7 @@ class RaftWorld:
                 continue
             engine = node.server.engine
             lines.append(
-                f"{engine.me} term {engine.term} leader {engine.leader} state {engine._state} first {engine.first}"
+                f"{engine.me} term {engine.term} leader {engine.leader} state {engine.role} first {engine.first}"
                 f" applied {engine.applied} commit {engine.commit} last {engine.last} voters {engine.voters}"
                 f" leads {engine.leads()} progress {engine.progress}"
             )

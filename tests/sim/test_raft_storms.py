@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshd.raft.engine import RaftSettings
+from meshd.raft.settings import RaftSettings
 from tests.sim.raft_world import RaftWorld, Violation, power_cuts, rough_weather
 
 TRIMMING = RaftSettings(snapshot_entries=25, retain_entries=5)

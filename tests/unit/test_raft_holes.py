@@ -17,9 +17,11 @@ from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
 from meshd.errors import Corrupt
-from meshd.raft.engine import ApplyFailed, Engine, RaftSettings
+from meshd.raft.applying import ApplyFailed
+from meshd.raft.engine import Engine
 from meshd.raft.journal import LocalHeader, create_journal
 from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
+from meshd.raft.settings import RaftSettings
 from tests.sim.raft_disk import MemoryDisk
 
 A, B, C, D, E = (VoterId(f"{name}/01") for name in "abcde")
@@ -116,7 +118,7 @@ class Ours(Engine):
         self.journal.commit()
         self.synced()
 
-    def append(self, term: int, prev: tuple[int, int], entries: list[tuple[int, int]], commit: int) -> None:
+    def hear(self, term: int, prev: tuple[int, int], entries: list[tuple[int, int]], commit: int) -> None:
         told = tuple((NO_OP, index, entry_term) for index, entry_term in entries)
         self.receive(B, Append(term, 1, 100_000, commit, *prev, told))
         self.turn()
@@ -152,23 +154,23 @@ def test_stock_forgets_acknowledged_entries_when_an_older_message_is_repeated(cl
 
 def test_f1_an_older_message_takes_nothing_away(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
-    ours.append(1, (1, 0), [(2, 1)], 1)
+    ours.hear(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    ours.hear(1, (1, 0), [(2, 1)], 1)
     assert ours.last == 4
 
 
 def test_f1_a_true_conflict_is_cut(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 2)
-    ours.append(2, (2, 1), [(3, 2)], 2)
+    ours.hear(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 2)
+    ours.hear(2, (2, 1), [(3, 2)], 2)
     assert [entry[1:] for entry in ours.journal[:]] == [(1, 0), (2, 1), (3, 2)]
 
 
 def test_f1_a_conflict_with_what_is_committed_stops_the_server(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [(2, 1), (3, 1)], 3)
+    ours.hear(1, (1, 0), [(2, 1), (3, 1)], 3)
     with pytest.raises(Corrupt, match="contradicts entry 3"):
-        ours.append(2, (2, 1), [(3, 2)], 3)
+        ours.hear(2, (2, 1), [(3, 2)], 3)
 
 
 # --- F2: commit ----------------------------------------------------------------------------------------------------------
@@ -183,8 +185,8 @@ def test_stock_commits_its_own_unverified_suffix(clock: Clock) -> None:
 
 def test_f2_only_what_the_message_verified_is_committed(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
-    ours.append(2, (2, 1), [], 4)
+    ours.hear(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    ours.hear(2, (2, 1), [], 4)
     assert ours.commit == 2
     ours.receive(B, Append(2, 2, 100_000, 4, 0, 0))
     assert ours.commit == 2
@@ -242,7 +244,7 @@ def test_a_leader_counts_itself_only_when_it_has_synced(clock: Clock) -> None:
 def test_an_entry_of_an_older_term_is_committed_only_with_one_of_the_own(clock: Clock) -> None:
     """Raft's figure 8: a majority may hold it, and another leader still overwrite it."""
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [(2, 1)], 1)
+    ours.hear(1, (1, 0), [(2, 1)], 1)
     ours.be_elected(clock)
     ours.acknowledge(B, 3)
     assert (ours.term, ours.last, ours.commit) == (2, 3, 1)
@@ -307,7 +309,7 @@ def test_f8_a_process_that_stood_still_reads_its_mail_before_it_campaigns(clock:
     clock.now_s += 60
     ours.turn()
     assert ours.sent == [] and ours.term == 0
-    ours.append(1, (1, 0), [], 1)
+    ours.hear(1, (1, 0), [], 1)
     assert ours.leader == B
 
 
@@ -322,7 +324,7 @@ def test_f10_a_server_cut_off_raises_no_term(clock: Clock) -> None:
 
 def test_f10_a_trial_is_refused_while_a_leader_is_heard(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [], 1)
+    ours.hear(1, (1, 0), [], 1)
     clock.now_s += 0.7
     ours.receive(C, Vote(2, 9, 1, True))
     assert ours.answer() == Voted(1, 2, False, True)
@@ -355,7 +357,7 @@ def test_f17_a_leader_that_nobody_answers_steps_down_after_a_second(clock: Clock
 
 def test_only_the_leader_of_this_term_can_hand_over(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
-    ours.append(1, (1, 0), [], 1)
+    ours.hear(1, (1, 0), [], 1)
     ours.receive(C, TimeoutNow(1))
     ours.receive(B, TimeoutNow(0))
     assert ours.term == 1
@@ -445,7 +447,7 @@ def test_a_configuration_goes_with_the_entry_that_brought_it(clock: Clock) -> No
     ours.change_voters([A, B, C, D])
     ours.turn()
     assert ours.voters == (A, B, C, D)
-    ours.append(2, (2, 1), [(3, 2)], 2)
+    ours.hear(2, (2, 1), [(3, 2)], 2)
     assert ours.voters == (A, B, C)
 
 
@@ -509,5 +511,5 @@ def test_a_read_of_a_leader_that_is_deposed_is_not_answered_from_its_past(clock:
     ours.acknowledge(B, 3)
     answers: list[int | None] = []
     ours.barrier(answers.append)
-    ours.append(2, (2, 1), [(3, 2)], 2)
+    ours.hear(2, (2, 1), [(3, 2)], 2)
     assert answers == [None]

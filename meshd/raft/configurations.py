@@ -1,0 +1,65 @@
+"""Who votes, as the log says it: a configuration counts from the moment it is in the log, committed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from meshd import codec
+from meshd.raft.messages import MEMBERSHIP, Entry, VoterId
+
+VOTERS_MAX = 9
+"""A configuration with more is refused; the autopilot stops at five."""
+
+_Reached = TypeVar("_Reached", int, float)
+
+
+def as_command(voters: Sequence[VoterId]) -> bytes:
+    return MEMBERSHIP + codec.pack(tuple(voters))
+
+
+class Configurations:
+    def __init__(self, base: int, voters: Sequence[VoterId]) -> None:
+        """`voters` is the configuration at the log's first item."""
+        self._known: list[tuple[int, tuple[VoterId, ...]]] = [(base, tuple(voters))]
+
+    @property
+    def voters(self) -> tuple[VoterId, ...]:
+        return self._known[-1][1]
+
+    @property
+    def since(self) -> int:
+        """The index of the entry that brought the newest."""
+        return self._known[-1][0]
+
+    def at(self, index: int) -> tuple[VoterId, ...]:
+        return next(voters for since, voters in reversed(self._known) if since <= index)
+
+    # --- as the log changes -------------------------------------------------------------------------------------------
+
+    def note(self, entry: Entry) -> bool:
+        """Whether this entry is a configuration."""
+        if entry[0][:1] != MEMBERSHIP:
+            return False
+        voters = codec.unpack(entry[0][1:])
+        assert isinstance(voters, tuple) and all(isinstance(voter, str) for voter in voters)
+        self._known.append((entry[1], voters))
+        return True
+
+    def cut_from(self, index: int) -> None:
+        while self._known[-1][0] >= index:
+            self._known.pop()
+
+    def forget_to(self, index: int) -> None:
+        """The one that counts at `index` stays."""
+        while len(self._known) > 1 and self._known[1][0] <= index:
+            self._known.pop(0)
+
+    # --- majorities ---------------------------------------------------------------------------------------------------
+
+    def is_majority(self, servers: set[VoterId]) -> bool:
+        return sum(voter in servers for voter in self.voters) > len(self.voters) // 2
+
+    def reached(self, of: Callable[[VoterId], _Reached]) -> _Reached:
+        """What a majority of the voters has reached, when each has reached what `of` says."""
+        return sorted((of(voter) for voter in self.voters), reverse=True)[len(self.voters) // 2]

@@ -1,0 +1,84 @@
+"""What a leader sends to one peer: the entries it has not, or a snapshot when the log does not reach back that far."""
+
+from __future__ import annotations
+
+from meshd.raft.messages import SNAPSHOT_BYTES_MAX, Append, Chunk, Entry, VoterId
+from meshd.raft.progress import CHUNK_BYTES, CHUNKS_AHEAD, Progress, Transfer
+from meshd.raft.pysyncobj_state import RaftState
+
+APPEND_BYTES_MAX = 256 << 10
+"""Entries in one message, unless a single one is larger."""
+
+APPEND_ENTRIES_MAX = 512
+
+
+class Feeder:
+    def __init__(self, raft: RaftState) -> None:
+        self._raft = raft
+        self._round = 0
+
+    def feed(self, peer: VoterId, progress: Progress, round_: int, now: float, *, is_round: bool) -> None:
+        """`is_round`: something must be sent, that the peer may answer this round."""
+        self._round = round_
+        if progress.has_gone_silent(now):
+            progress.restart(progress.match + 1 if progress.match else progress.next)
+            progress.moved_s = now
+            if (transfer := progress.transfer) is not None and transfer.sent == len(transfer.data):
+                # It has everything, yet its last word was lost or its disk is slow.
+                self._send_chunk(peer, transfer, now)
+        if progress.transfer is not None or progress.next <= self._raft.first:
+            self._feed_snapshot(peer, progress, now, is_round)
+            return
+        has_sent = False
+        while progress.next <= self._raft.last and progress.may_send():
+            entries, size = self._entries_from(progress.next)
+            if not self._send_append(peer, progress, entries, now):
+                return
+            progress.sent(entries[-1][1], size, now)
+            has_sent = True
+        if not has_sent and (is_round or progress.commit_told < self._raft.commit):
+            self._send_append(peer, progress, (), now)
+
+    def _send_append(self, peer: VoterId, progress: Progress, entries: tuple[Entry, ...], now: float) -> bool:
+        raft, prev = self._raft, progress.next - 1
+        message = Append(raft.term, self._round, int(now * 1000), raft.commit, prev, raft.term_at(prev), entries)
+        if not raft.send(peer, message):
+            return False
+        progress.commit_told = raft.commit
+        return True
+
+    def _entries_from(self, index: int) -> tuple[tuple[Entry, ...], int]:
+        start, size = index - self._raft.first, 0
+        entries: list[Entry] = []
+        for entry in self._raft.log[start : start + APPEND_ENTRIES_MAX]:
+            if entries and size + len(entry[0]) > APPEND_BYTES_MAX:
+                break
+            entries.append(entry)
+            size += len(entry[0])
+        return tuple(entries), size
+
+    def _feed_snapshot(self, peer: VoterId, progress: Progress, now: float, is_round: bool) -> None:
+        if progress.transfer is None and (packed := self._raft.snapshot()) is not None:
+            assert len(packed.data) <= SNAPSHOT_BYTES_MAX
+            progress.transfer = Transfer(packed.index, packed.term, packed.data, packed.digest)
+            progress.moved_s = now
+        has_sent = False
+        if (transfer := progress.transfer) is not None:
+            while transfer.sent < len(transfer.data) and transfer.sent - transfer.acked < CHUNKS_AHEAD * CHUNK_BYTES:
+                if not self._send_chunk(peer, transfer, now):
+                    return
+                has_sent = True
+        if is_round and not has_sent:
+            self._raft.send(peer, Append(self._raft.term, self._round, int(now * 1000), 0, 0, 0))
+
+    def _send_chunk(self, peer: VoterId, transfer: Transfer, now: float) -> bool:
+        """The next range; at the end an empty one, which asks how far the peer is."""
+        data = transfer.data[transfer.sent : transfer.sent + CHUNK_BYTES]
+        chunk = Chunk(
+            self._raft.term, self._round, int(now * 1000), transfer.index, transfer.term,
+            len(transfer.data), transfer.digest, transfer.sent, data,
+        )  # fmt: skip
+        if not self._raft.send(peer, chunk):
+            return False
+        transfer.sent += len(data)
+        return True

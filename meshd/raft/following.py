@@ -1,0 +1,64 @@
+"""Following: what a leader's entries do to the log of a server that hears them.
+
+Entries are taken only where both logs agree just before them; ours are cut only where
+they truly contradict (F1), and never below what is committed: there the server stops.
+"""
+
+from __future__ import annotations
+
+from meshd.errors import Corrupt, PeerFault
+from meshd.raft.election import Elections
+from meshd.raft.messages import Append, Appended, VoterId
+from meshd.raft.pysyncobj_state import RaftState
+
+
+class Following:
+    def __init__(self, raft: RaftState, elections: Elections) -> None:
+        self._raft = raft
+        self._elections = elections
+
+    def on_append(self, peer: VoterId, m: Append) -> None:
+        raft = self._raft
+        if any(e[1] != m.prev_index + k or not m.prev_term <= e[2] <= m.term for k, e in enumerate(m.entries, 1)):
+            raise PeerFault(f"{peer} sent entries out of order after {m.prev_index}")
+        if m.term < raft.term:
+            raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0))
+            return
+        self._elections.hear(peer, m.term)
+        is_ok, next_index = self._merge(peer, m) if m.prev_index else (False, 0)
+        if is_ok:
+            # F2: entries behind those of this message may be ours alone.
+            raft.commit = max(raft.commit, min(m.commit, next_index - 1))
+        raft.send(peer, Appended(raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms()))
+
+    def _merge(self, peer: VoterId, m: Append) -> tuple[bool, int]:
+        """(whether our log now agrees with this message, the next entry to send)."""
+        raft, log, first = self._raft, self._raft.log, self._raft.first
+        prev_index, prev_term, entries = m.prev_index, m.prev_term, m.entries
+        if prev_index < first:
+            # What a snapshot covers is committed, so it is the leader's own.
+            covered = first - prev_index
+            if len(entries) < covered:
+                return False, raft.commit + 1
+            prev_index, prev_term, entries = first, entries[covered - 1][2], entries[covered:]
+        if prev_index > raft.last:
+            return False, raft.last + 1
+        if log[prev_index - first][2] != prev_term:
+            if prev_index <= raft.commit:
+                raise Corrupt(f"{peer} contradicts entry {prev_index}, which is committed here")
+            return False, raft.commit + 1  # F3: at once, not one step back for each round trip
+        agreed = 0
+        for _, index, term in entries:
+            if index > raft.last or log[index - first][2] != term:
+                break
+            agreed += 1
+        fresh = entries[agreed:]
+        if fresh and fresh[0][1] <= raft.last:
+            if fresh[0][1] <= raft.commit:
+                raise Corrupt(f"{peer} contradicts entry {fresh[0][1]}, which is committed here")
+            raft.cut_from(fresh[0][1])
+        for entry in fresh:
+            raft.add(entry)
+        if fresh:
+            raft.received_s = raft.now()
+        return True, prev_index + len(entries) + 1

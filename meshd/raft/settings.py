@@ -1,0 +1,23 @@
+"""How long a server's Raft waits, and when it writes its state down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RaftSettings:
+    """Seconds. Elections well above what a loaded loop stalls for; heartbeats four to the shortest of them."""
+
+    election_min_s: float = 0.8
+    election_max_s: float = 1.6
+    heartbeat_s: float = 0.15
+    contact_s: float = 1.0
+    apply_slice_s: float = 0.008
+    """Applying stops after so long and goes on in the next turn."""
+    snapshot_entries: int = 20_000
+    """Applied entries after which the state is written down and the log trimmed …"""
+    snapshot_bytes: int = 64 << 20
+    """… or bytes of them, whichever comes first."""
+    retain_entries: int = 1_000
+    """Kept behind a snapshot, so that a peer that blinked needs no snapshot."""
