@@ -1,11 +1,12 @@
 """Whom to turn to: voters by what they say of themselves, nodes that may take copies, where members are now.
 
-Advice only, from gossip and the directory: a wrong answer costs a detour.
+From gossip and the directory, either of which may be wrong. For most that costs a detour;
+`takers` decides how many disks a result rests on, so it may not take silence for death.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from meshd import codec
@@ -26,9 +27,18 @@ ADDRESS_FACT = "addr"
 
 
 class Neighbours:
-    def __init__(self, me: NodeId, directory: Directory, gossip: GossipService | None = None) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        directory: Directory,
+        gossip: GossipService | None = None,
+        *,
+        holds_log_alone: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`holds_log_alone`: this node is the only voter."""
         self._me = me
         self._directory = directory
+        self._holds_log_alone = holds_log_alone
         self.gossip = gossip
         """None until it runs; then nobody is known to be dead."""
 
@@ -39,8 +49,8 @@ class Neighbours:
 
     def takers(self) -> Sequence[NodeId]:
         """Who may take copies of blobs: everybody that is thought alive and stays."""
-        members = self._directory.members()
-        return tuple(node for node in members if not self._directory.is_draining(node) and not self._is_dead(node))
+        staying = [node for node in self._directory.members() if not self._directory.is_draining(node)]
+        return takers_of(staying, self._is_dead, holds_log_alone=self._holds_log_alone())
 
     def offer(self, node: NodeId) -> Offer | None:
         value = self.gossip.fact(node, OFFER_FACT) if self.gossip else None
@@ -68,3 +78,16 @@ class Neighbours:
     def _is_dead(self, node: NodeId) -> bool:
         health = self.gossip.health(node) if self.gossip else None
         return health is not None and health.state is State.DEAD
+
+
+def takers_of(
+    staying: Sequence[NodeId], is_dead: Callable[[NodeId], bool], *, holds_log_alone: bool
+) -> tuple[NodeId, ...]:
+    """Those of the other nodes that count as disks there are (protocol.md 6).
+
+    Who thinks all others dead is cut off more likely than the last one: what it then put on its own
+    disk alone would be told as soon as it is back. It asks them all until one answers, which delays nothing:
+    nobody hears of its results before that either, unless the log rests on this very node.
+    """
+    living = tuple(node for node in staying if not is_dead(node))
+    return living if living or holds_log_alone else tuple(staying)
