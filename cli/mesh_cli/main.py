@@ -111,6 +111,9 @@ def run(args: list[str]) -> int:
 
 
 def _fail(message: str, hint: str, code: int) -> int:
+    from mesh_cli.output import plain
+
+    message, hint = plain(message), plain(hint)
     is_coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     click.echo(f"{click.style('error:', fg='red') if is_coloured else 'error:'} {message}", err=True)
     if hint:

@@ -66,9 +66,14 @@ def print_one(session: Session, value: Row, lines: Callable[[], Iterable[str]], 
 
 def facts(*pairs: tuple[str, object]) -> list[str]:
     """Aligned `key  value` lines; what is empty is left out."""
-    shown = [(key, str(value)) for key, value in pairs if value not in ("", None, (), [])]
+    shown = [(key, plain(str(value))) for key, value in pairs if value not in ("", None, (), [])]
     width = max((len(key) for key, _ in shown), default=0)
     return [f"{key:<{width}}  {coloured(value)}" for key, value in shown]
+
+
+def plain(text: str) -> str:
+    """What others wrote, without what would move the cursor or recolour the terminal: workers may lie (names, reasons)."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def coloured(text: str) -> str:
@@ -91,6 +96,7 @@ def age(wall_ms: int | None) -> str:
 
 
 def _print_table(titles: list[str], rows: list[list[str]]) -> None:
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     click.echo(_line(titles, widths, paint=False))
     for row in rows:

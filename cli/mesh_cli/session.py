@@ -63,7 +63,9 @@ def is_terminal() -> bool:
 
 def say(message: str) -> None:
     """Talk, on stderr: never data."""
-    click.echo(message, err=True)
+    from mesh_cli.output import plain
+
+    click.echo(plain(message), err=True)
 
 
 def _set(field: str, parse: Callable[[Any], Any] = lambda value: value) -> Callable[..., None]:
