@@ -71,10 +71,10 @@ class Mesh(DevMesh):
             return names[str(eventually(lambda: client.cluster().leader, within_s=20))]
 
     def cli(
-        self, at: str, *arguments: str, stdin: bytes = b"", timeout_s: float = 60
+        self, at: str, *arguments: str, stdin: bytes = b"", timeout_s: float = 60, token: str = ""
     ) -> subprocess.CompletedProcess[bytes]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("MESH_", "MESHD_"))}
-        environment |= {"MESH_NODE": self.socket(at), "NO_COLOR": "1"}
+        environment |= {"MESH_NODE": self.socket(at), "NO_COLOR": "1", "MESH_TOKEN": token}
         return subprocess.run(
             [sys.executable, "-m", "mesh_cli.main", *arguments],
             input=stdin,
