@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ import click
 from meshd.errors import MeshError
 
 STOPPED_BY_SIGNAL = 130
+FILES_MAX = 65_536
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,6 +75,8 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
 
     from meshd import daemon
 
+    _allow_files()
+
     async def serve() -> None:
         stop = trio.Event()
         async with trio.open_nursery() as signals:
@@ -86,6 +90,12 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
         trio.run(serve)
     except BaseExceptionGroup as group:
         raise _first(group) from group
+
+
+def _allow_files() -> None:
+    """As many open files as this user may have: connections, blobs and attempts all need some."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, FILES_MAX), hard))
 
 
 async def _announce(started: Any, home: Path) -> None:
