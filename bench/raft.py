@@ -55,8 +55,9 @@ class Machine:
         state = (self.commands, self.wall_ms)
         return lambda: codec.encode(state)
 
-    def restore(self, data: bytes) -> None:
-        self.commands, self.wall_ms = codec.decode(data, tuple[int, int])
+    def unpack(self, data: bytes) -> Callable[[], None]:
+        commands, wall_ms = codec.decode(data, tuple[int, int])
+        return lambda: self.__dict__.update(commands=commands, wall_ms=wall_ms)
 
     def next_timer_ms(self) -> int | None:
         return None

@@ -31,7 +31,7 @@ class Arrived:
     """A whole snapshot, not yet verified: the owner verifies it, writes it, and calls `install`."""
 
     peer: VoterId
-    data: bytes
+    data: bytearray
     digest: bytes
 
 
@@ -64,18 +64,18 @@ class Arrival:
             if m.offset == len(incoming.data) < incoming.size:
                 incoming.data += m.data
                 if len(incoming.data) == incoming.size:
-                    self.arrived = Arrived(peer, bytes(incoming.data), incoming.digest)
+                    self.arrived = Arrived(peer, incoming.data, incoming.digest)
             has = len(incoming.data)
         raft.send(peer, Received(raft.term, m.round, m.sent_ms, m.index, has))
 
-    def install(self, image: Image, restore: Callable[[bytes], None]) -> bool:
+    def install(self, image: Image, restore: Callable[[], None]) -> bool:
         """Whether it was news: F12, a snapshot speaks up to its own index only, and never takes anything back."""
         self._incoming = self.arrived = None
         raft = self._raft
         if image.index <= raft.commit:
             return False
         raft.begin_at(image.index, image.term, image.voters)
-        restore(image.state)
+        restore()
         raft.received_s = raft.now()
         return True
 

@@ -290,8 +290,8 @@ class Engine(RaftState):
         """A whole snapshot of the leader's, to be verified and installed."""
         return self._arrival.arrived
 
-    def install(self, image: Image, restore: Callable[[bytes], None]) -> None:
-        """A snapshot that is verified and durable here takes the place of what it covers."""
+    def install(self, image: Image, restore: Callable[[], None]) -> None:
+        """A snapshot that is verified and durable here takes the place of what it covers; `restore` puts its state in place."""
         arrived = self._arrival.arrived
         if self._arrival.install(image, restore):
             self._reconfigure()

@@ -139,7 +139,7 @@ class ServerLog:
         self._is_loading = False
         # What threads have finished is taken up by the next turn: nothing else may touch the journal.
         self._saved: int | None = None
-        self._installable: Image | None = None
+        self._installable: tuple[Image, Callable[[], None]] | None = None
         self._release_to: int | None = None
         self._packed: Packed | None = None
         self._failure: MeshError | None = None
@@ -329,7 +329,10 @@ class ServerLog:
             self._journal = open_journal(
                 self._disk, mesh=self._mesh, recovery=self._recovery, random=random, snapshot=at
             )
-            return None if newest is None else newest[0]
+            if newest is None:
+                return None
+            self._machine.unpack(newest[0].state)()
+            return newest[0]
         if newest is not None:
             raise Corrupt("there is a snapshot here and no journal", hint="move the directory aside and start again")
         incarnation = secrets.token_hex(8)
@@ -356,8 +359,8 @@ class ServerLog:
 
     async def _turn(self, server: Server) -> None:
         if self._installable is not None:
-            image, self._installable = self._installable, None
-            server.install(image)
+            (image, restore), self._installable = self._installable, None
+            server.install(image, restore)
             self._release_to = server.saved_index
         if self._saved is not None:
             server.saved(self._saved)
@@ -424,16 +427,21 @@ class ServerLog:
             self._woken.set()
 
     async def _verify(self, server: Server, arrived: Arrived) -> None:
-        """Verify and write what a leader sent, in a thread; only then may it replace anything."""
+        """Verify, unpack and write what a leader sent, in a thread; only then may it replace anything.
 
-        def write() -> Image:
-            image = unpack_image(arrived.data, digest=arrived.digest, mesh=self._mesh)
-            save(self._disk, Packed(image.index, image.term, arrived.data, arrived.digest), self._journal.header)
-            return image
+        Meanwhile turns go on: whoever is silent for as long as a large state takes would lose its vote.
+        """
+
+        def write() -> tuple[Image, Callable[[], None]]:
+            data = bytes(arrived.data)
+            image = unpack_image(data, digest=arrived.digest, mesh=self._mesh)
+            restore = self._machine.unpack(image.state)
+            save(self._disk, Packed(image.index, image.term, data, arrived.digest), self._journal.header)
+            return image, restore
 
         try:
             self._installable = await trio.to_thread.run_sync(write)
-            log.info("raft.snapshot_received", peer=arrived.peer, index=self._installable.index)
+            log.info("raft.snapshot_received", peer=arrived.peer, index=self._installable[0].index)
         except PeerFault as error:
             log.warning("raft.snapshot_refused", peer=arrived.peer, why=str(error))
             server.engine.discard_arrived()

@@ -67,7 +67,7 @@ _REASONS = {reason.value: reason for reason in Reason}
 
 
 class Machine:
-    """One replica. Everything is synchronous; `capture` alone hands out work for a thread."""
+    """One replica. Everything is synchronous; `capture` hands out work for a thread, `unpack` may itself be called in one."""
 
     def __init__(self) -> None:
         self._moment = Moment()
@@ -105,11 +105,15 @@ class Machine:
         """The state as it is now; the returned function packs it, in any thread, while `apply` goes on."""
         return snapshot_state.capture(self._moment, self._members, self._matching, self._queue, self._digest)
 
-    def restore(self, data: bytes) -> None:
-        """Become what was captured. Raises Corrupt, and is then as it was."""
+    def unpack(self, data: bytes) -> Callable[[], None]:
+        """What was captured, in any thread, while `apply` goes on; the returned function makes it the state at once. Raises Corrupt."""
         fresh = Machine()
         fresh._digest = snapshot_state.restore(data, fresh._moment, fresh._members, fresh._matching, fresh._queue)
-        self.__dict__.update(fresh.__dict__)
+        return lambda: self.__dict__.update(fresh.__dict__)
+
+    def restore(self, data: bytes) -> None:
+        """Become what was captured. Raises Corrupt, and is then as it was."""
+        self.unpack(data)()
 
     def next_timer_ms(self) -> int | None:
         """In how many milliseconds of state time something is due, counted from the last entry; None: nothing."""

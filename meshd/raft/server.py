@@ -65,7 +65,9 @@ class StateMachine(Protocol):
         """Cheap and consistent; the packer it returns may run in a thread."""
         ...
 
-    def restore(self, data: bytes) -> None: ...
+    def unpack(self, data: bytes) -> Callable[[], None]:
+        """Touches nothing of the present state, and may run in a thread; the function it returns replaces it, at once."""
+        ...
 
     def next_timer_ms(self) -> int | None:
         """State time until something timed is due; None: no ticks are needed."""
@@ -142,9 +144,7 @@ class Server:
         packed: Callable[[], Packed | None],
         report: Callable[[str, dict[str, object]], None],
     ) -> None:
-        """`image` is the newest snapshot; `packed` gives it as bytes to send, or None while it is fetched."""
-        if image is not None:
-            machine.restore(image.state)
+        """`image` is the newest snapshot, already the machine's state; `packed` gives it as bytes to send, or None while it is fetched."""
         self._journal = journal
         self._machine = machine
         self._links = links
@@ -446,9 +446,9 @@ class Server:
         if index > self.engine.first:
             self.engine.compact(index)
 
-    def install(self, image: Image) -> None:
-        """A leader's snapshot is verified and durable here."""
-        self.engine.install(image, self._machine.restore)
+    def install(self, image: Image, restore: Callable[[], None]) -> None:
+        """A leader's snapshot is verified and durable here; `restore` is what the machine unpacked it to."""
+        self.engine.install(image, restore)
         self._saved_index = max(self._saved_index, image.index)
         self._bytes_since_saved = 0
 

@@ -44,9 +44,9 @@ class Machine:
         seen, wall_ms = tuple(self.seen), self.wall_ms
         return lambda: codec.encode((seen, wall_ms))
 
-    def restore(self, data: bytes) -> None:
-        seen, self.wall_ms = codec.decode(data, tuple[list[str], int])
-        self.seen = list(seen)
+    def unpack(self, data: bytes) -> Callable[[], None]:
+        seen, wall_ms = codec.decode(data, tuple[list[str], int])
+        return lambda: self.__dict__.update(seen=seen, wall_ms=wall_ms)
 
     def next_timer_ms(self) -> int | None:
         return self.timer_ms

@@ -60,9 +60,9 @@ class Machine:
         state = (self.wall_ms, self.elapsed_ms, tuple(self.seen))
         return lambda: codec.encode(state)
 
-    def restore(self, data: bytes) -> None:
-        self.wall_ms, self.elapsed_ms, seen = codec.decode(data, tuple[int, int, list[bytes]], bytes_max=1 << 30)
-        self.seen = list(seen)
+    def unpack(self, data: bytes) -> Callable[[], None]:
+        wall_ms, elapsed_ms, seen = codec.decode(data, tuple[int, int, list[bytes]], bytes_max=1 << 30)
+        return lambda: self.__dict__.update(wall_ms=wall_ms, elapsed_ms=elapsed_ms, seen=seen)
 
     def next_timer_ms(self) -> int | None:
         return None
@@ -123,6 +123,8 @@ class Node:
             header = LocalHeader("m", 0, incarnation, 1, random, founding=founding)
             self.journal = create_journal(self.disk, header)
         self.machine = Machine(world, self.name)
+        if newest is not None:
+            self.machine.unpack(newest[0].state)()
         self.inbox.clear()
         self.staged.clear()
         self._packed = None
@@ -171,9 +173,10 @@ class Node:
         server.finish()
         self.flush()
         if (arrived := server.engine.arrived) is not None:
-            image = unpack_image(arrived.data, digest=arrived.digest, mesh="m")
-            save(self.disk, Packed(image.index, image.term, arrived.data, arrived.digest), self.journal.header)
-            server.install(image)
+            data = bytes(arrived.data)
+            image = unpack_image(data, digest=arrived.digest, mesh="m")
+            save(self.disk, Packed(image.index, image.term, data, arrived.digest), self.journal.header)
+            server.install(image, self.machine.unpack(image.state))
             self._packed = None
             self.journal.commit()
             self.journal.release(server.saved_index)
