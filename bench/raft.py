@@ -100,9 +100,11 @@ class TcpTransport:
         self.me = me
         self._ports = ports
         self._handler: StreamHandler
+        self._handled = trio.Event()
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         self._handler = handler
+        self._handled.set()
 
     async def open_stream(self, peer: NodeId, protocol: str, *, timeout_s: float) -> Stream:
         while True:
@@ -117,6 +119,7 @@ class TcpTransport:
     async def serve(self, *, task_status: trio.TaskStatus[object]) -> None:
         async def answer(stream: trio.SocketStream) -> None:
             peer = NodeId(bytes(await stream.receive_some(1)).decode())
+            await self._handled.wait()  # it listens before its log is there
             with suppress(MeshError):
                 await self._handler(TcpStream(stream, peer))
 
@@ -224,6 +227,7 @@ def main() -> None:
             ours, theirs = context.Pipe()
             processes.append(context.Process(target=server, args=(me, ports, directory, options.seconds, theirs)))
             processes[-1].start()
+            theirs.close()  # so that the death of a server is an EOFError here
             pipes.append(ours)
         by_role: dict[str, object] = {}
         rows: dict[str, object] = {}
