@@ -1,13 +1,9 @@
 """The log on disk: entries, truncations, term and vote in one chain of frames, one sync for each turn.
 
-    segment   [header frame][frame][frame]…      every frame begins at a 4 KiB boundary
-    frame     length, CRC, CRC of the frame before, offset known durable before it, records
-
-What was synced is never rewritten. The CRC also covers the incarnation, the segment, the
-offset and a random of this start, so neither a user's payload nor an old file that lies
-in re-used space can pass for a frame. Each frame proves that all before it were synced;
-the last one proves nothing about itself, so a start rewrites it into a new segment,
-beside, before the node says a word (protocol.md 9).
+What was synced is never rewritten (frames.py has the format, replay.py reads it back).
+Each frame proves that all before it were synced; the last one proves nothing about
+itself, so a start rewrites it into a new segment, beside, before the node says a word
+(protocol.md 9).
 
 `Journal` is also PySyncObj's journal: a list of (command, index, term) whose first item
 stands for all that a snapshot covers. Memory changes at once, the disk with `commit`.
@@ -15,63 +11,35 @@ stands for all that a snapshot covers. Memory changes at once, the disk with `co
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
-from msgspec import Struct, structs
+from msgspec import structs
 from pysyncobj.journal import Journal as StockJournal
 
 from meshd import codec
-from meshd.errors import Corrupt, MeshError, StartRefused
+from meshd.errors import Corrupt, StartRefused
 from meshd.raft.disk import Disk, OpenFile
-from meshd.raft.messages import Entry, VoterId
-
-BLOCK = 4096
-"""A sync of one frame never touches the pages of another."""
+from meshd.raft.frames import (
+    FIRST_INDEX,
+    FRAME,
+    FRAME_BODY_BYTES_MAX,
+    PREFIX,
+    LocalHeader,
+    Record,
+    aligned,
+    checksum,
+    read_header,
+    segment_name,
+)
+from meshd.raft.messages import NO_OP, Entry, VoterId
+from meshd.raft.replay import Replay
 
 SEGMENT_BYTES_MAX = 64 << 20
 """A new segment begins beyond this: what one unlink gives back, and what one read at start holds in memory."""
 
 RELEASE_BYTES_MIN = 4 << 20
 """A snapshot begins a new segment only when the present one is worth giving back."""
-
-FRAME_BODY_BYTES_MAX = 64 << 20
-"""No group commit comes near; a length beyond it is not a frame."""
-
-FIRST_INDEX = 1
-"""PySyncObj's log begins with a placeholder at index 1, term 0."""
-
-_NO_OP = b"\x01"
-_FRAME = struct.Struct("<IIIQ")
-_PLACE = struct.Struct("<QQ")
-_PREFIX = "journal-"
-
-Record = tuple[Any, ...]
-"""("e", command, index, term) | ("t", term, vote) | ("x", from index) | ("r", index, term)"""
-
-
-class LocalHeader(Struct, frozen=True):
-    """What begins each segment: whose log this is, and what trimming must not lose."""
-
-    mesh: str
-    recovery: int
-    incarnation: str
-    start: int
-    """How often this journal has been opened."""
-    random: str
-    """Of this start, in hex."""
-    term: int = 0
-    vote: VoterId | None = None
-    is_in_doubt: bool = False
-    founding: tuple[VoterId, ...] = ()
-    """The first configuration; only the founder's is not empty."""
-    takes_over: tuple[int, int] | None = None
-    """(segment, offset): what that segment holds from there on is ignored, not judged."""
-    base: tuple[int, int] = (FIRST_INDEX, 0)
-    """(index, term) of the last entry before this segment."""
 
 
 class Journal(StockJournal):  # type: ignore[misc]
@@ -114,7 +82,7 @@ class Journal(StockJournal):  # type: ignore[misc]
 
     def reset(self, index: int, term: int) -> None:
         """All entries give way to a snapshot at (index, term)."""
-        self._entries = [(_NO_OP, index, term)]
+        self._entries = [(NO_OP, index, term)]
         self._staged.append(("r", index, term))
         self.durable_index = index
 
@@ -182,7 +150,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         if not self._staged and self._is_witnessed:
             return
         if self._has_failed or self._file is None:
-            raise Corrupt(f"journal {_name(self._number)} failed before and takes nothing more")
+            raise Corrupt(f"journal {segment_name(self._number)} failed before and takes nothing more")
         last = self._entries[-1]
         records, self._staged = self._staged, []
         try:
@@ -193,7 +161,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         except OSError as error:
             self._has_failed = True
             raise Corrupt(
-                f"journal {_name(self._number)} could not be written: {error}",
+                f"journal {segment_name(self._number)} could not be written: {error}",
                 hint="this server stops so that it never acknowledges what it may lose; check the disk, then start it",
             ) from error
         self.durable_index = last[1]
@@ -210,7 +178,7 @@ class Journal(StockJournal):  # type: ignore[misc]
                 # The next segment must join the snapshot without this one's help.
                 if self._segments[number + 1].base > snapshot_index:
                     break
-                self._disk.remove(_name(number))
+                self._disk.remove(segment_name(number))
                 del self._segments[number]
         except OSError as error:
             self._has_failed = True
@@ -234,13 +202,13 @@ class Journal(StockJournal):  # type: ignore[misc]
             takes_over=None if takes_over_at is None else (old, takes_over_at),
             base=self._disk_last,
         )
-        beside = _name(new) + ".new"
+        beside = segment_name(new) + ".new"
         self._file, self._number, self._offset, self._last_crc = self._disk.open(beside), new, 0, 0
         self._write_body(codec.encode(self.header))
         if records:
             self._write_frame(records)
         self._file.sync()
-        self._disk.rename(beside, _name(new))
+        self._disk.rename(beside, segment_name(new))
         self._disk.sync_directory()
         self._segments[new] = _Segment(base=self._disk_last[0])
 
@@ -249,10 +217,10 @@ class Journal(StockJournal):  # type: ignore[misc]
 
     def _write_body(self, body: bytes) -> None:
         assert self._file is not None and len(body) <= FRAME_BODY_BYTES_MAX
-        crc = _crc(self.header, self._number, self._offset, self._last_crc, self._offset, body)
-        self._file.write_at(self._offset, _FRAME.pack(len(body), crc, self._last_crc, self._offset) + body)
+        crc = checksum(self.header, self._number, self._offset, self._last_crc, self._offset, body)
+        self._file.write_at(self._offset, FRAME.pack(len(body), crc, self._last_crc, self._offset) + body)
         self._last_crc = crc
-        self._offset = _aligned(self._offset + _FRAME.size + len(body))
+        self._offset = aligned(self._offset + FRAME.size + len(body))
 
 
 @dataclass(slots=True)
@@ -266,7 +234,7 @@ class _Segment:
 def create_journal(disk: Disk, header: LocalHeader) -> Journal:
     """The first segment of a new incarnation (blocks). The directory holds no journal."""
     assert not journal_names(disk)
-    journal = Journal(disk, header, 0, [(_NO_OP, FIRST_INDEX, 0)])
+    journal = Journal(disk, header, 0, [(NO_OP, FIRST_INDEX, 0)])
     journal._begin_segment(takes_over_at=None, records=[])
     return journal
 
@@ -279,13 +247,13 @@ def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot:
     journal belongs to another mesh.
     """
     for name in disk.names():
-        if name.startswith(_PREFIX) and name.endswith(".new"):
+        if name.startswith(PREFIX) and name.endswith(".new"):
             disk.remove(name)
-    replay = _Replay()
+    replay = Replay()
     names = journal_names(disk)
     contents = [disk.read(name) for name in names]
-    headers = [_read_header(name, data) for name, data in zip(names, contents, strict=True)]
-    numbers = [int(name.removeprefix(_PREFIX)) for name in names]
+    headers = [read_header(name, data) for name, data in zip(names, contents, strict=True)]
+    numbers = [int(name.removeprefix(PREFIX)) for name in names]
     successors = [*headers[1:], None]
     for name, number, header, data, after in zip(names, numbers, headers, contents, successors, strict=True):
         if header.mesh != mesh or header.recovery != recovery:
@@ -312,147 +280,4 @@ def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot:
 
 
 def journal_names(disk: Disk) -> list[str]:
-    return sorted(name for name in disk.names() if name.startswith(_PREFIX) and not name.endswith(".new"))
-
-
-class _Replay:
-    """What the frames say, in order; and which of them no later one proves durable."""
-
-    def __init__(self) -> None:
-        self.term = 0
-        self.vote: VoterId | None = None
-        self.entries: list[Entry] = []
-        self.durable_offset = 0
-        self.durable_last = (FIRST_INDEX, 0)
-        self.unproven: list[Record] = []
-        self._base: tuple[int, int] | None = None
-
-    def segment(self, name: str, number: int, header: LocalHeader, data: bytes, limit: int | None) -> None:
-        if self._base is None:
-            self._base = header.base
-        if header.term > self.term:
-            self.term, self.vote = header.term, header.vote
-        elif header.term == self.term and header.vote is not None:
-            self.vote = header.vote
-        self.unproven = []
-        # The header was synced before its segment got a name.
-        self.durable_offset, self.durable_last = 0, self._last()
-        end = 0
-        for offset, end, body in _frames(name, number, header, data, limit):
-            if offset == 0:
-                self.durable_offset = end
-                continue
-            self.durable_offset, self.durable_last = offset, self._last()
-            self.unproven = _records(name, offset, body)
-            for record in self.unproven:
-                self._take(name, offset, record)
-        if limit is not None and end != limit:
-            raise Corrupt(f"journal {name} ends at byte {end}, its successor says {limit}")
-
-    def entries_after(self, snapshot: tuple[int, int] | None) -> list[Entry]:
-        """The log as memory holds it: a placeholder for the snapshot, and what joins it."""
-        base = self._base or (FIRST_INDEX, 0)
-        index, term = snapshot or (FIRST_INDEX, 0)
-        placeholder = (_NO_OP, index, term)
-        if base[0] > index:
-            raise Corrupt(f"the journal begins after entry {base[0]}, the newest snapshot ends at {index}")
-        covered = index - base[0]
-        # A log that holds the snapshot's last entry agrees with it, and its tail may have been acknowledged.
-        # Any other log is older than the snapshot or contradicts it.
-        if covered > len(self.entries) or (covered > 0 and self.entries[covered - 1][2] != term):
-            return [placeholder]
-        if covered == 0 and base[1] != term:
-            return [placeholder]
-        return [placeholder, *self.entries[covered:]]
-
-    def _last(self) -> tuple[int, int]:
-        if self.entries:
-            return self.entries[-1][1], self.entries[-1][2]
-        return self._base or (FIRST_INDEX, 0)
-
-    def _take(self, name: str, offset: int, record: Record) -> None:
-        match record:
-            case ("e", bytes(command), int(index), int(term)):
-                if index != self._last()[0] + 1:
-                    raise Corrupt(f"journal {name} at byte {offset}: entry {index} follows {self._last()[0]}")
-                self.entries.append((command, index, term))
-            case ("t", int(term), vote):
-                self.term, self.vote = term, vote
-            case ("x", int(index)):
-                while self.entries and self.entries[-1][1] >= index:
-                    self.entries.pop()
-                if self._last()[0] >= index:
-                    # Reaches into segments that were given back: only a snapshot can cover what lies before.
-                    self._base = (index - 1, 0)
-            case ("r", int(index), int(term)):
-                self.entries, self._base = [], (index, term)
-            case _:
-                raise Corrupt(f"journal {name} at byte {offset}: unknown record")
-
-
-def _frames(
-    name: str, number: int, header: LocalHeader, data: bytes, limit: int | None
-) -> Iterator[tuple[int, int, bytes]]:
-    """(offset, end, body) of each frame of the chain, up to `limit` or a torn tail. Raises Corrupt."""
-    offset, previous = 0, 0
-    while limit is None or offset < limit:
-        frame = _frame_at(header, number, data, offset)
-        if frame is None or frame[1] != previous:
-            break
-        body, _, crc, _ = frame
-        end = _aligned(offset + _FRAME.size + len(body))
-        yield offset, end, body
-        offset, previous = end, crc
-    else:
-        return
-    if offset == 0:
-        raise Corrupt(f"journal {name} is damaged at byte 0: its header is not what was written")
-    if limit is not None:
-        raise Corrupt(f"journal {name} is damaged at byte {offset}, before byte {limit} where its successor takes over")
-    for later in range(offset + BLOCK, len(data), BLOCK):
-        frame = _frame_at(header, number, data, later)
-        if frame is not None and frame[3] > offset:
-            raise Corrupt(f"journal {name} is damaged at byte {offset}: the frame at {later} proves it was durable")
-
-
-def _frame_at(header: LocalHeader, number: int, data: bytes, offset: int) -> tuple[bytes, int, int, int] | None:
-    """(body, CRC of the frame before, own CRC, offset durable before), or None when there is no whole frame here."""
-    if offset + _FRAME.size > len(data):
-        return None
-    length, crc, previous, durable = _FRAME.unpack_from(data, offset)
-    start = offset + _FRAME.size
-    if length > FRAME_BODY_BYTES_MAX or start + length > len(data):
-        return None
-    body = data[start : start + length]
-    if crc != _crc(header, number, offset, previous, durable, body):
-        return None
-    return body, previous, crc, durable
-
-
-def _crc(header: LocalHeader, number: int, offset: int, previous: int, durable: int, body: bytes) -> int:
-    place = f"{header.incarnation}{header.random}".encode() + _PLACE.pack(number, offset)
-    return zlib.crc32(body, zlib.crc32(place + _FRAME.pack(len(body), 0, previous, durable)))
-
-
-def _read_header(name: str, data: bytes) -> LocalHeader:
-    try:
-        length = _FRAME.unpack_from(data, 0)[0]
-        return codec.decode(data[_FRAME.size : _FRAME.size + length], LocalHeader)
-    except (MeshError, struct.error) as error:
-        raise Corrupt(f"journal {name} is damaged at byte 0: its header cannot be read") from error
-
-
-def _records(name: str, offset: int, body: bytes) -> list[Record]:
-    try:
-        records: Sequence[Record] = codec.unpack(body, bytes_max=FRAME_BODY_BYTES_MAX)
-    except MeshError as error:
-        raise Corrupt(f"journal {name} at byte {offset}: {error.message}") from error
-    return list(records)
-
-
-def _name(number: int) -> str:
-    return f"{_PREFIX}{number:012d}"
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // BLOCK) * BLOCK
+    return sorted(name for name in disk.names() if name.startswith(PREFIX) and not name.endswith(".new"))

@@ -25,7 +25,8 @@ from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
 from meshd.raft.arrival import Arrived
 from meshd.raft.disk import DirectoryDisk, Disk
-from meshd.raft.journal import Journal, LocalHeader, create_journal, journal_names, open_journal
+from meshd.raft.frames import LocalHeader
+from meshd.raft.journal import Journal, create_journal, journal_names, open_journal
 from meshd.raft.messages import VoterId, node_of, voter_id
 from meshd.raft.proposals import is_one_value
 from meshd.raft.server import Capture, Clocks, Server, StateMachine

@@ -17,7 +17,7 @@ from msgspec import Struct
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, PeerFault
 from meshd.raft.disk import Disk
-from meshd.raft.journal import LocalHeader
+from meshd.raft.frames import LocalHeader
 from meshd.raft.messages import SNAPSHOT_BYTES_MAX, VoterId
 
 _MAGIC = b"meshdsn1"

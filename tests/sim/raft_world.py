@@ -18,7 +18,8 @@ from meshd.errors import Corrupt
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.commands import Batch
-from meshd.raft.journal import LocalHeader, create_journal, journal_names, open_journal
+from meshd.raft.frames import LocalHeader
+from meshd.raft.journal import create_journal, journal_names, open_journal
 from meshd.raft.messages import AnyMessage, VoterId, node_of, voter_id
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings

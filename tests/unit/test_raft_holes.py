@@ -19,7 +19,8 @@ from pysyncobj.transport import Transport
 from meshd.errors import Corrupt
 from meshd.raft.applying import ApplyFailed
 from meshd.raft.engine import Engine
-from meshd.raft.journal import LocalHeader, create_journal
+from meshd.raft.frames import LocalHeader
+from meshd.raft.journal import create_journal
 from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
 from meshd.raft.settings import RaftSettings
 from tests.sim.raft_disk import MemoryDisk

@@ -10,7 +10,8 @@ import pytest
 
 from meshd.errors import Corrupt, StartRefused
 from meshd.raft.disk import DirectoryDisk
-from meshd.raft.journal import BLOCK, Journal, LocalHeader, create_journal, journal_names, open_journal
+from meshd.raft.frames import BLOCK, LocalHeader
+from meshd.raft.journal import Journal, create_journal, journal_names, open_journal
 from meshd.raft.messages import VoterId
 from tests.sim.raft_disk import MemoryDisk, PowerCut
 
