@@ -1,4 +1,4 @@
-"""The rules of protocol.md 4-7, each with a way to take it out, to see that its absence is noticed.
+"""The rules of protocol.md 4-7, and gossip's own, each with a way to take it out, to see that its absence is noticed.
 
     with without("the floor"):
         Sim(seed).run()          # raises Breach for some seed
@@ -9,7 +9,7 @@ implementation without the rule would do. `tests/sim/test_ablations.py` names a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,15 +18,21 @@ from msgspec.structs import replace as changed
 
 from meshd import attempts, keeper, worker
 from meshd.attempts import Attempts, Phase
+from meshd.gossip import membership, messages
+from meshd.gossip.core import Effect, Exchange, Gossip
+from meshd.gossip.membership import Membership
 from meshd.keeper import Keeper, Session
-from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
+from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Offer, Outcome
+from meshd.placement import Demand
+from meshd.raft import matching
 from meshd.raft.commands import Claim, Ended, OpenSession, Report, SessionOpened, Submit
 from meshd.raft.ids import number_of
-from meshd.raft.matching import Node
+from meshd.raft.matching import Kind, Matching, Node
 from meshd.raft.queue import Queue
 from meshd.raft.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
-from meshd.testing.world import SimNode
+from meshd.testing import machines
+from meshd.testing.nodes import SimNode
 from meshd.worker import MoveLeash, RenewAnswered, State, Worker
 
 Patch = tuple[Any, str, Any]
@@ -277,6 +283,38 @@ def _forgets_ids_with_their_jobs(original: Callable[..., Any]) -> Callable[..., 
     return submit
 
 
+def _fits_anything(demand: Demand, offer: Offer) -> int | None:
+    return 0
+
+
+def _fits_an_idle_node(self: Matching, node: Node, kind: Kind) -> bool:
+    return self._suits(node, kind)
+
+
+# --- gossip and blobs -------------------------------------------------------------------------------------------------
+
+
+def _bears_any_accusation(self: Membership, claim: messages.Claim, source: NodeId, turn: Any) -> None:
+    return
+
+
+def _never_asks_what_differs(original: Callable[..., list[Effect]]) -> Callable[..., list[Effect]]:
+    def ponged(self: Gossip, peer: NodeId, body: bytes, now_ms: int) -> list[Effect]:
+        effects = original(self, peer, body, now_ms)
+        self.exchange_ended()
+        return [effect for effect in effects if not isinstance(effect, Exchange)]
+
+    return ponged
+
+
+def _always_the_first_life(self: SimNode) -> None:
+    self.starts = 1
+
+
+def _takes_all_to_be_dead(staying: Sequence[NodeId], is_dead: Any, *, holds_log_alone: bool) -> tuple[NodeId, ...]:
+    return tuple(node for node in staying if not is_dead(node))
+
+
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,8 +366,18 @@ RULES: dict[str, tuple[Patch, ...]] = {
         _wrapped(Worker, "_open_next", _moves_leashes_as_it_opens),
     ),
     "what it stopped stays held as lost": (_wrapped(Worker, "_ended", _forgets_what_it_stopped),),
+    # placement
+    "only what fits is leased": ((matching, "rank", _fits_anything),),
+    "what is leased is taken from the offer": ((Matching, "fits_now", _fits_an_idle_node),),
+    # protocol.md 6
+    "who thinks all others dead is cut off": ((machines, "takers_of", _takes_all_to_be_dead),),
     # protocol.md 7
     "ids outlive their jobs": (_wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),
+    # gossip
+    "the accused objects": ((Membership, "_on_claim_about_me", _bears_any_accusation),),
+    "an incarnation rises with every start": ((SimNode, "count_start", _always_the_first_life),),
+    "suspicion ends in death": ((membership, "SUSPICION_MS", 60_000),),
+    "whose roots differ compare": (_wrapped(Gossip, "ponged", _never_asks_what_differs),),
 }
 
 

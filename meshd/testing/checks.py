@@ -3,6 +3,7 @@
 `committed` applies each entry to a replica of its own the moment it is committed, and
 compares the queue before and after; `replica_applied` holds every other replica against
 it; `started` and `stopped` are told what really runs on the machines, which no node knows.
+What gossip owes the mesh once the faults are over is checked in epilogue.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshd import codec
-from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, TaskState
+from meshd.attempts import fit
+from meshd.gossip import membership
+from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, Resources, TaskState
+from meshd.placement import Demand, permanent_lacks
 from meshd.raft.commands import (
     AnyAnswer,
     AnyCommand,
@@ -28,11 +32,13 @@ from meshd.raft.commands import (
 )
 from meshd.raft.machine import Machine
 from meshd.testing.heap import Heap
+from meshd.testing.machines import output_of
 from meshd.views import ListTasks, TaskPage, TaskView
 from meshd.worker import State
 
 if TYPE_CHECKING:
-    from meshd.testing.world import SimNode, World
+    from meshd.testing.nodes import SimNode
+    from meshd.testing.world import World
 
 
 class Breach(AssertionError):
@@ -44,6 +50,7 @@ class TaskHistory:
     starts: int = 0
     own_failures: int = 0
     successes: int = 0
+    needs: Resources = Resources()
     running: dict[NodeId, AttemptKey] = field(default_factory=dict)
 
 
@@ -53,6 +60,10 @@ class Checks:
         self.oracle = Machine()
         self.tasks: dict[tuple[JobId, int], TaskHistory] = {}
         self.submitted: set[JobId] = set()
+        self.unplaceable: set[JobId] = set()
+        """Jobs that no node fits: they wait for ever."""
+        self.must_live: frozenset[NodeId] = frozenset()
+        """Who cannot rightly be called dead now."""
         self._answers: list[list[bytes]] = []
         self._digests: dict[int, str] = {}
         self._views: dict[tuple[JobId, int], TaskView] = {}
@@ -160,6 +171,7 @@ class Checks:
                     if (key.job, key.task, key.attempt, key.fence) == (now.job, now.task, now.attempt, now.fence):
                         if now.node is not None and origin != now.node:
                             self.breach("only the current lease finishes", f"{name} by {origin}")
+                        self._lies_on_two_disks(name, ended.outcome, output_of(now.job, now.task).hash)
                         return
         self.breach("only the current lease finishes", f"{name} is done, but nobody reported attempt {now.attempt}")
 
@@ -221,6 +233,15 @@ class Checks:
             slots = max(self._claimed[node, epoch][1], before.get((node, epoch), (0, 0))[1])
             if len(leases) > slots and any(key.fence in given for key in leases):
                 self.breach("leases fit the slots", f"{len(leases)} leases in {slots} slots of {node}")
+            specs = [spec for key in leases if (spec := self.oracle.spec_of(key.job)) is not None]
+            if not fit([spec.needs.resources for spec in specs], self.world.nodes[node].offer.resources):
+                self.breach("leases fit the offer", f"{[spec.needs.resources for spec in specs]} on {node}")
+
+    def _lies_on_two_disks(self, name: str, outcome: Outcome, blob: str) -> None:
+        """Every simulated mesh has three machines or more."""
+        holders = [node for node in outcome.holders if blob in self.world.nodes[node].blobs]
+        if len(holders) < 2:
+            self.breach("results lie on two disks", f"{name} is done, and its output only on {holders}")
 
     # --- the cores' decisions, as they are made ---
 
@@ -247,6 +268,11 @@ class Checks:
         if (server.id, server.process, term, node, epoch) in self._ending:
             self.breach("no grant after the end is proposed", f"{server.name} grants {node} epoch {epoch}")
 
+    def liveness_changed(self, at: SimNode, node: NodeId, state: membership.State) -> None:
+        """Where nothing is lost or late, and everybody awake, nobody is wronged."""
+        if state is membership.State.DEAD and node in self.must_live:
+            self.breach("the living are not called dead", f"{at.name} calls {node} dead")
+
     # --- the machines -------------------------------------------------------------------------------------------------
 
     def history(self, job: JobId, task: int) -> TaskHistory:
@@ -262,9 +288,13 @@ class Checks:
             self.breach(
                 "one at a time", f"{name} ({spec.on_lost}) starts on {node} and runs on {list(history.running)}"
             )
-        cores = self.world.nodes[node].cores
-        if sum(node in each.running for each in self.tasks.values()) >= cores:
-            self.breach("a machine runs what it has room for", f"{name} is one too many for {cores} cores on {node}")
+        machine = self.world.nodes[node]
+        if lacks := permanent_lacks(Demand.of(spec), machine.offer):
+            self.breach("what runs fits", f"{name} runs on {node}, which lacks {lacks}")
+        history.needs = spec.needs.resources
+        beside = [each.needs for each in self.tasks.values() if node in each.running]
+        if not fit([*beside, history.needs], machine.room):
+            self.breach("a machine runs what it has room for", f"{name} is one too many on {node} beside {beside}")
         history.starts += 1
         if spec.on_lost is OnLost.FAIL and history.starts > 1 + history.own_failures:
             self.breach("fail starts once", f"{name} starts again as attempt {key.attempt} on {node}")
@@ -280,15 +310,18 @@ class Checks:
 
     def is_finished(self) -> bool:
         """Every job that was acknowledged is final, and no session has a lease left."""
-        return all(self._views[key].state in FINAL_STATES for key in list(self._views)) and not any(
+        return all(self._is_settled(job, view) for (job, _), view in self._views.items()) and not any(
             self.oracle.leases_of(node, epoch) for node, epoch in self.oracle.sessions_live()
         )
+
+    def _is_settled(self, job: JobId, view: TaskView) -> bool:
+        return view.state in FINAL_STATES or job in self.unplaceable
 
     def unfinished(self) -> list[str]:
         tasks = [
             f"{job[-6:]}/{task} {view.state} {view.reason} on {view.node}"
             for (job, task), view in self._views.items()
-            if view.state not in FINAL_STATES
+            if not self._is_settled(job, view)
         ]
         leases = [
             f"{key} leased to {node}"

@@ -1,24 +1,33 @@
 """What really runs on a simulated machine: fetching, running, ending, being stopped, outputs on two disks.
 
 A job's args say how it behaves: `work MS FAILURES`: each attempt takes about MS
-milliseconds, and the first FAILURES of a task exit with 1.
+milliseconds, and the first FAILURES of a task exit with 1. Who has an input, and who may
+take a copy of an output, is asked of this node's gossip, as the daemon does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from meshd.model import AttemptKey, EndReason, Inline, JobSpec, NodeId, Outcome
+from msgspec.structs import replace
+
+from meshd.model import AttemptKey, BlobRef, EndReason, JobId, JobSpec, Outcome
+from meshd.neighbours import takers_of
 from meshd.worker import AttemptEnded
 
 if TYPE_CHECKING:
-    from meshd.testing.world import SimNode
+    from meshd.testing.nodes import SimNode
 
 FETCH_MS = (0.0, 300.0)
 STOP_MS = (1.0, 5_000.0)
 """TERM, grace, KILL."""
-REPLICATE_EVERY_MS = 300
+PAUSE_MS = 500
+"""Before everybody is asked again."""
+CALL_TIMEOUT_MS = 2_000
+OUTPUT_BYTES = 10_000
+YES, NO = b"yes", b"no"
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +52,7 @@ class Runner:
     def start(self, key: AttemptKey, spec: JobSpec, leash_ms: int | None) -> None:
         run = self._runs[key.fence] = Run(key, spec, leash_ms)
         self._watch_leash(run)
-        self.node.after(self.node.world.heap.between(*FETCH_MS), lambda: self._begin(run), of_machine=True)
+        self.node.after(self.node.world.heap.between(*FETCH_MS), lambda: self._fetch(run), of_machine=True)
 
     def stop(self, key: AttemptKey, reason: EndReason) -> None:
         run = self._runs.get(key.fence)
@@ -78,9 +87,73 @@ class Runner:
 
         self.node.after(run.leash_ms - self.node.clock_ms() + 20, check, of_machine=True)
 
-    def _begin(self, run: Run) -> None:
+    # --- blobs --------------------------------------------------------------------------------------------------------
+
+    def answer(self, method: str, body: bytes) -> bytes:
+        blob = body.decode()
+        if method == "blob.take":
+            self.keep(blob)
+        return YES if blob in self.node.blobs else NO
+
+    def keep(self, blob: str) -> None:
+        """On this disk, synced; and told to everybody."""
+        self.node.blobs[blob] = None
+        if self.node.gossip is not None:
+            self.node.gossip.publish(f"blob/{blob}", b"")
+
+    def _fetch(self, run: Run) -> None:
+        """Its inputs, from whoever gossip says has them; as often as it takes."""
         if run.is_over or run.is_stopping:
             return
+        gossip = self.node.gossip
+        assert gossip is not None
+        blobs = [each.source.hash for each in run.spec.inputs if isinstance(each.source, BlobRef)]
+        missing = next((blob for blob in blobs if blob not in self.node.blobs), None)
+        if missing is None:
+            self._begin(run)
+            return
+        holders = [holder for holder in gossip.core.holders(missing) if holder != self.node.id]
+
+        def answered(answer: bytes | None, _is_silent: bool) -> None:
+            if answer == YES:
+                self.keep(missing)
+            self.node.after(0 if answer == YES else PAUSE_MS, lambda: self._fetch(run))
+
+        if holders:
+            holder = self.node.world.heap.random.choice(holders)
+            self.node.call(holder, "blob.get", missing.encode(), CALL_TIMEOUT_MS, answered)
+        else:
+            self.node.after(PAUSE_MS, lambda: self._fetch(run))
+
+    def _replicate(self, run: Run, outcome: Outcome) -> None:
+        """A success has an output, which lies on a second disk before anybody hears of it (protocol.md 6)."""
+        if not outcome.is_success:
+            self._tell(run, outcome)
+            return
+        output = output_of(run.key.job, run.key.task)
+        self.keep(output.hash)
+        others = [node for node in self.node.members if node != self.node.id]
+        peers = takers_of(others, self.node.thinks_dead, holds_log_alone=False)
+        if not peers:
+            self._tell(run, replace(outcome, stdout=output, holders=(self.node.id,)))
+            return
+        peer = self.node.world.heap.random.choice(peers)
+
+        def answered(answer: bytes | None, _is_silent: bool) -> None:
+            if answer == YES:
+                self._tell(run, replace(outcome, stdout=output, holders=(self.node.id, peer)))
+            else:
+                self.node.after(PAUSE_MS, lambda: self._replicate(run, outcome))
+
+        self.node.call(peer, "blob.take", output.hash.encode(), CALL_TIMEOUT_MS, answered)
+
+    def _tell(self, run: Run, outcome: Outcome) -> None:
+        self._runs.pop(run.key.fence, None)
+        self.node.handle(AttemptEnded(run.key, outcome))
+
+    # --- the process --------------------------------------------------------------------------------------------------
+
+    def _begin(self, run: Run) -> None:
         run.is_running = True
         heap, checks = self.node.world.heap, self.node.world.checks
         checks.started(self.node.id, run.key, run.spec)
@@ -97,20 +170,11 @@ class Runner:
         self.node.world.heap.note(f"{self.node.name}: {_name(run.key)} ends {outcome.reason} {outcome.exit_code}")
         if run.is_running:
             self.node.world.checks.stopped(self.node.id, run.key, outcome)
-        self._replicate(run, outcome)
+        self.node.after(0, lambda: self._replicate(run, outcome))
 
-    def _replicate(self, run: Run, outcome: Outcome) -> None:
-        """A success has an output, which lies on a second disk before anybody hears of it (protocol.md 6)."""
-        holders: tuple[NodeId, ...] = ()
-        if outcome.is_success:
-            second = self.node.world.some_peer(self.node)
-            if second is None:
-                self.node.after(REPLICATE_EVERY_MS, lambda: self._replicate(run, outcome))
-                return
-            holders = (self.node.id, second.id)
-        told = Outcome(outcome.reason, exit_code=outcome.exit_code, stdout=Inline(b"out"), holders=holders)
-        self._runs.pop(run.key.fence, None)
-        self.node.after(0, lambda: self.node.handle(AttemptEnded(run.key, told)))
+
+def output_of(job: JobId, task: int) -> BlobRef:
+    return BlobRef(blake2b(f"{job} {task}".encode(), digest_size=32).hexdigest(), OUTPUT_BYTES)
 
 
 def _name(key: AttemptKey) -> str:

@@ -23,7 +23,8 @@ from meshd.testing.checks import Checks
 from meshd.testing.heap import Heap
 
 if TYPE_CHECKING:
-    from meshd.testing.world import SimNode, World
+    from meshd.testing.nodes import SimNode
+    from meshd.testing.world import World
 
 ROUND_EVERY_MS = 200
 CONTACT_MS = 1_000
@@ -97,8 +98,8 @@ class ModelledLog:
             or (
                 other.node.is_awake
                 and other.promised_term <= term
-                and self.world.hears(voter.node.id, other.node.id)
-                and self.world.hears(other.node.id, voter.node.id)
+                and self.world.network.hears(voter.node.id, other.node.id)
+                and self.world.network.hears(other.node.id, voter.node.id)
             )
         ]
         return answering if 2 * len(answering) > len(self.voters) else []
@@ -196,7 +197,7 @@ class ModelledLog:
 
         def at_voter(voter: Voter) -> None:
             def reply(answer: bytes | None) -> None:
-                self.world.send(voter.node, origin, lambda: finish(answer))
+                self.world.network.send(voter.node, origin, lambda: finish(answer))
 
             leader = self.voters.get(voter.leader) if voter.leader is not None else None
             if leader is None:
@@ -205,21 +206,24 @@ class ModelledLog:
 
             def at_leader() -> None:
                 self._arrived(
-                    leader, stamped, lambda answer: self.world.send(leader.node, voter.node, lambda: reply(answer))
+                    leader,
+                    stamped,
+                    lambda answer: self.world.network.send(leader.node, voter.node, lambda: reply(answer)),
                 )
 
-            self.world.send(voter.node, leader.node, at_leader)
+            self.world.network.send(voter.node, leader.node, at_leader)
 
-        voters = list(self.voters.values())
         first = self.voters.get(via or origin.id) if via or self.heap.chance(0.5) else None
-        chosen = first or self.heap.random.choice(voters)
-        self.world.send(origin, chosen.node, lambda: at_voter(chosen))
+        chosen = first or self.voters[origin.some_voter().id]
+        self.world.network.send(origin, chosen.node, lambda: at_voter(chosen))
         origin.after(PROPOSE_TIMEOUT_MS, lambda: finish(None))
 
-    def _arrived(self, leader: Voter, stamped: Stamped, reply: Answered) -> None:
-        if leader.term_led is not None:
-            leader.waiting.append((stamped, reply))
-            self._flush(leader)
+    def _arrived(self, leader: Voter, stamped: Stamped, reply: Callable[[bytes | None], None]) -> None:
+        if leader.term_led is None:
+            reply(None)  # it leads no more, and says so
+            return
+        leader.waiting.append((stamped, reply))
+        self._flush(leader)
 
     def _flush(self, leader: Voter) -> None:
         if leader.is_ready and leader.in_flight is None and leader.waiting:
@@ -236,7 +240,8 @@ class ModelledLog:
         batch = Batch(elapsed_ms, self.world.wall_ms(), tuple(stamped for stamped, _ in chosen))
         leader.in_flight = (codec.encode(batch), [reply for _, reply in chosen])
         term = leader.term_led
-        slow_ms = 300 if self.heap.chance(self.world.faults.slow_disk) else 30  # now and then a disk takes its time
+        faults = self.world.faults
+        slow_ms = faults.slow_ms if self.heap.chance(faults.slow_disk) else 30  # now and then a disk takes its time
         self.heap.after(self.heap.between(2, slow_ms), lambda: self._acknowledged(leader, term))
 
     def _acknowledged(self, leader: Voter, term: int | None) -> None:

@@ -10,125 +10,65 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from random import Random
 
-from meshd.model import Array, JobId, JobSpec, OnLost, Retry, Run, TaskState, Timeout
-from meshd.raft.commands import AnyAnswer, AnyCommand, Cancel, Rejected, RemoveMember, SetDraining, Submit, Submitted
+from msgspec.structs import replace as changed
+
+from meshd.model import JobId, TaskState
+from meshd.raft.commands import AnyAnswer, Rejected, RemoveMember, SetDraining
 from meshd.testing.checks import Breach
-from meshd.testing.world import CALM, Faults, SimNode, World
+from meshd.testing.epilogue import Epilogue
+from meshd.testing.faults import CALM
+from meshd.testing.load import Client, placed, unplaceable
+from meshd.testing.nodes import SimNode
+from meshd.testing.profiles import profile_of
+from meshd.testing.world import World
 from meshd.worker import HandOver
 
 SETTLE_MS = 900_000
 """After the last fault everything acknowledged must be finished within this."""
 
 
-class Client:
-    """Someone who submits, cancels and resends, at any node, with one id for one thing."""
-
-    def __init__(self, world: World, rough: bool) -> None:
-        self.world, self.rough = world, rough
-        self.acknowledged: dict[JobId, JobSpec] = {}
-        self.unanswered = 0
-
-    def submit(self, spec: JobSpec) -> JobId:
-        job = uuid7(self.world.wall_ms(), self.world.heap.random)
-        self.world.heap.note(f"client: submits {job[-6:]} x{spec.array.count} {spec.on_lost} {spec.lost_after_ms}")
-
-        def answered(answer: AnyAnswer) -> None:
-            if not isinstance(answer, Submitted):
-                raise Breach(f"a good job is taken: {answer} (seed {self.world.seed})")
-            self.acknowledged[job] = spec
-
-        self.send(Submit(job, spec), answered)
-        if self.rough and self.world.heap.chance(0.4):
-            delay_ms = self.world.heap.between(200, 30_000)
-            self.world.heap.after(delay_ms, lambda: self.send(Submit(job, spec), answered))
-        return job
-
-    def cancel(self, job: JobId) -> None:
-        self.world.heap.note(f"client: cancels {job[-6:]}")
-        self.send(Cancel(job), lambda answer: None)
-
-    def send(self, command: AnyCommand, answered: object) -> None:
-        """Until it is answered: every second, anywhere."""
-        self.unanswered += 1
-        is_answered = False
-
-        def done(answer: AnyAnswer | None) -> None:
-            nonlocal is_answered
-            if answer is not None and not is_answered:
-                is_answered = True
-                self.unanswered -= 1
-                answered(answer)  # type: ignore[operator]
-
-        def attempt() -> None:
-            if is_answered:
-                return
-            alive = [node for node in self.world.nodes.values() if node.is_alive]
-            if alive:
-                self.world.log.propose(self.world.heap.random.choice(alive), command, done)
-            self.world.heap.after(1_000, attempt)
-
-        attempt()
-
-
-def uuid7(wall_ms: int, random: Random) -> JobId:
-    number = wall_ms << 80 | 7 << 76 | random.getrandbits(12) << 64 | 2 << 62 | random.getrandbits(62)
-    digits = f"{number:032x}"
-    return JobId("-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])))
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is submitted: how much, and what each job is drawn from."""
-
-    jobs: tuple[int, int] = (4, 12)
-    on_lost: tuple[OnLost, ...] = (OnLost.RERUN, OnLost.RERUN, OnLost.WAIT, OnLost.FAIL)
-    lost_after_ms: tuple[int | None, ...] = (None, None, 0, 5_000, 30_000, 40_000)
-    lengths_ms: tuple[int, ...] = (20, 300, 2_000, 8_000, 25_000)
-    counts: tuple[int, ...] = (1, 1, 3, 6)
-
-    def some_job(self, random: Random) -> JobSpec:
-        on_lost = random.choice(self.on_lost)
-        tries = 1 if on_lost is OnLost.FAIL else random.choice((1, 2, 3))
-        length_ms, failures = random.choice(self.lengths_ms), random.choice((0, 0, 0, 1))
-        return JobSpec(
-            backend=("process",),
-            run=Run(args=("work", str(length_ms), str(failures))),
-            array=Array(count=random.choice(self.counts), at_once=random.choice((0, 0, 1))),
-            retry=Retry(attempts=tries, backoff_min_ms=200, backoff_max_ms=2_000),
-            timeout=Timeout(total_ms=90_000 if random.random() < 0.1 else 0),
-            on_lost=on_lost,
-            lost_after_ms=random.choice(self.lost_after_ms),
-            priority=random.choice((50, 50, 80)),
-        )
-
-
 class Sim:
     def __init__(self, seed: int) -> None:
-        self.faults, self.load = _profile(seed)
+        self.faults, self.load = profile_of(seed)
         self.world = World(seed, self.faults)
         self.client = Client(self.world, rough=self.faults is not CALM)
         self.lost: SimNode | None = None
+        self.is_removed = False
+        self._hopeless: tuple[JobId, str] | None = None
+        self._leaves: SimNode | None = None
+        self._dies: SimNode | None = None
 
     def run(self) -> Sim:
         """Raises Breach."""
         world = self.world
+        if self.faults is CALM:
+            world.checks.must_live = frozenset(world.nodes)
         world.found(servers=3, workers=world.heap.random.randint(0, 2))
         random = world.heap.random
         for _ in range(random.randint(*self.load.jobs)):
             world.heap.after(random.uniform(0, max(self.faults.lasts_ms - 5_000, 10_000)), self._someone_submits)
+        world.heap.after(random.uniform(0, 10_000), self._someone_submits_in_vain)
         self._plan_faults()
         world.heap.run(self.faults.lasts_ms + SETTLE_MS, is_over=self._is_over)
         self._check_end()
+        Epilogue(world, self.lost, self._hopeless).run()
         return self
 
     def _someone_submits(self) -> None:
         heap = self.world.heap
-        job = self.client.submit(self.load.some_job(heap.random))
+        staying = [node.offer for node in self.world.nodes.values() if node not in (self._leaves, self._dies)]
+        spec = placed(self.load.some_job(heap.random), staying, heap.random)
+        finished = [key for key, task in self.world.checks.tasks.items() if task.successes]
+        job = self.client.submit(changed(spec, inputs=self.load.some_input(finished, heap.random)))
         if heap.chance(0.15):
             heap.after(heap.between(0, 15_000), lambda: self.client.cancel(job))
+
+    def _someone_submits_in_vain(self) -> None:
+        spec, lack = unplaceable(self.world.heap.random)
+        job = self.client.submit(spec)
+        self.world.checks.unplaceable.add(job)
+        self._hopeless = job, lack
 
     def _plan_faults(self) -> None:
         heap, faults = self.world.heap, self.faults
@@ -148,7 +88,7 @@ class Sim:
         for _ in range(faults.cuts):
             node = heap.random.choice(nodes)
             for_ms, one_way = heap.between(*faults.cut_ms), heap.chance(0.25)
-            heap.after(moment(), lambda n=node, ms=for_ms, o=one_way: self.world.cut_off(n, ms, one_way=o))  # type: ignore[misc]
+            heap.after(moment(), lambda n=node, ms=for_ms, o=one_way: self.world.network.cut_off(n, ms, one_way=o))  # type: ignore[misc]
         for _ in range(faults.freezes_then_cuts):
             heap.after(moment(), lambda: self._freeze_then_cut(heap.random.choice(nodes)))
         for _ in range(faults.transfers):
@@ -156,15 +96,17 @@ class Sim:
         for _ in range(faults.offers):
             heap.after(moment(), lambda: self._offer(heap.random.choice(nodes)))
         if heap.chance(faults.drains):
-            heap.after(moment(), lambda: self._drain(heap.random.choice(nodes)))
+            leaves = self._leaves = heap.random.choice(nodes)
+            heap.after(moment(), lambda: self._drain(leaves))
         if heap.chance(faults.dies_for_good):
-            heap.after(moment(), lambda: self._die(heap.random.choice(nodes)))
+            dies = self._dies = heap.random.choice(nodes)
+            heap.after(moment(), lambda: self._die(dies))
 
     def _crash(self, node: SimNode) -> None:
         if not node.is_alive or node is self.lost:
             return
-        node.crash()
         heap = self.world.heap
+        node.crash(loses_power=heap.chance(self.faults.power_loss))
         heap.after(heap.between(*heap.random.choice(self.faults.restart_ms)), lambda: self._restart(node))
 
     def _restart(self, node: SimNode) -> None:
@@ -180,7 +122,7 @@ class Sim:
         heap = self.world.heap
         asleep_ms, cut_ms = heap.between(500, 9_500), heap.between(10_000, 40_000)
         self._freeze(node, asleep_ms, whole=False)
-        heap.after(asleep_ms - 2, lambda: self.world.cut_off(node, cut_ms, one_way=False))
+        heap.after(asleep_ms - 2, lambda: self.world.network.cut_off(node, cut_ms, one_way=False))
 
     def _offer(self, node: SimNode) -> None:
         """Its owner changes his mind about how much it takes on."""
@@ -201,21 +143,23 @@ class Sim:
     def _die(self, node: SimNode) -> None:
         """For good. Somebody sees it a while later, and says so."""
         if node.is_alive:
-            node.crash()
+            node.crash(loses_power=self.world.heap.chance(self.faults.power_loss))
         self.lost = node
         self.world.heap.note(f"{node.name}: is gone for good")
 
         def removed(answer: AnyAnswer) -> None:
             if isinstance(answer, Rejected):
                 raise Breach(f"a dead member can be removed: {answer} (seed {self.world.seed})")
+            self.is_removed = True
 
-        self.world.heap.after(30_000, lambda: self.client.send(RemoveMember(node.id), removed))
+        self.world.heap.after(30_000, lambda: self.client.send(RemoveMember(node.id), removed, at_servers=True))
 
     def _is_over(self) -> bool:
         world = self.world
         return (
             world.heap.now_ms > max(self.faults.lasts_ms, 15_000)
             and self.client.unanswered == 0
+            and (self.lost is None or self.is_removed)
             and len(self.client.acknowledged) == len(world.checks.submitted)
             and world.checks.is_finished()
             and all(node.agent is None or not node.agent.worker.attempts.all() for node in world.nodes.values())
@@ -237,61 +181,6 @@ class Sim:
                     checks.breach("results outlive a machine", f"{job[-6:]}/{task.task}")
         if self.faults is CALM:
             checks.nothing_was_lost_without_a_fault()
-
-
-def _profile(seed: int) -> tuple[Faults, Load]:
-    """Half of the seeds get a bit of everything; the others press on one spot, where a general mix seldom hits."""
-    match seed % 12:
-        case 0:
-            return CALM, Load()
-        case 1:  # long absences from jobs that may run once at a time
-            promised = Load(
-                jobs=(2, 4), on_lost=(OnLost.RERUN,), lost_after_ms=(30_000, 35_000), lengths_ms=(90_000,), counts=(1,)
-            )
-            return Faults(cuts=4, cut_ms=(50_000, 100_000)), promised
-        case 2:  # claims that change all the time, doubled and late
-            return Faults(double=0.5, late=0.4, offers=40), Load(jobs=(15, 25), lengths_ms=(20, 300), counts=(3, 6))
-        case 3:  # many leaders, each of which tells again what is leased; nodes come and go meanwhile
-            careful = Load(
-                jobs=(3, 6),
-                on_lost=(OnLost.FAIL, OnLost.WAIT),
-                lost_after_ms=(45_000,),
-                lengths_ms=(25_000,),
-                counts=(1, 3),
-            )
-            return Faults(
-                late=0.4, late_ms=(1_000, 12_000), transfers=10, cuts=5, cut_ms=(11_000, 15_000), has_gossip=False
-            ), careful
-        case 4:  # nodes that leave and hand back what they have
-            return Faults(drains=1, hands_over=1), Load(jobs=(10, 15), lengths_ms=(8_000, 25_000), counts=(3, 6))
-        case 5:  # sleepers that wake to old answers, and nobody who says that they are gone
-            return Faults(late=0.1, late_ms=(1_000, 5_000), freezes_then_cuts=3, has_gossip=False), Load()
-        case 6:  # absences about as long as it takes to be called dead, and a slow log
-            return Faults(cuts=14, cut_ms=(4_500, 6_500), slow_disk=1), Load()
-        case 7:  # quick restarts, and reports of the life before that arrive in the next
-            return Faults(late=0.4, late_ms=(1_000, 12_000), crashes=10, restart_ms=((100, 2_000),)), Load(
-                jobs=(15, 25), lengths_ms=(300, 2_000), counts=(3, 6)
-            )
-        case _:
-            return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation
-
-
-def _mixed(random: Random) -> Faults:
-    return Faults(
-        lose=random.choice((0, 0.02, 0.1)),
-        double=random.choice((0, 0.05, 0.4)),
-        late=random.choice((0, 0.05, 0.3)),
-        late_ms=(100.0, random.choice((1_000.0, 4_000.0, 12_000.0))),
-        crashes=random.randint(0, 4),
-        freezes=random.randint(0, 2),
-        cuts=random.randint(0, 3),
-        transfers=random.randint(0, 3),
-        offers=random.choice((0, 3, 15)),
-        drains=0.3,
-        freezes_then_cuts=random.randint(0, 2),
-        has_gossip=random.random() < 0.5,
-        dies_for_good=0.15,
-    )
 
 
 def _seeds(arguments: argparse.Namespace) -> Iterator[int]:

@@ -13,7 +13,7 @@ from meshd.gossip import own
 from meshd.gossip.facts import Facts, Merged
 from meshd.gossip.messages import Row, SignedChunk
 from meshd.model import NodeId
-from tests.sim.gossip_world import sign_as, verify
+from meshd.testing.gossiping import sign_as, verify
 
 A, B, READER = NodeId("a"), NodeId("b"), NodeId("reader")
 MEMBERS = (A, B, READER)

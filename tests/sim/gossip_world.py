@@ -12,35 +12,40 @@ from hashlib import blake2b
 from itertools import count
 from random import Random
 
-from meshd.errors import MeshError
-from meshd.gossip import membership as swim
-from meshd.gossip.core import Changed, Exchange, Gossip, Probe, Relay, Tell
-from meshd.gossip.membership import ProbeEnded, RelayEnded, State, Tick
-from meshd.gossip.service import EXCHANGE_ROUNDS_MAX, EXCHANGE_STEP_S, RELAY_PING_S
+from meshd.gossip.core import Gossip
+from meshd.gossip.membership import PeerDown, State
 from meshd.model import NodeId
-
-Done = Callable[[bytes | None, bool], None]
-"""(answer or None, did we hear nothing at all?)"""
-
-
-def sign_as(node: NodeId) -> Callable[[bytes], bytes]:
-    """A stand-in for a key: fast, and as unforgeable as tests need."""
-    return lambda payload: blake2b(payload, key=node.encode()).digest()
-
-
-def verify(node: NodeId, payload: bytes, signature: bytes) -> bool:
-    return sign_as(node)(payload) == signature
+from meshd.testing.gossiping import Done, Gossiping
 
 
 class Node:
+    """A process that gossips, as meshd.testing.gossiping wants it."""
+
     def __init__(self, world: World, me: NodeId, life: int) -> None:
         self.me = me
+        self._world = world
         # A plain count of starts: each objection in one life then collides with the lives to come.
-        self.core = Gossip(me, life, Random(f"{world.seed} {me} {life}"), sign_as(me), verify)
+        self.gossip = Gossiping(self, me, life, Random(f"{world.seed} {me} {life}"))
         self.life = life
         self.is_up = True
         self.is_paused = False
         self.held: list[Callable[[], None]] = []
+
+    @property
+    def core(self) -> Gossip:
+        return self.gossip.core
+
+    def clock_ms(self) -> int:
+        return self._world.now_ms
+
+    def wake_at(self, clock_ms: int, action: Callable[[], None]) -> None:
+        self._world.at(max(0, clock_ms - self._world.now_ms), lambda: self._world.run_on(self, action))
+
+    def call(self, peer: NodeId, method: str, body: bytes, timeout_ms: int, done: Done) -> None:
+        self._world.call(self, peer, method, body, timeout_ms, done)
+
+    def liveness_changed(self, node: NodeId, state: State) -> None:
+        self._world.changes.append((self._world.now_ms, self.me, node, state))
 
 
 class World:
@@ -81,7 +86,9 @@ class World:
         self.nodes[me].is_up = False
         if seen:
             for other in self.up():
-                self.at(self._delay(), lambda other=other: self._event(other, swim.PeerDown(me)))
+                self.at(
+                    self._delay(), lambda other=other: self.run_on(other, lambda: other.gossip.handle(PeerDown(me)))
+                )
 
     def restart(self, me: NodeId) -> None:
         node = self.nodes[me] = Node(self, me, self.nodes[me].life + 1)
@@ -104,8 +111,7 @@ class World:
         self._sides = {}
 
     def publish(self, me: NodeId, key: str, value: bytes | None) -> None:
-        self.nodes[me].core.publish(key, value)
-        self._event(self.nodes[me], Tick())
+        self.nodes[me].gossip.publish(key, value)
 
     # --- what a test sees ---
 
@@ -135,20 +141,9 @@ class World:
 
     def _start(self, node: Node) -> None:
         if node.is_up:
-            self._perform(node, node.core.set_members(self.ids, self.now_ms))
-            self._wait(node)
+            node.gossip.set_members(self.ids)
 
-    def _wait(self, node: Node) -> None:
-        due_ms = node.core.due_ms
-
-        def wake() -> None:
-            if node.core.due_ms <= self.now_ms:
-                self._perform(node, node.core.handle(Tick(), self.now_ms))
-            self._wait(node)
-
-        self.at(max(0, due_ms - self.now_ms), lambda: self._on(node, wake))
-
-    def _on(self, node: Node, action: Callable[[], None]) -> None:
+    def run_on(self, node: Node, action: Callable[[], None]) -> None:
         if not node.is_up or self.nodes[node.me] is not node:
             return
         if node.is_paused:
@@ -156,16 +151,13 @@ class World:
         else:
             action()
 
-    def _event(self, node: Node, event: swim.Event) -> None:
-        self._on(node, lambda: self._perform(node, node.core.handle(event, self.now_ms)))
-
     def _delay(self) -> int:
         return self.random.randint(*self.delay_ms)
 
     def _passes(self, one: NodeId, other: NodeId) -> bool:
         return self._sides.get(one, 0) == self._sides.get(other, 0) and self.random.random() >= self.loss
 
-    def _call(self, node: Node, peer: NodeId, method: str, body: bytes, timeout_ms: int, done: Done) -> None:
+    def call(self, node: Node, peer: NodeId, method: str, body: bytes, timeout_ms: int, done: Done) -> None:
         is_over = False
 
         def end(answer: bytes | None, is_silent: bool) -> None:
@@ -181,94 +173,16 @@ class World:
 
         def arrive() -> None:
             target = self.nodes[peer]
-            if not target.is_up:
-                return
-            self._on(target, lambda: serve(target))
+            self.run_on(target, lambda: target.gossip.answer(method, node.me, body, reply))
 
-        def serve(target: Node) -> None:
-            if method == "indirect":
-                reached, effects = target.core.asked_to_reach(node.me, body, self.now_ms)
-                self._perform(target, effects)
-                self._ping(target, reached, round(RELAY_PING_S * 1000), lambda ok: relayed(target, reached, ok))
+        def reply(answer: bytes | None) -> None:
+            if answer is None:
                 return
-            answer_one = getattr(target.core, {"ping": "pinged", "tell": "told", "exchange": "exchanged"}[method])
-            try:
-                answer, effects = answer_one(node.me, body, self.now_ms)
-            except MeshError:
-                return
-            self._perform(target, effects)
-            reply(answer)
-
-        def relayed(relay: Node, reached: NodeId, ok: bool) -> None:
-            reply(relay.core.reach_answer(reached, reached=ok))
-
-        def reply(answer: bytes) -> None:
             count_bytes(answer)
             if self._passes(peer, node.me):
-                self.at(self._delay(), lambda: self._on(node, lambda: end(answer, False)))
+                self.at(self._delay(), lambda: self.run_on(node, lambda: end(answer, False)))
 
         count_bytes(body)
         if self._passes(node.me, peer):
             self.at(self._delay(), arrive)
-        self.at(timeout_ms, lambda: self._on(node, lambda: end(None, True)))
-
-    def _ping(self, node: Node, peer: NodeId, timeout_ms: int, done: Callable[[bool], None]) -> None:
-        def ended(answer: bytes | None, _is_silent: bool) -> None:
-            if answer is not None:
-                self._perform(node, node.core.ponged(peer, answer, self.now_ms))
-            done(answer is not None)
-
-        self._call(node, peer, "ping", node.core.ping(peer), timeout_ms, ended)
-
-    def _perform(self, node: Node, effects: Iterable[object]) -> None:
-        for effect in effects:
-            match effect:
-                case Changed(about, state):
-                    self.changes.append((self.now_ms, node.me, about, state))
-                case Tell(peers, body):
-                    for peer in peers:
-                        self._call(node, peer, "tell", body, 1000, lambda _answer, _is_silent: None)
-                case Probe(number, peer, timeout_ms):
-                    self._ping(
-                        node, peer, timeout_ms, lambda ok, number=number: self._event(node, ProbeEnded(number, ok))
-                    )
-                case Relay():
-                    self._relay(node, effect)
-                case Exchange(peer):
-                    self._exchange(node, peer, EXCHANGE_ROUNDS_MAX)
-                case _:
-                    raise AssertionError(effect)
-        if effects:
-            self._wait(node)
-
-    def _relay(self, node: Node, effect: Relay) -> None:
-        def ended(answer: bytes | None, is_silent: bool) -> None:
-            reached: bool | None = None if is_silent else False
-            if answer is not None:
-                reached, effects = node.core.reached(effect.relay, answer, self.now_ms)
-                self._perform(node, effects)
-            self._event(node, RelayEnded(effect.probe, reached))
-
-        self._call(node, effect.relay, "indirect", node.core.reach(effect.target), effect.timeout_ms, ended)
-
-    def _exchange(self, node: Node, peer: NodeId, rounds: int) -> None:
-        step_ms = round(EXCHANGE_STEP_S * 1000)
-
-        def compared(answer: bytes | None, _is_silent: bool) -> None:
-            swap = node.core.swap(answer) if answer is not None else None
-            if swap is None:
-                node.core.exchange_ended()
-            else:
-                self._call(node, peer, "exchange", swap, step_ms, swapped)
-
-        def swapped(answer: bytes | None, _is_silent: bool) -> None:
-            is_full = False
-            if answer is not None:
-                is_full, effects = node.core.settle(peer, answer, self.now_ms)
-                self._perform(node, effects)
-            if is_full and rounds > 1:
-                self._exchange(node, peer, rounds - 1)
-            else:
-                node.core.exchange_ended()
-
-        self._call(node, peer, "exchange", node.core.compare(), step_ms, compared)
+        self.at(timeout_ms, lambda: self.run_on(node, lambda: end(None, True)))

@@ -24,7 +24,7 @@ from meshd.gossip.messages import (
     life_payload,
 )
 from meshd.model import NodeId
-from tests.sim.gossip_world import sign_as, verify
+from meshd.testing.gossiping import sign_as, verify
 
 ME, A, B, STRANGER = NodeId("me"), NodeId("a"), NodeId("b"), NodeId("stranger")
 NOW = 5_000

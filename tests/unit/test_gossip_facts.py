@@ -11,7 +11,7 @@ from meshd.gossip.facts import Facts, Merged
 from meshd.gossip.messages import CHUNK_BYTES_MAX, DELTA_BYTES_MAX, Chunk, Row, SignedChunk, chunk_payload
 from meshd.gossip.own import KEYS_MAX, LIVE_BYTES_MAX, VALUE_BYTES_MAX
 from meshd.model import NodeId
-from tests.sim.gossip_world import sign_as, verify
+from meshd.testing.gossiping import sign_as, verify
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 

@@ -18,7 +18,7 @@ from meshd.gossip.service import EXCHANGE, INDIRECT, PING, TELL, GossipService
 from meshd.model import NodeId
 from meshd.net.memory import MemoryNetwork
 from meshd.net.rpc import StreamRpc
-from tests.sim.gossip_world import sign_as, verify
+from meshd.testing.gossiping import sign_as, verify
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 BLOB = "ab" * 32

@@ -1,0 +1,389 @@
+"""One simulated machine: its disk, its clock, its process with the real agent and the real gossip, and the shell between.
+
+What daemon.py and shell.py do with sockets and threads is done here on virtual time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from meshd import codec
+from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
+from meshd.gossip.membership import State
+from meshd.keeper import (
+    GRANT_MS,
+    AnswerRenew,
+    Applied,
+    Keeper,
+    LeaderTick,
+    NoticeEnded,
+    PeerGone,
+    RenewArrived,
+    SendNotice,
+)
+from meshd.model import BackendOffer, NodeId, Offer, Resources
+from meshd.neighbours import ADDRESS_FACT, LEADER_FACT, MEMBERS_FACT, OFFER_FACT
+from meshd.raft.commands import EndSession, MembersChanged
+from meshd.raft.machine import Machine
+from meshd.session_messages import Granted, Notice, Renew, RenewAnswer
+from meshd.testing.gossiping import Done, Gossiping, Reply
+from meshd.testing.machines import Runner
+from meshd.testing.network import KEEP_ALIVE_MS, Connections
+from meshd.views import GetMembers, MembersView
+from meshd.worker import (
+    MoveLeash,
+    NoticeArrived,
+    Offering,
+    Open,
+    Propose,
+    Proposed,
+    RenewAnswered,
+    SendRenew,
+    Start,
+    Stop,
+    Worker,
+)
+
+if TYPE_CHECKING:
+    from meshd.testing.world import World
+
+NOTICE_TIMEOUT_MS = 2_000
+MEMBERS_EVERY_MS = 2_000
+"""How often a node without a replica looks whether gossip announces a change of members."""
+CLOCK_DRIFT = 0.002
+"""Clocks that run this much too fast or slow; real ones are a hundred times better."""
+
+
+class SimNode:
+    """One machine: its disk outlives the process, its clock is its own, its agent is the real one."""
+
+    def __init__(self, world: World, name: str, *, is_server: bool, slots: int) -> None:
+        self.world, self.name, self.id = world, name, NodeId(f"node-{name}")
+        self.is_server, self.slots = is_server, slots
+        self.offer = some_offer(world.heap.random, name, slots)
+        self.cores = max(1, slots - 1)
+        """The last slot is claimed ahead: what is leased to it waits for a core."""
+        self.saved_epoch = 0
+        self.starts = 0
+        self.blobs: dict[str, None] = {}
+        self.members: tuple[NodeId, ...] = ()
+        self.is_alive = False
+        self.has_power = True
+        self.is_draining = False
+        self.agent_frozen_until_ms = 0
+        self.machine_frozen_until_ms = 0
+        self.process = 0
+        self.agent: Agent | None = None
+        self.gossip: Gossiping | None = None
+        self.connections = Connections(self)
+        self.machine: Machine | None = None
+        self.applied = 0
+        self.runner = Runner(self)
+        self._clock_offset_ms = int(world.heap.between(0, 10_000_000))
+        self._clock_rate = 1 + world.heap.between(-CLOCK_DRIFT, CLOCK_DRIFT)
+        self._timer_ms: int | None = None
+        self._calls: dict[int, Callable[[RenewAnswer], None]] = {}
+        self._members_position = 0
+
+    @property
+    def is_awake(self) -> bool:
+        return self.is_alive and self.world.heap.now_ms >= self.agent_frozen_until_ms
+
+    def clock_ms(self) -> int:
+        return self._clock_offset_ms + int(self.world.heap.now_ms * self._clock_rate)
+
+    @property
+    def room(self) -> Resources:
+        return replace(self.offer.resources, cpu_milli=1000 * self.cores)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        world = self.world
+        self.is_alive = self.has_power = True
+        self.agent_frozen_until_ms = self.machine_frozen_until_ms = 0
+        self.process += 1
+        self._timer_ms = None
+        self._calls = {}
+        self.connections = Connections(self)
+        self.count_start()
+        self.gossip = Gossiping(self, self.id, self.starts, Random(f"{world.seed} {self.name} {self.process}"))  # noqa: S311
+        keeper = None
+        if self.is_server:
+            self.machine = world.log.replica_for(self)
+            keeper = Keeper(self.machine)
+        self.agent = Agent(Worker(epoch=self.saved_epoch), keeper)
+        world.heap.note(f"{self.name}: starts, saved epoch {self.saved_epoch}")
+        for key, value in self.said().items():
+            self.gossip.publish(key, value)
+        self.gossip.set_members(self.members)
+        if self.machine is not None:
+            self._members_known(self.machine.answer(GetMembers()))
+        else:
+            self.after(world.heap.between(0, MEMBERS_EVERY_MS), self._keep_members_fresh)
+        self.after(world.heap.between(0, KEEP_ALIVE_MS), self.connections.keep_alive)
+        self.offers(0 if self.is_draining else self.slots)
+
+    def count_start(self) -> None:
+        """On its disk, synced before anybody hears of it."""
+        self.starts += 1
+
+    def said(self) -> dict[str, bytes]:
+        """What this node tells of itself, whatever happens to its role."""
+        told = {ADDRESS_FACT: f"{self.name}:{self.process}", OFFER_FACT: self.offer}
+        return {key: codec.encode(value) for key, value in told.items()} | {f"blob/{blob}": b"" for blob in self.blobs}
+
+    def offers(self, slots: int) -> None:
+        self.handle(Offering(slots, self.offer, self.room))
+
+    def crash(self, *, loses_power: bool = False) -> None:
+        """The process is killed and its connections break, or its machine is gone without a word."""
+        self.world.heap.note(f"{self.name}: {'loses power' if loses_power else 'crashes'}")
+        self.is_alive = False
+        self.has_power = not loses_power
+        self.agent = self.machine = self.gossip = None
+        if self.has_power:
+            self.world.network.break_connections(self)
+        self.runner.killed()
+        self.world.log.depose(self.id)
+
+    def freeze(self, for_ms: float, *, whole: bool) -> None:
+        """The agent alone (stopped, swapped out), or the whole machine with its jobs (a suspended VM)."""
+        self.agent_frozen_until_ms = self.world.heap.now_ms + int(for_ms)
+        if whole:
+            self.machine_frozen_until_ms = self.agent_frozen_until_ms
+        self.world.heap.note(f"{self.name}: {'machine' if whole else 'agent'} frozen for {int(for_ms)} ms")
+
+    def after(self, delay_ms: float, action: Callable[[], None], *, of_machine: bool = False) -> None:
+        """In this process: never once it has crashed, later when it is frozen. `of_machine`: what goes on without the agent."""
+        process = self.process
+
+        def run() -> None:
+            if not self.is_alive or self.process != process:
+                return
+            until_ms = self.machine_frozen_until_ms if of_machine else self.agent_frozen_until_ms
+            if self.world.heap.now_ms < until_ms:
+                self.world.heap.after(until_ms - self.world.heap.now_ms, run)
+            else:
+                action()
+
+        self.world.heap.after(delay_ms, run)
+
+    # --- the shell ----------------------------------------------------------------------------------------------------
+
+    def handle(self, event: AgentEvent) -> None:
+        if self.agent is None:
+            return
+        for effect in self.agent.handle(event, self.clock_ms()):
+            self._perform(effect)
+        timer_ms = self.agent.next_timer_ms()
+        if timer_ms is not None and (self._timer_ms is None or timer_ms < self._timer_ms):
+            self._timer_ms = timer_ms
+            self.after((timer_ms - self.clock_ms()) / self._clock_rate + 1, lambda: self._timer(timer_ms))
+
+    def _timer(self, timer_ms: int) -> None:
+        if self._timer_ms == timer_ms:
+            self._timer_ms = None
+            self.handle(Tick(self.world.log.leads(self.id)))
+
+    def leadership_changed(self) -> None:
+        term = self.world.log.leads(self.id)
+        if term is not None and self.gossip is not None:
+            self.gossip.publish(LEADER_FACT, codec.encode(term))
+        self.handle(LeaderTick(term))
+
+    def applied_events(self, term: int | None) -> None:
+        assert self.machine is not None
+        events = self.machine.take_events()
+        if events:
+            self.handle(Applied(events, term))
+        if any(isinstance(event, MembersChanged) for event in events):
+            self._members_known(self.machine.answer(GetMembers()))
+
+    def save_epoch(self, epoch: int) -> None:
+        """On its disk, synced."""
+        self.saved_epoch = max(self.saved_epoch, epoch)
+
+    def _perform(self, effect: AgentEffect) -> None:
+        world = self.world
+        match effect:
+            case Open(epoch, command):
+                world.heap.note(f"{self.name}: opens {epoch}, holds {_fences(command.held)}")
+
+                def saved() -> None:
+                    self.save_epoch(epoch)
+                    self._propose(command)
+
+                self.after(world.heap.between(0, 15), saved)
+            case Propose(command):
+                if isinstance(command, EndSession):
+                    assert self.agent is not None and self.agent.keeper is not None
+                    granted_ms = self.agent.keeper.granted_ms(command.node)
+                    is_early = granted_ms is not None and self.clock_ms() - granted_ms < GRANT_MS
+                    world.checks.decided_to_end(self, command, is_early=is_early)
+                self._propose(command)
+            case SendRenew(epoch, sent_ms, renew):
+                self._send_renew(epoch, sent_ms, renew)
+            case Start(key, spec, leash_ms):
+                world.checks.decided_to_start(self, key)
+                self.runner.start(key, spec, leash_ms)
+            case Stop(key, reason):
+                self.runner.stop(key, reason)
+            case MoveLeash(key, leash_ms):
+                self.runner.move_leash(key, leash_ms)
+            case AnswerRenew(call, answer):
+                self._calls.pop(call)(answer)
+            case SendNotice(node, notice):
+                self._send_notice(node, notice)
+
+    def _propose(self, command: object) -> None:
+        via = self.id if isinstance(command, EndSession) else None
+        self.world.log.propose(self, command, lambda answer: self.handle(Proposed(command, answer)), via=via)  # type: ignore[arg-type]
+
+    def _send_renew(self, epoch: int, sent_ms: int, renew: Renew) -> None:
+        body = codec.encode(renew)
+        voter = self.some_voter()
+
+        def answered(answer: RenewAnswer) -> None:
+            data = codec.encode(answer)
+            self.world.network.send(
+                voter, self, lambda: self.handle(RenewAnswered(epoch, sent_ms, codec.decode(data, RenewAnswer)))
+            )
+
+        def at_voter() -> None:
+            leader = self.world.log.voters[voter.id].leader
+            if leader is not None:
+                node = self.world.nodes[leader]
+                self.world.network.send(voter, node, lambda: node.renew_arrived(self.id, body, answered))
+
+        self.world.network.send(self, voter, at_voter)
+
+    def renew_arrived(self, origin: NodeId, body: bytes, answered: Callable[[RenewAnswer], None]) -> None:
+        renew = codec.decode(body, Renew)
+
+        def checked(answer: RenewAnswer) -> None:
+            if isinstance(answer, Granted):
+                self.world.checks.decided_to_grant(self, origin, renew.epoch)
+            answered(answer)
+
+        call = len(self._calls) + self.world.heap.now_ms * 1000
+        self._calls[call] = checked
+        self.handle(RenewArrived(call, origin, renew, self.world.log.leads(self.id)))
+
+    def _send_notice(self, to: NodeId, notice: Notice) -> None:
+        body = codec.encode(notice)
+        target = self.world.nodes[to]
+        is_over = False
+
+        def over(has_arrived: bool) -> None:
+            nonlocal is_over
+            if not is_over:
+                is_over = True
+                self.handle(NoticeEnded(to, notice, has_arrived))
+
+        def arrived() -> None:
+            target.handle(NoticeArrived(codec.decode(body, Notice)))
+            self.world.network.send(target, self, lambda: over(True))
+
+        self.world.network.send(self, target, arrived)
+        self.after(NOTICE_TIMEOUT_MS, lambda: over(False))
+
+    # --- gossip -------------------------------------------------------------------------------------------------------
+
+    def wake_at(self, clock_ms: int, action: Callable[[], None]) -> None:
+        self.after((clock_ms - self.clock_ms()) / self._clock_rate + 1, action)
+
+    def liveness_changed(self, node: NodeId, state: State) -> None:
+        self.world.heap.note(f"{self.name}: calls {self.world.nodes[node].name} {state}")
+        self.world.checks.liveness_changed(self, node, state)
+        self.handle(PeerGone(node, state is State.DEAD and node not in self.connections))
+
+    def thinks_dead(self, node: NodeId) -> bool:
+        assert self.gossip is not None
+        health = self.gossip.core.health(node)
+        return health is not None and health.state is State.DEAD
+
+    def call(self, peer: NodeId, method: str, body: bytes, timeout_ms: int, done: Done) -> None:
+        target, process, is_over = self.world.nodes[peer], self.process, False
+
+        def end(answer: bytes | None, is_silent: bool) -> None:
+            nonlocal is_over
+            if not is_over and self.process == process:
+                is_over = True
+                done(answer, is_silent)
+
+        def reply(answer: bytes | None) -> None:
+            self.world.network.send(target, self, lambda: end(answer, False))
+
+        self.world.network.send(
+            self,
+            target,
+            lambda: target.answer(method, self.id, body, reply),
+            refused=lambda: end(None, False),
+        )
+        self.after(timeout_ms, lambda: end(None, True))
+
+    def answer(self, method: str, peer: NodeId, body: bytes, reply: Reply) -> None:
+        assert self.gossip is not None
+        if method.startswith("gossip."):
+            self.gossip.answer(method, peer, body, reply)
+        else:
+            reply(self.runner.answer(method, body))
+
+    def some_voter(self) -> SimNode:
+        """The likely leader, or any other that is not known to be dead, as far as gossip has told."""
+        assert self.gossip is not None
+        told = {node: codec.decode(term, int) for (node, _), term in self.gossip.core.facts.facts(LEADER_FACT).items()}
+        servers = [node for node in self.world.nodes.values() if node.is_server and node.id in self.members]
+        servers.sort(key=lambda node: (self.thinks_dead(node.id), -told.get(node.id, -1)))
+        living = [node for node in servers if not self.thinks_dead(node.id)] or servers
+        return living[0] if self.world.heap.chance(0.5) else self.world.heap.random.choice(living)
+
+    def _members_known(self, view: MembersView) -> None:
+        if not view.members or self.gossip is None:
+            return
+        self.members = tuple(row.member.node for row in view.members)
+        self._members_position = view.position
+        self.gossip.set_members(self.members)
+        if self.is_server:
+            self.gossip.publish(MEMBERS_FACT, codec.encode(view.position))
+
+    def _keep_members_fresh(self) -> None:
+        """Servers announce by gossip that members have changed; who has no replica asks one of them then."""
+        assert self.gossip is not None
+        self.after(MEMBERS_EVERY_MS, self._keep_members_fresh)
+        told = self.gossip.core.facts.facts(MEMBERS_FACT).values()
+        if max((codec.decode(position, int) for position in told), default=0) > self._members_position:
+            server = self.some_voter()
+            self.world.network.send(self, server, lambda: self._ask_for_members(server))
+
+    def _ask_for_members(self, server: SimNode) -> None:
+        if server.machine is not None:
+            view = server.machine.answer(GetMembers())
+            self.world.network.send(server, self, lambda: self._members_known(view))
+
+
+def some_offer(random: Random, name: str, slots: int) -> Offer:
+    """Machines differ in what they run, where they stand and what they have."""
+    has_wasm = random.random() < 0.5
+    labels = {"name": name, "zone": random.choice(("a", "b"))}
+    if random.random() < 0.5:
+        labels["ssd"] = ""
+    return Offer(
+        backends=(BackendOffer("process"), BackendOffer("wasm")) if has_wasm else (BackendOffer("process"),),
+        resources=Resources(
+            cpu_milli=1000 * slots,
+            memory=random.choice((1, 2, 4)) << 30,
+            custom=(("licence", 1),) if random.random() < 0.5 else (),
+        ),
+        labels=tuple(sorted(labels.items())),
+        missing=() if has_wasm else (("wasm", "no engine here"),),
+    )
+
+
+def _fences(keys: tuple) -> str:  # type: ignore[type-arg]
+    return ",".join(str(key.fence) for key in keys) or "nothing"

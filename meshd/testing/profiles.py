@@ -1,0 +1,73 @@
+"""What a seed stands for: which faults, and which load."""
+
+from __future__ import annotations
+
+from random import Random
+
+from meshd.model import OnLost
+from meshd.testing.faults import CALM, Faults
+from meshd.testing.load import Load
+
+
+def profile_of(seed: int) -> tuple[Faults, Load]:
+    """Half of the seeds get a bit of everything; the others press on one spot, where a general mix seldom hits."""
+    match seed % 12:
+        case 0:
+            return CALM, Load()
+        case 1:  # long absences from jobs that may run once at a time
+            promised = Load(
+                jobs=(2, 4), on_lost=(OnLost.RERUN,), lost_after_ms=(30_000, 35_000), lengths_ms=(90_000,), counts=(1,)
+            )
+            return Faults(cuts=3, cut_ms=(60_000, 100_000)), promised
+        case 2:  # claims that change all the time, doubled and late
+            return Faults(double=0.5, late=0.4, offers=40), Load(jobs=(15, 25), lengths_ms=(20, 300), counts=(3, 6))
+        case 3:  # many leaders, each of which tells again what is leased; nodes come and go meanwhile
+            careful = Load(
+                jobs=(4, 7),
+                on_lost=(OnLost.FAIL, OnLost.WAIT),
+                lost_after_ms=(45_000,),
+                lengths_ms=(25_000,),
+                counts=(1, 3),
+            )
+            return Faults(
+                lasts_ms=70_000,
+                late=0.4,
+                late_ms=(1_000, 12_000),
+                transfers=40,
+                cuts=8,
+                cut_ms=(11_000, 15_000),
+                cut_breaks=0,
+            ), careful
+        case 4:  # nodes that leave and hand back what they have
+            return Faults(drains=1, hands_over=1), Load(jobs=(6, 9), lengths_ms=(8_000, 25_000), counts=(2, 4))
+        case 5:  # sleepers that wake to old answers, and nobody who says that they are gone
+            return Faults(late=0.1, late_ms=(1_000, 5_000), freezes_then_cuts=3, cut_breaks=0), Load()
+        case 6:  # absences about as long as it takes to be called dead, and a slow log
+            return Faults(cuts=14, cut_ms=(3_000, 6_000), cut_breaks=1, slow_disk=1, slow_ms=2_000), Load()
+        case 7:  # quick restarts, and reports of the life before that arrive in the next
+            return Faults(late=0.4, late_ms=(1_000, 12_000), crashes=10, restart_ms=((100, 2_000),)), Load(
+                jobs=(15, 25), lengths_ms=(300, 2_000), counts=(3, 6)
+            )
+        case 8:  # nodes with more than they can run, which lose it while they are away
+            crowd = Load(jobs=(8, 10), on_lost=(OnLost.RERUN,), lost_after_ms=(0,), lengths_ms=(25_000,), counts=(3,))
+            return Faults(cuts=5, cut_ms=(12_500, 20_000), cut_breaks=1), crowd
+        case _:
+            return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation
+
+
+def _mixed(random: Random) -> Faults:
+    return Faults(
+        lose=random.choice((0, 0.02, 0.1)),
+        double=random.choice((0, 0.05, 0.4)),
+        late=random.choice((0, 0.05, 0.3)),
+        late_ms=(100.0, random.choice((1_000.0, 4_000.0, 12_000.0))),
+        crashes=random.randint(0, 4),
+        freezes=random.randint(0, 2),
+        cuts=random.randint(0, 3),
+        transfers=random.randint(0, 3),
+        offers=random.choice((0, 3, 15)),
+        drains=0.3,
+        freezes_then_cuts=random.randint(0, 2),
+        cut_breaks=random.choice((0, 0.3, 1)),
+        dies_for_good=0.15,
+    )
