@@ -592,8 +592,13 @@ class _Daemon:
 
     def _liveness_changed(self, node: NodeId, state: State) -> None:
         log.info("node." + state.value, node=node, name=self.directory.name(node))
-        is_gone = state is State.DEAD and node not in self.transport.connected()
-        self._feed(PeerGone(node, is_gone))
+        self._tell_gone(node)
+
+    def _tell_gone(self, node: NodeId) -> None:
+        """Gossip and the own connection have to agree, whichever of them changed last."""
+        health = self.gossip.health(node) if self.gossip is not None else None
+        is_dead = health is not None and health.state is State.DEAD
+        self._feed(PeerGone(node, is_dead and node not in self.transport.connected()))
 
     def _blob_changed(self, blob: str, is_present: bool) -> None:
         try:
@@ -610,10 +615,12 @@ class _Daemon:
     def peer_up(self, peer: NodeId) -> None:
         if self.gossip is not None:
             self.gossip.peer_up(peer)
+        self._tell_gone(peer)
 
     def peer_down(self, peer: NodeId) -> None:
         if self.gossip is not None:
             self.gossip.peer_down(peer)
+        self._tell_gone(peer)
 
     def _leave_lead(self) -> None:
         if self.server_log is not None and self.server_log.leads():
