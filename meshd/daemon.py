@@ -447,6 +447,7 @@ class _Daemon:
         self.node = Node(
             me=self.me,
             name=self.mesh_file.name,
+            roles=self.mesh_file.certificate.roles,
             mesh=self.mesh,
             version=VERSION,
             ca_pem=self.mesh_file.ca_pem,
@@ -623,16 +624,19 @@ class _Daemon:
         self._tell_gone(peer)
 
     def _leave_lead(self) -> None:
-        if self.server_log is not None and self.server_log.leads():
-            self.work.start_soon(self.server_log.hand_over)
+        self.work.start_soon(self._hand_over_lead)
 
-    async def _hand_back(self) -> None:
-        """Asked to stop: lead no more, stop what runs and report it, so that others go on at once."""
+    async def _hand_over_lead(self) -> None:
+        """Where another voter can lead; a sole one goes on until the mesh has found it a successor."""
         if self.server_log is not None and self.server_log.leads() and len(self.server_log.voters) > 1:
             try:
                 await self.server_log.hand_over()
             except MeshError as error:
                 log.warning("raft.not_handed_over", error=str(error))
+
+    async def _hand_back(self) -> None:
+        """Asked to stop: lead no more, stop what runs and report it, so that others go on at once."""
+        await self._hand_over_lead()
         if self.shell is not None and self.is_worker:
             self._feed(Offering(0, self.offer))
             self._feed(HandOver())

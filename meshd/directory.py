@@ -34,6 +34,8 @@ class Directory:
         self._public_key = public_key
         self._verify = verify
         self._peers: dict[NodeId, KnownPeer] = {peer.node: peer for peer in known if peer.node != me}
+        self._roles: dict[NodeId, tuple[Role, ...]] = {}
+        """As the replicated state says; certificates say the same, and are known sooner of some and later of others."""
         self._draining: frozenset[NodeId] = frozenset()
         self._revoked: frozenset[NodeId] = frozenset()
         self.position = 0
@@ -48,10 +50,8 @@ class Directory:
             return True
         if peer in self._revoked:
             return False
-        known = self._peers.get(peer)
-        if known is None or known.certificate is None:
-            return False
-        return protocol != RAFT_PROTOCOL or Role.SERVER in known.certificate.roles
+        roles = self.roles(peer)
+        return bool(roles) and (protocol != RAFT_PROTOCOL or Role.SERVER in roles)
 
     def book(self, peer: NodeId) -> Sequence[str]:
         known = self._peers.get(peer)
@@ -79,8 +79,14 @@ class Directory:
         return tuple(node for node in self.members() if self.has_role(node, Role.SERVER))
 
     def has_role(self, node: NodeId, role: Role) -> bool:
+        return role in self.roles(node)
+
+    def roles(self, node: NodeId) -> tuple[Role, ...]:
+        """By its certificate, else by the state; none when neither knows it."""
         known = self._peers.get(node)
-        return known is not None and known.certificate is not None and role in known.certificate.roles
+        if known is not None and known.certificate is not None:
+            return known.certificate.roles
+        return self._roles.get(node, ())
 
     # --- told --------------------------------------------------------------------------------------------------------
 
@@ -117,13 +123,17 @@ class Directory:
         self._revoked = frozenset(view.revoked)
         self._draining = frozenset(row.member.node for row in view.members if row.member.is_draining)
         present = {row.member.node for row in view.members}
+        self._roles = {row.member.node: row.member.roles for row in view.members}
         for row in view.members:
             if row.member.node != self._me:
                 member = row.member
                 self._learn(member.node, member.name, member.addresses, member.api_address, is_fresh=False)
+        # A list may be older than a greeting (a joiner replays the log from its beginning), and nobody greets twice on
+        # one stream: whom the mesh's key vouches for is forgotten only when revoked.
         for node in [node for node in self._peers if node not in present]:
-            del self._peers[node]
-            self.on_change()
+            if node in self._revoked or self._peers[node].certificate is None:
+                del self._peers[node]
+                self.on_change()
 
     def is_draining(self, node: NodeId) -> bool:
         return node in self._draining

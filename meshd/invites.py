@@ -18,6 +18,8 @@ from meshd.model import NodeId, Role
 
 PREFIX = "meshd1-"
 SECRET_BYTES = 18
+CHECKSUM_BYTES = 4
+"""Against slips in copying, not against people."""
 INVITE_CHARS_MAX = 8192
 DOORS_MAX = 4
 """Members named in one invite: enough that one of them answers, few enough to paste."""
@@ -37,7 +39,8 @@ class Invite(Struct, frozen=True, array_like=True):
     doors: tuple[Door, ...]
 
     def __str__(self) -> str:
-        return PREFIX + base64.urlsafe_b64encode(codec.encode(self)).decode().rstrip("=")
+        body = codec.encode(self)
+        return PREFIX + base64.urlsafe_b64encode(_checksum(body) + body).decode().rstrip("=")
 
     @property
     def secret_hash(self) -> str:
@@ -57,9 +60,16 @@ def parse(text: str) -> Invite:
         )
     body = text[len(PREFIX) :]
     try:
-        invite = codec.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), Invite)
+        data = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+        if data[:CHECKSUM_BYTES] != _checksum(data[CHECKSUM_BYTES:]):
+            raise InvalidRequest("the checksum does not fit")
+        invite = codec.decode(data[CHECKSUM_BYTES:], Invite)
     except (binascii.Error, ValueError, InvalidRequest) as error:
         raise InvalidRequest("this invite is damaged", hint="copy the whole line again") from error
     if not invite.doors or len(invite.secret) != SECRET_BYTES:
         raise InvalidRequest("this invite is damaged", hint="copy the whole line again")
     return invite
+
+
+def _checksum(body: bytes) -> bytes:
+    return blake3(body).digest(length=CHECKSUM_BYTES)

@@ -62,6 +62,7 @@ class Node:
         *,
         me: NodeId,
         name: str,
+        roles: tuple[Role, ...],
         mesh: str,
         version: str,
         ca_pem: str,
@@ -80,6 +81,7 @@ class Node:
     ) -> None:
         self._me = me
         self._name = name
+        self._roles = roles
         self._mesh = mesh
         self._version = version
         self._ca_pem = ca_pem
@@ -268,6 +270,7 @@ class Node:
         return await cluster_status(
             me=self._me,
             my_name=self._name,
+            my_roles=self._roles,
             mesh=self._mesh,
             version=self._version,
             mesh_log=self._log,

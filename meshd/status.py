@@ -23,6 +23,7 @@ async def cluster_status(
     *,
     me: NodeId,
     my_name: str,
+    my_roles: tuple[Role, ...],
     mesh: str,
     version: str,
     mesh_log: MeshLog,
@@ -55,7 +56,7 @@ async def cluster_status(
                 node=node,
                 name=row.member.name if row else (my_name if node == me else known.name if known else ""),
                 health="alive" if node == me else _word(health),
-                roles=row.member.roles if row else tuple(r for r in Role if directory.has_role(node, r)),
+                roles=row.member.roles if row else (my_roles if node == me else directory.roles(node)),
                 is_leader=raft is not None and raft.leader == node,
                 is_voter=raft is not None and node in raft.voters,
                 is_draining=row.member.is_draining if row else False,
@@ -88,7 +89,7 @@ def _word(health: Health | None) -> str:
 
 
 def _advice(raft: RaftStatus | None, nodes: list[NodeStatus], alive: set[NodeId]) -> str:
-    if raft is None:
+    if raft is None or raft.leader is None:
         return "bring back enough servers for a majority of the voters"
     servers = [node for node in nodes if Role.SERVER in node.roles]
     if len(servers) < 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ def add(name: str, nodes: tuple[str, ...]) -> None:
     is_remote = not all(node.startswith(("unix:", "/")) for node in nodes)
     token = os.environ.get("MESH_TOKEN", "")
     if is_remote and not token:
-        token = click.prompt("token", hide_input=True, err=True).strip()
+        is_asked = sys.stdin.isatty()
+        token = (click.prompt("token", hide_input=True, err=True) if is_asked else sys.stdin.readline()).strip()
     with Client(nodes, token=token) as client:
         me = client.me()
         others = [row.member.api_address for row in client.nodes().members if row.member.api_address] if is_remote else []  # fmt: skip

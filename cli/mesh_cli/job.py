@@ -97,6 +97,8 @@ def tasks(session: Session, selector: str, state: tuple[str, ...], limit: int) -
         ranges: Iterable[tuple[int, int | None]] = chosen.tasks or ((0, None),)
         rows = (row for start, stop in ranges for row in client.tasks(chosen.job, states=state, start=start, stop=stop))
         print_rows(session, islice(rows, limit), _task_columns(), lambda it: f"{it.job}:{it.task}")
+        if next(rows, None) is not None:
+            click.echo(f"only the first {limit} tasks; --limit shows more", err=True)
 
 
 @job.command()

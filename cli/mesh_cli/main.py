@@ -117,7 +117,8 @@ def _fail(message: str, hint: str, code: int) -> int:
     is_coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     click.echo(f"{click.style('error:', fg='red') if is_coloured else 'error:'} {message}", err=True)
     if hint:
-        click.echo(f"try: {hint.strip('`')}" if hint.count("`") == 2 and hint.startswith("`") else f"try: {hint}", err=True)  # fmt: skip
+        is_command = hint.count("`") == 2 and hint[0] == hint[-1] == "`"
+        click.echo(f"try: {hint.strip('`') if is_command else hint}", err=True)
     return code
 
 

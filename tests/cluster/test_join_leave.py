@@ -160,3 +160,33 @@ def test_a_copied_directory_is_refused_while_the_original_runs(make_mesh):
     assert "running twice" in text and code == 1
     with mesh.client("node2") as client:
         assert client.wait(client.submit({"run": {"args": ["true"]}}), timeout_s=20).state.value == "done"
+
+
+def test_the_sole_voter_drains_by_handing_over_to_the_other_server(make_mesh):
+    mesh = make_mesh("node1", "node2")
+    with mesh.client("node2") as client:
+        assert client.cluster().voters == (mesh.ids()["node1"],)
+        job = client.submit({"run": {"args": ["true"]}})
+        drained = mesh.cli("node2", "node", "drain", "node1", timeout_s=60)
+        assert drained.returncode == 0, drained.stderr.decode()
+        assert mesh.agents["node1"].poll() is None, "the agent that is drained lives on until it is stopped"
+        mesh.kill("node1", signal.SIGTERM)
+        assert client.cluster().voters == (mesh.ids()["node2"],)
+        assert client.wait(job, timeout_s=20).state.value == "done"
+        assert client.wait(client.submit({"run": {"args": ["true"]}}), timeout_s=20).state.value == "done"
+
+
+def test_every_server_lets_every_other_speak_raft_however_the_joins_fell(make_mesh):
+    """Three servers that joined one after the other, with commands in between: any one of them may be lost."""
+    mesh = make_mesh("node1")
+    with mesh.client("node1") as client:
+        invite = client.invite(uses=2)
+        for name in ("node2", "node3"):
+            client.submit({"run": {"args": ["true"]}})
+            mesh.start(name, "--join", invite)
+    mesh.wait_survives(1)
+    mesh.kill("node1")
+    with mesh.client("node2", "node3") as client:
+        assert client.wait(client.submit({"run": {"args": ["true"]}}), timeout_s=20).state.value == "done"
+        for name in ("node2", "node3"):
+            assert "streams_refused" not in (mesh.home(name) / "agent.log").read_text()

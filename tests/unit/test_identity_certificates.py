@@ -69,7 +69,10 @@ def test_an_invite_survives_being_pasted_over_several_lines():
     assert invites.parse(f"  {text[:40]}\n{text[40:]} ") == INVITE
 
 
-@pytest.mark.parametrize("text", ["", "hello", "meshd1-", "meshd1-####", str(INVITE)[:-9], "meshd1-" + "A" * 9000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "hello", "meshd1-", "meshd1-####", str(INVITE)[:-9], str(INVITE)[:-5] + "AAAAA", "meshd1-" + "A" * 9000],
+)
 def test_what_is_no_invite_is_refused_with_a_hint(text):
     with pytest.raises(InvalidRequest) as caught:
         invites.parse(text)
@@ -108,6 +111,21 @@ def test_an_older_list_of_members_changes_nothing():
     known.learn_members(MembersView(MESH, (row,), (), 9, 0))
     known.learn_members(MembersView(MESH, (), (ALICE.node_id,), 5, 0))
     assert known.members() == (ALICE.node_id,)
+
+
+def test_a_list_from_before_a_greeting_does_not_shut_the_greeted_out():
+    """A joiner replays the log from its beginning; it once forgot who had greeted it, and refused their Raft frames."""
+    known = directory()
+    known.greet(ALICE.node_id, greeting())
+    known.learn_members(MembersView(MESH, (), (), 3, 0))
+    assert known.gate(ALICE.node_id, RAFT_PROTOCOL) and known.members() == (ALICE.node_id,)
+
+
+def test_a_member_by_the_state_may_speak_before_its_certificate_was_seen():
+    known = directory()
+    row = MemberView(Member(ALICE.node_id, "alice", (Role.WORKER,)), "live", 1, 1, None, None, ())  # type: ignore[arg-type]
+    known.learn_members(MembersView(MESH, (row,), (), 9, 0))
+    assert known.gate(ALICE.node_id, BLOB_PROTOCOL) and not known.gate(ALICE.node_id, RAFT_PROTOCOL)
 
 
 def test_present_addresses_come_first_and_old_ones_are_kept_as_a_last_resort():
