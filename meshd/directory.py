@@ -107,14 +107,6 @@ class Directory:
         if peer in self._peers:
             self._learn(peer, self._peers[peer].name, addresses, api_address, is_fresh=True)
 
-    def learn_peer(self, peer: KnownPeer) -> None:
-        """Told by the member that let us in."""
-        if peer.node != self._me:
-            self._learn(peer.node, peer.name, peer.addresses, peer.api_address, is_fresh=False)
-            if peer.certificate is not None and self._peers[peer.node].certificate is None:
-                certificates.check(peer.certificate, self._mesh, self._public_key, peer.node, self._verify)
-                self._store(replace(self._peers[peer.node], certificate=peer.certificate))
-
     def learn_members(self, view: MembersView) -> None:
         """The members as of a log position: forgets those who are no longer in it."""
         if view.position < self.position:

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from meshd.errors import Corrupt, StartRefused
-from meshd.model import Certificate, NodeId, Role
+from meshd.model import Certificate, NodeId
 
 T = TypeVar("T")
 
@@ -156,7 +156,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def role_names(roles: tuple[Role, ...]) -> str:
-    return ",".join(role.value for role in roles)

@@ -2,7 +2,6 @@
 
 Transport   authenticated byte streams to peers           net/libp2p, net/memory.py
 Rpc         calls over one long-lived stream per peer      net/rpc.py, on any Transport
-Log         propose, read barrier, who leads               raft/log.py at servers, raft/remote.py elsewhere
 BlobStore   bytes by their hash, on this disk              blobs/store.py
 Backend     runs one attempt                               backends/*.py
 """
@@ -129,16 +128,6 @@ class Unknown:
 
 
 ProposeResult = Committed | NotCommitted | Unknown
-
-
-class Log(Protocol):
-    """The replicated log, as any node sees it."""
-
-    async def propose(self, origin: NodeId, command: bytes, *, timeout_s: float) -> ProposeResult: ...
-
-    async def read(self, query: bytes, *, timeout_s: float, is_stale_ok: bool = False) -> bytes:
-        """Encoded `AnyQuery` to encoded view, after the read barrier. Raises the query's MeshError, or Unavailable."""
-        ...
 
 
 # --- blobs -----------------------------------------------------------------------------------------------------------
