@@ -209,6 +209,8 @@ class Writer:
             await self._store._run(self._discard)
 
     def _flush(self) -> None:
+        # With each piece, not only at the end: the reserve is what the journal on the same disk lives on.
+        self._disk.check_room(self._waiting_bytes)
         with disk_errors("write a blob"):
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

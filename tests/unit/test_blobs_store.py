@@ -353,3 +353,14 @@ async def test_copying_a_large_file_stops_when_its_caller_gives_up(tmp_path: Pat
         with trio.move_on_after(0.05) as patience:
             await store.put_file(tmp_path / "sparse")
     assert patience.cancelled_caught and files_in(store.directory) == set()
+
+
+async def test_a_long_upload_stops_at_the_reserve_and_leaves_nothing(tmp_path: Path) -> None:
+    """What is kept for the log on the same disk is not eaten by a blob whose size nobody knew."""
+    store = await Store.open(tmp_path / "blobs", free_bytes_min=0)
+    writer = await store.create()
+    store._disk._free_bytes_min = 2**62  # as when the disk fills up meanwhile
+    with pytest.raises(Busy, match="no room"):
+        await writer.write(b"x" * (4 << 20))
+    await writer.abort()
+    assert files_in(store.directory) == set()
