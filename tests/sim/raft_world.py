@@ -24,7 +24,7 @@ from meshd.raft.messages import AnyMessage, VoterId, node_of, voter_id
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
-from tests.sim.raft_disk import MemoryDisk, PowerCut
+from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
 CREEP_S = 2e-6
 """Time goes on a little with each look at the clock, as it does outside."""

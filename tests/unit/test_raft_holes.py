@@ -23,7 +23,7 @@ from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal
 from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
 from meshd.raft.settings import RaftSettings
-from tests.sim.raft_disk import MemoryDisk
+from meshd.testing.raft_disk import MemoryDisk
 
 A, B, C, D, E = (VoterId(f"{name}/01") for name in "abcde")
 NO_OP = b"\x01"

@@ -13,7 +13,7 @@ from meshd.raft.disk import DirectoryDisk
 from meshd.raft.frames import BLOCK, LocalHeader
 from meshd.raft.journal import Journal, create_journal, journal_names, open_journal
 from meshd.raft.messages import VoterId
-from tests.sim.raft_disk import MemoryDisk, PowerCut
+from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
 A = VoterId("a/01")
 
