@@ -23,7 +23,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not cluster" --durations=10
+	$(BIN)/python -m pytest -m "not cluster" -n auto --dist worksteal --durations=10
 
 cluster: $(READY)
 	$(BIN)/python -m pytest -m cluster --durations=10
