@@ -35,6 +35,10 @@ class Configurations:
     def at(self, index: int) -> tuple[VoterId, ...]:
         return next(voters for since, voters in reversed(self._known) if since <= index)
 
+    def first_after(self, index: int) -> int | None:
+        """The oldest entry behind this one that is a configuration."""
+        return next((since for since, _ in self._known[1:] if since > index), None)
+
     # --- as the log changes -------------------------------------------------------------------------------------------
 
     def note(self, entry: Entry) -> bool:

@@ -199,6 +199,11 @@ class Engine(RaftState):
     def has_more_to_apply(self) -> bool:
         return self.applied < self.commit
 
+    @property
+    def awaits_witness(self) -> bool:
+        """A configuration may not leave before the frame behind it is synced: write that at once, not when idle."""
+        return self.is_leader and self.sendable < self.last
+
     def next_deadline(self) -> float | None:
         """When a turn is due although nothing arrives; None: never."""
         if self.is_leader:

@@ -30,8 +30,9 @@ class Feeder:
             self._feed_snapshot(peer, progress, now, is_round)
             return
         has_sent = False
-        while progress.next <= self._raft.last and progress.may_send():
-            entries, size = self._entries_from(progress.next)
+        until = self._raft.sendable
+        while progress.next <= until and progress.may_send():
+            entries, size = self._entries_from(progress.next, until)
             if not self._send_append(peer, progress, entries, now):
                 return
             progress.sent(entries[-1][1], size, now)
@@ -47,10 +48,10 @@ class Feeder:
         progress.commit_told = raft.commit
         return True
 
-    def _entries_from(self, index: int) -> tuple[tuple[Entry, ...], int]:
-        start, size = index - self._raft.first, 0
+    def _entries_from(self, index: int, until: int) -> tuple[tuple[Entry, ...], int]:
+        first, size = self._raft.first, 0
         entries: list[Entry] = []
-        for entry in self._raft.log[start : start + APPEND_ENTRIES_MAX]:
+        for entry in self._raft.log[index - first : min(index + APPEND_ENTRIES_MAX, until + 1) - first]:
             if entries and size + len(entry[0]) > APPEND_BYTES_MAX:
                 break
             entries.append(entry)

@@ -62,6 +62,8 @@ class Journal(StockJournal):  # type: ignore[misc]
         self._is_witnessed = True
         self.durable_index = entries[-1][1]
         """The last entry that is on this disk for sure."""
+        self.witnessed_index = entries[-1][1]
+        """The last entry whose frame a later, synced one proves: should it be damaged, that is told from a torn tail."""
 
     # --- the list of entries, as PySyncObj sees it --------------------------------------------------------------------
 
@@ -75,6 +77,7 @@ class Journal(StockJournal):  # type: ignore[misc]
             del self._entries[entryFrom:]
             self._staged.append(("x", index))
             self.durable_index = min(self.durable_index, index - 1)
+            self.witnessed_index = min(self.witnessed_index, index - 1)
 
     def deleteEntriesTo(self, entryTo: int) -> None:
         """Forget what a durable snapshot covers; `release` gives back the disk."""
@@ -84,7 +87,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         """All entries give way to a snapshot at (index, term)."""
         self._entries = [(NO_OP, index, term)]
         self._staged.append(("r", index, term))
-        self.durable_index = index
+        self.durable_index = self.witnessed_index = index
 
     def clear(self) -> None:
         raise AssertionError("a journal is reset to a snapshot, never emptied")
@@ -164,7 +167,8 @@ class Journal(StockJournal):  # type: ignore[misc]
                 f"journal {segment_name(self._number)} could not be written: {error}",
                 hint="this server stops so that it never acknowledges what it may lose; check the disk, then start it",
             ) from error
-        self.durable_index = last[1]
+        # This frame proves all before it, and nothing of itself; the next one will.
+        self.witnessed_index, self.durable_index = self.durable_index, last[1]
         self._disk_last = (last[1], last[2])
         self._is_witnessed = not records
 
@@ -276,6 +280,9 @@ def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot:
     journal._disk_last = replay.durable_last
     journal._begin_segment(takes_over_at=replay.durable_offset, records=replay.unproven)
     journal._disk_last = (entries[-1][1], entries[-1][2])
+    if replay.unproven:
+        # Rewritten as the last frame of the new segment: until the next one nothing is taken for witnessed.
+        journal._is_witnessed, journal.witnessed_index = False, entries[0][1]
     return journal
 
 

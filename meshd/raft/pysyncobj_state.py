@@ -142,6 +142,16 @@ class RaftState(SyncObj):  # type: ignore[misc]
     def last_term(self) -> int:
         return self.log[-1][2]
 
+    @property
+    def sendable(self) -> int:
+        """The last entry that may leave: a configuration, and what follows it, waits for the witness of its frame.
+
+        Damage to a last frame may pass for a torn tail. Who so forgot a configuration that others have
+        heard of could go on with the old one, alone if it was the sole voter (protocol.md 9, Frames).
+        """
+        held = self.configurations.first_after(self.log.witnessed_index)
+        return self.last if held is None else held - 1
+
     def term_at(self, index: int) -> int:
         return self.log[index - self.first][2]
 

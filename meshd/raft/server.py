@@ -197,8 +197,8 @@ class Server:
 
     @property
     def wants_sync(self) -> bool:
-        is_witness_due = self._journal.wants_witness and self._now() >= self._written_s + WITNESS_S
-        return self._journal.is_dirty or is_witness_due
+        is_witness_due = self.engine.awaits_witness or self._now() >= self._written_s + WITNESS_S
+        return self._journal.is_dirty or (self._journal.wants_witness and is_witness_due)
 
     def synced(self) -> None:
         self._written_s = self._now()
@@ -209,7 +209,8 @@ class Server:
     @property
     def has_work(self) -> bool:
         """Another turn is due at once."""
-        return self.engine.has_more_to_apply or (bool(self._pending) and self._may_batch())
+        engine = self.engine
+        return engine.has_more_to_apply or engine.awaits_witness or (bool(self._pending) and self._may_batch())
 
     def next_due_s(self) -> float | None:
         """When a turn is due although nothing happens."""

@@ -18,9 +18,10 @@ from pysyncobj.transport import Transport
 
 from meshd.errors import Corrupt
 from meshd.raft.applying import ApplyFailed
+from meshd.raft.configurations import as_command
 from meshd.raft.engine import Engine
 from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal
+from meshd.raft.journal import create_journal, open_journal
 from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
 from meshd.raft.settings import RaftSettings
 from meshd.testing.raft_disk import MemoryDisk
@@ -450,6 +451,37 @@ def test_a_configuration_goes_with_the_entry_that_brought_it(clock: Clock) -> No
     assert ours.voters == (A, B, C, D)
     ours.hear(2, (2, 1), [(3, 2)], 2)
     assert ours.voters == (A, B, C)
+
+
+def test_a_configuration_is_told_to_nobody_before_a_later_frame_proves_its_own(clock: Clock) -> None:
+    """Were it damaged as the last frame, it could pass for a torn tail and be forgotten, though others knew of it."""
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+
+    def told() -> list[int]:
+        return [entry[1] for _, message in ours.sent if isinstance(message, Append) for entry in message.entries]
+
+    ours.change_voters([A, B, C, D])
+    ours.propose(b"behind it", lambda *_: None)
+    ours.sent.clear()
+    ours.turn()
+    assert (ours.journal.durable_index, told(), ours.awaits_witness) == (4, [], True)
+    ours.turn()  # nothing was added: what is synced now is the witness
+    assert (told(), ours.awaits_witness) == ([3, 4], False)
+
+
+def test_a_configuration_that_a_start_found_in_the_last_frame_waits_too(clock: Clock) -> None:
+    disk = MemoryDisk()
+    journal = create_journal(disk, LocalHeader("m", 0, "01", 1, "aa"))
+    journal.add(b"\x01", 2, 1)
+    journal.commit()
+    journal.add(as_command([A, B]), 3, 1)
+    journal.commit()
+    journal = open_journal(disk, mesh="m", recovery=0, random="bb", snapshot=None)
+    assert (journal.durable_index, journal.witnessed_index, journal.wants_witness) == (3, 1, True)
+    journal.commit()
+    assert (journal.witnessed_index, journal.wants_witness) == (3, False)
 
 
 def test_a_leader_that_removed_itself_leads_until_that_is_committed_and_does_not_count(clock: Clock) -> None:
