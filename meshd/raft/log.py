@@ -1,6 +1,6 @@
 """The replicated log at a server: one task that turns it, and what the rest of the node asks of it.
 
-The task sleeps until something happens or a timer is due; then it takes a turn (server.py),
+The task sleeps until something happens or a timer is due; then it takes a turn (turn.py),
 with the disk in a thread. What was proposed while the last batch was being committed
 becomes the next one, so an idle log answers at once and a busy one writes large entries.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from math import inf
 from pathlib import Path
 from random import Random
@@ -20,18 +19,18 @@ import trio
 from msgspec import Struct
 
 from meshd import codec
-from meshd.errors import Corrupt, InvalidRequest, MeshError, PeerFault, StartRefused, TooLarge, Unavailable
+from meshd.errors import InvalidRequest, MeshError, TooLarge, Unavailable
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
-from meshd.raft.arrival import Arrived
 from meshd.raft.disk import DirectoryDisk, Disk
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import Journal, create_journal, journal_names, open_journal
-from meshd.raft.messages import VoterId, node_of, voter_id
+from meshd.raft.journal import Journal
+from meshd.raft.messages import VoterId, node_of
+from meshd.raft.opening import open_log
 from meshd.raft.proposals import is_one_value
-from meshd.raft.server import Capture, Clocks, Server, StateMachine
+from meshd.raft.server import Clocks, Server, StateMachine
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
+from meshd.raft.snapshot import Image
+from meshd.raft.turn import Turns, Work
 from meshd.raft.wire import Greeting, Wire
 
 RETRY_S = 0.05
@@ -130,19 +129,13 @@ class ServerLog:
         self._disk: Disk
         self._journal: Journal
         self._wire: Wire
+        self._turns: Turns
         self._nursery: trio.Nursery
         # Of its own, so that no crowd of other threads can hold up a heartbeat.
         self._disk_turn = trio.CapacityLimiter(1)
         self._woken = trio.Event()
         self._moved = trio.Event()
         self._told: tuple[int, bool, VoterId | None] = (0, False, None)
-        self._is_saving = False
-        self._is_loading = False
-        # What threads have finished is taken up by the next turn: nothing else may touch the journal.
-        self._saved: int | None = None
-        self._installable: tuple[Image, Callable[[], None]] | None = None
-        self._release_to: int | None = None
-        self._packed: Packed | None = None
         self._failure: MeshError | None = None
 
     # --- what the node asks -------------------------------------------------------------------------------------------
@@ -187,13 +180,25 @@ class ServerLog:
         """After it, everything that was acknowledged before the call is applied here. Raises Unavailable."""
         with trio.move_on_after(timeout_s):
             while True:
-                position = await self._running().reads.position(self._woken.set)
-                if position:
+                if position := await self._read_position():
                     while self._running().engine.applied < position:
                         await self._moved.wait()
                     return position
                 await self._wait_moved()
         raise Unavailable(f"no leader confirmed that it leads within {timeout_s:g} s", hint="see `mesh cluster status`")
+
+    async def _read_position(self) -> int:
+        answered = trio.Event()
+        positions: list[int] = []
+
+        def answer(position: int) -> None:
+            positions.append(position)
+            answered.set()
+
+        self._running().reads.ask(answer)
+        self._woken.set()
+        await answered.wait()
+        return positions[0]
 
     def leads(self) -> bool:
         """In contact with a quorum now, and everything of earlier leaders applied."""
@@ -300,9 +305,10 @@ class ServerLog:
                 settings=self._settings,
                 clocks=self._clocks,
                 random=self._random,
-                packed=self._snapshot_to_send,
+                packed=lambda: self._turns.packed(),
                 report=lambda event, fields: log.info(event, **fields),
             )
+            self._turns = Turns(server, self._journal, self._disk, self._mesh, self._machine, self._wire.flush)
             self._told = (server.engine.applied, False, None)
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self._wire.serve)
@@ -321,31 +327,23 @@ class ServerLog:
 
     def _open(self) -> Image | None:
         self._disk = DirectoryDisk(self._directory) if isinstance(self._directory, Path) else self._directory
-        random = secrets.token_hex(16)
-        newest = load(self._disk, mesh=self._mesh)
-        if journal_names(self._disk):
-            if self._is_founding:
-                raise StartRefused("a mesh is founded in an empty directory, and this one holds a journal")
-            at = None if newest is None else (newest[0].index, newest[0].term)
-            self._journal = open_journal(
-                self._disk, mesh=self._mesh, recovery=self._recovery, random=random, snapshot=at
-            )
-            if newest is None:
-                return None
-            self._machine.unpack(newest[0].state)()
-            return newest[0]
-        if newest is not None:
-            raise Corrupt("there is a snapshot here and no journal", hint="move the directory aside and start again")
-        incarnation = secrets.token_hex(8)
-        founding = (voter_id(self._me, incarnation),) if self._is_founding else ()
-        header = LocalHeader(self._mesh, self._recovery, incarnation, 1, random, founding=founding)
-        self._journal = create_journal(self._disk, header)
-        return None
+        self._journal, image = open_log(
+            self._disk,
+            mesh=self._mesh,
+            recovery=self._recovery,
+            me=self._me,
+            is_founding=self._is_founding,
+            random=secrets.token_hex(16),
+            incarnation=secrets.token_hex(8),
+        )
+        if image is not None:
+            self._machine.unpack(image.state)()
+        return image
 
     async def _run(self, server: Server) -> MeshError:
         """Turn until something fails that nobody here can repair."""
         while True:
-            if not (server.has_work or self._wire.has_incidents):
+            if not (server.has_work or self._wire.has_incidents or self._turns.has_finished):
                 due_s = server.next_due_s()
                 with trio.move_on_after(inf if due_s is None else max(0.0, due_s - self._clocks.now_s())):
                     await self._woken.wait()
@@ -359,27 +357,19 @@ class ServerLog:
             await trio.lowlevel.checkpoint()
 
     async def _turn(self, server: Server) -> None:
-        if self._installable is not None:
-            (image, restore), self._installable = self._installable, None
-            server.install(image, restore)
-            self._release_to = server.saved_index
-        if self._saved is not None:
-            server.saved(self._saved)
-            self._saved, self._release_to = None, server.saved_index
-        server.begin()
-        if server.may_send_early:
-            self._wire.flush()
-        if server.wants_sync:
-            await trio.to_thread.run_sync(self._journal.commit, limiter=self._disk_turn)
-            server.synced()
-        server.finish()
-        self._wire.flush()
-        if self._release_to is not None and not self._journal.is_dirty:
-            index, self._release_to = self._release_to, None
-            await trio.to_thread.run_sync(self._journal.release, index, limiter=self._disk_turn)
-        if not self._is_saving:
-            self._start_saving(server)
+        for work in self._turns.turn():
+            await trio.to_thread.run_sync(work, limiter=self._disk_turn)
+        if (beside := self._turns.beside()) is not None:
+            self._nursery.start_soon(self._do_beside, beside)
         self._tell(server)
+
+    async def _do_beside(self, work: Work) -> None:
+        try:
+            await trio.to_thread.run_sync(work)
+        except MeshError as error:
+            self._failure = error
+        finally:
+            self._woken.set()
 
     def _woken_by_wire(self) -> None:
         self._woken.set()
@@ -398,72 +388,3 @@ class ServerLog:
         if self._told != before:
             self._moved.set()
             self._moved = trio.Event()
-
-    # --- snapshots, one at a time -------------------------------------------------------------------------------------
-
-    def _start_saving(self, server: Server) -> None:
-        if (arrived := server.engine.arrived) is not None:
-            self._is_saving = True
-            self._nursery.start_soon(self._verify, server, arrived)
-        elif (capture := server.capture()) is not None:
-            self._is_saving = True
-            self._nursery.start_soon(self._save, capture)
-
-    async def _save(self, capture: Capture) -> None:
-        """Write the state down in a thread, then let the log behind it go."""
-
-        def write() -> None:
-            image = Image(self._mesh, capture.index, capture.term, capture.voters, capture.pack())
-            save(self._disk, pack_image(image), self._journal.header)
-
-        try:
-            await trio.to_thread.run_sync(write)
-            self._packed = None
-            self._saved = capture.index
-            log.info("raft.snapshot_saved", index=capture.index)
-        except MeshError as error:
-            self._failure = error
-        finally:
-            self._is_saving = False
-            self._woken.set()
-
-    async def _verify(self, server: Server, arrived: Arrived) -> None:
-        """Verify, unpack and write what a leader sent, in a thread; only then may it replace anything.
-
-        Meanwhile turns go on: whoever is silent for as long as a large state takes would lose its vote.
-        """
-
-        def write() -> tuple[Image, Callable[[], None]]:
-            data = bytes(arrived.data)
-            image = unpack_image(data, digest=arrived.digest, mesh=self._mesh)
-            restore = self._machine.unpack(image.state)
-            save(self._disk, Packed(image.index, image.term, data, arrived.digest), self._journal.header)
-            return image, restore
-
-        try:
-            self._installable = await trio.to_thread.run_sync(write)
-            log.info("raft.snapshot_received", peer=arrived.peer, index=self._installable[0].index)
-        except PeerFault as error:
-            log.warning("raft.snapshot_refused", peer=arrived.peer, why=str(error))
-            server.engine.discard_arrived()
-        except MeshError as error:
-            self._failure = error
-        finally:
-            self._is_saving = False
-            self._woken.set()
-
-    def _snapshot_to_send(self) -> Packed | None:
-        if self._packed is None and not self._is_loading:
-            self._is_loading = True
-            self._nursery.start_soon(self._load)
-        return self._packed
-
-    async def _load(self) -> None:
-        try:
-            newest = await trio.to_thread.run_sync(partial(load, self._disk, mesh=self._mesh))
-            self._packed = None if newest is None else newest[1]
-        except MeshError as error:
-            self._failure = error
-        finally:
-            self._is_loading = False
-            self._woken.set()

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import trio
-
 from meshd.raft.messages import VoterId
+
+Answer = Callable[[int], None]
+"""Up to where the reader must have applied; 0: no leader confirmed that it leads."""
 
 
 class _Group:
     """Readers who share a round."""
 
     def __init__(self) -> None:
-        self.position = 0
-        """0: no leader confirmed that it leads."""
-        self.ended = trio.Event()
-        self.is_asked = False
+        self.waiting: list[Answer] = []
 
     def end(self, position: int | None) -> None:
-        self.position = position or 0
-        self.ended.set()
+        waiting, self.waiting = self.waiting, []
+        for answer in waiting:
+            answer(position or 0)
 
 
 class Reads:
@@ -31,15 +30,11 @@ class Reads:
 
     @property
     def has_new(self) -> bool:
-        return self._new.is_asked
+        return bool(self._new.waiting)
 
-    async def position(self, wake: Callable[[], None]) -> int:
-        """Join the next round; how far a reader must have applied, or 0."""
-        group = self._new
-        group.is_asked = True
-        wake()
-        await group.ended.wait()
-        return group.position
+    def ask(self, answer: Answer) -> None:
+        """Join the next round."""
+        self._new.waiting.append(answer)
 
     def begin(self) -> Callable[[int | None], None]:
         """A round begins for everybody who has asked; later ones wait for the next."""

@@ -153,7 +153,7 @@ class Server:
         self._settings = settings
         self._clocks = clocks
         self._now = clocks.now_s
-        self._report = report
+        self.report = report
         self.engine = Engine(
             me=voter_id(node, journal.header.incarnation),
             voters=journal.header.founding if image is None else image.voters,
@@ -245,7 +245,7 @@ class Server:
                     except Corrupt:
                         raise
                     except MeshError as error:
-                        self._report("raft.bad_message", {"peer": peer, "why": str(error)})
+                        self.report("raft.bad_message", {"peer": peer, "why": str(error)})
                 case _:
                     assert_never(incident)
             if self._now() >= until:
@@ -391,10 +391,10 @@ class Server:
             return
         match decision := decide(view):
             case Add(voter):
-                self._report("raft.voter_added", {"voter": voter})
+                self.report("raft.voter_added", {"voter": voter})
                 engine.change_voters([*engine.voters, voter])
             case Remove(voter):
-                self._report("raft.voter_removed", {"voter": voter})
+                self.report("raft.voter_removed", {"voter": voter})
                 engine.change_voters([other for other in engine.voters if other != voter])
             case HandOver(to):
                 self._hand_over_to(to)

@@ -18,12 +18,11 @@ from meshd.errors import Corrupt
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.commands import Batch
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal, journal_names, open_journal
-from meshd.raft.messages import AnyMessage, VoterId, node_of, voter_id
+from meshd.raft.messages import AnyMessage, VoterId, node_of
+from meshd.raft.opening import open_log
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
+from meshd.raft.turn import Turns
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
 CREEP_S = 2e-6
@@ -84,7 +83,6 @@ class Node:
         self.is_paused = False
         self.due_at = float("inf")
         self.reached: set[NodeId] = set()
-        self._packed: Packed | None = None
 
     # --- Links
 
@@ -114,25 +112,24 @@ class Node:
         world = self.world
         self.life += 1
         random = f"{world.random.getrandbits(64):016x}"
-        newest = load(self.disk, mesh="m")
-        if journal_names(self.disk):
-            at = None if newest is None else (newest[0].index, newest[0].term)
-            self.journal = open_journal(self.disk, mesh="m", recovery=0, random=random, snapshot=at)
-        else:
-            incarnation = f"{world.random.getrandbits(32):08x}"
-            founding = (voter_id(self.name, incarnation),) if self.name == world.founder else ()
-            header = LocalHeader("m", 0, incarnation, 1, random, founding=founding)
-            self.journal = create_journal(self.disk, header)
+        self.journal, image = open_log(
+            self.disk,
+            mesh="m",
+            recovery=0,
+            me=self.name,
+            is_founding=self.life == 1 and self.name == world.founder,
+            random=random,
+            incarnation=f"{world.random.getrandbits(32):08x}",
+        )
         self.machine = Machine(world, self.name)
-        if newest is not None:
-            self.machine.unpack(newest[0].state)()
+        if image is not None:
+            self.machine.unpack(image.state)()
         self.inbox.clear()
         self.staged.clear()
-        self._packed = None
         self.server = Server(
             node=self.name,
             journal=self.journal,
-            image=None if newest is None else newest[0],
+            image=image,
             machine=self.machine,
             links=self,
             servers=lambda: world.servers,
@@ -140,17 +137,12 @@ class Node:
             settings=world.settings,
             clocks=Clocks(world.creeping_now, lambda: int(world.now * 1000) + 10**12, lambda: False),
             random=world.random,
-            packed=self._snapshot_to_send,
+            packed=lambda: self.turns.packed(),
             report=world.report,
         )
+        self.turns = Turns(self.server, self.journal, self.disk, "m", self.machine, self.flush)
         world.connect(self)
         world.at(0.001, lambda: self.turn(self.life))
-
-    def _snapshot_to_send(self) -> Packed | None:
-        if self._packed is None:
-            newest = load(self.disk, mesh="m")
-            self._packed = None if newest is None else newest[1]
-        return self._packed
 
     def turn(self, life: int) -> None:
         if self.server is None or life != self.life:
@@ -159,37 +151,16 @@ class Node:
             self.world.at(0.05, lambda: self.turn(life))
             return
         try:
-            self._turn(self.server)
+            self._turn()
         except PowerCut:
             self.world.die(self, has_power=False)
 
-    def _turn(self, server: Server) -> None:
-        world = self.world
-        server.begin()
-        if server.may_send_early or world.sends_before_sync:
-            self.flush()
-        if server.wants_sync:
-            self.journal.commit()
-            server.synced()
-        server.finish()
-        self.flush()
-        if (arrived := server.engine.arrived) is not None:
-            data = bytes(arrived.data)
-            image = unpack_image(data, digest=arrived.digest, mesh="m")
-            save(self.disk, Packed(image.index, image.term, data, arrived.digest), self.journal.header)
-            server.install(image, self.machine.unpack(image.state))
-            self._packed = None
-            self.journal.commit()
-            self.journal.release(server.saved_index)
-            self.flush()
-        elif (capture := server.capture()) is not None:
-            image = Image("m", capture.index, capture.term, capture.voters, capture.pack())
-            save(self.disk, pack_image(image), self.journal.header)
-            self._packed = None
-            server.saved(capture.index)
-            if not self.journal.is_dirty:
-                self.journal.release(server.saved_index)
-        world.check(self)
+    def _turn(self) -> None:
+        for work in self.turns.turn():
+            work()
+        if (beside := self.turns.beside()) is not None:
+            beside()
+        self.world.check(self)
         self.schedule()
 
     def flush(self) -> None:
@@ -200,7 +171,7 @@ class Node:
     def schedule(self) -> None:
         """The next turn: at once when there is something to do, else when the next timer is due."""
         assert self.server is not None
-        if self.server.has_work or self.inbox:
+        if self.server.has_work or self.inbox or self.turns.has_finished:
             due = self.world.now + 0.0005
         else:
             due = self.server.next_due_s() or float("inf")
@@ -231,14 +202,12 @@ class RaftWorld:
         delay_s: tuple[float, float] = (0.001, 0.03),
         loss: float = 0.0,
         settings: RaftSettings | None = None,
-        sends_before_sync: bool = False,
     ) -> None:
         self.random = Random(seed)
         self.now = 1000.0
         self.delay_s = delay_s
         self.loss = loss
         self.settings = settings or RaftSettings()
-        self.sends_before_sync = sends_before_sync
         self.founder = NodeId("n0")
         self.names = [NodeId(f"n{k}") for k in range(servers)]
         self.servers = list(self.names)

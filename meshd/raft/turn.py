@@ -1,0 +1,137 @@
+"""The order of one turn: what must be on the disk before what may be said, and what is given up only after what.
+
+    take up what threads finished ─▶ begin ─▶ (early frames) ─▶ sync ─▶ finish ─▶ flush ─▶ give disk back
+
+A turn yields what is to be done with the disk and goes on when that is done. `log.py` does it
+in threads, the simulators on virtual time: the order stands here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from meshd.errors import PeerFault
+from meshd.raft.arrival import Arrived
+from meshd.raft.disk import Disk
+from meshd.raft.journal import Journal
+from meshd.raft.server import Capture, Server, StateMachine
+from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
+
+Work = Callable[[], None]
+"""Blocks, for the disk; raises a MeshError when this server must stop."""
+
+
+class Turns:
+    def __init__(
+        self, server: Server, journal: Journal, disk: Disk, mesh: str, machine: StateMachine, flush: Callable[[], None]
+    ) -> None:
+        """`flush` lets the frames leave that were staged."""
+        self._server = server
+        self._journal = journal
+        self._disk = disk
+        self._mesh = mesh
+        self._machine = machine
+        self._flush = flush
+        # What beside a turn was finished is taken up by the next one: nothing else may touch the journal.
+        self._finished: Callable[[], None] | None = None
+        self._is_writing = False
+        self._release_to: int | None = None
+        self._packed: Packed | None = None
+        self._is_packed_wanted = False
+
+    def turn(self) -> Iterator[Work]:
+        """One turn. Do each work that it yields before it goes on; nothing else may use the journal meanwhile."""
+        server, journal = self._server, self._journal
+        if (finished := self._finished) is not None:
+            self._finished = None
+            finished()
+        server.begin()
+        if server.may_send_early:
+            self._flush()
+        if server.wants_sync:
+            yield journal.commit
+            server.synced()
+        server.finish()
+        self._flush()
+        if self._release_to is not None and not journal.is_dirty:
+            index, self._release_to = self._release_to, None
+            yield partial(journal.release, index)
+
+    @property
+    def has_finished(self) -> bool:
+        """Something was finished beside: a turn is due."""
+        return self._finished is not None
+
+    # --- beside the turns, one at a time ------------------------------------------------------------------------------
+
+    def beside(self) -> Work | None:
+        """Snapshots to be received, sent or saved: ask after each turn, and do it in a thread while turns go on.
+
+        Whoever is silent for as long as a large state takes would lose its vote.
+        """
+        if self._is_writing or self._finished is not None:
+            return None
+        work: Work
+        if (arrived := self._server.engine.arrived) is not None:
+            work = partial(self._receive, arrived)
+        elif self._is_packed_wanted:
+            work = self._load
+        elif (capture := self._server.capture()) is not None:
+            work = partial(self._save, capture)
+        else:
+            return None
+        self._is_writing = True
+        return partial(self._write, work)
+
+    def packed(self) -> Packed | None:
+        """The newest snapshot as bytes, to be sent; None while it is fetched from the disk."""
+        self._is_packed_wanted = self._packed is None
+        return self._packed
+
+    def _write(self, work: Work) -> None:
+        try:
+            work()
+        finally:
+            self._is_writing = False
+
+    def _receive(self, arrived: Arrived) -> None:
+        """Only a snapshot that is verified, unpacked and durable may replace anything."""
+        try:
+            data = bytes(arrived.data)
+            image = unpack_image(data, digest=arrived.digest, mesh=self._mesh)
+            restore = self._machine.unpack(image.state)
+        except PeerFault as error:
+            self._finished = partial(self._refused, arrived, error)
+        else:
+            save(self._disk, Packed(image.index, image.term, data, arrived.digest), self._journal.header)
+            self._finished = partial(self._received, image, restore)
+
+    def _refused(self, arrived: Arrived, error: PeerFault) -> None:
+        self._server.report("raft.snapshot_refused", {"peer": arrived.peer, "why": str(error)})
+        self._server.engine.discard_arrived()
+
+    def _received(self, image: Image, restore: Callable[[], None]) -> None:
+        self._server.report("raft.snapshot_received", {"index": image.index})
+        self._packed = None
+        self._server.install(image, restore)
+        self._release_to = self._server.saved_index
+
+    def _save(self, capture: Capture) -> None:
+        """Write the state down; the log behind it goes only then."""
+        image = Image(self._mesh, capture.index, capture.term, capture.voters, capture.pack())
+        save(self._disk, pack_image(image), self._journal.header)
+        self._finished = partial(self._saved, capture.index)
+
+    def _saved(self, index: int) -> None:
+        self._server.report("raft.snapshot_saved", {"index": index})
+        self._packed = None
+        self._server.saved(index)
+        self._release_to = self._server.saved_index
+
+    def _load(self) -> None:
+        newest = load(self._disk, mesh=self._mesh)
+        self._finished = partial(self._loaded, None if newest is None else newest[1])
+
+    def _loaded(self, packed: Packed | None) -> None:
+        self._packed, self._is_packed_wanted = packed, False
