@@ -56,9 +56,9 @@ from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
 from meshd.node import Node
-from meshd.offer import make_offer, slots
+from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
-from meshd.raft.commands import Event, Found, MembersChanged
+from meshd.raft.commands import Event, Found, MembersChanged, UpdateMember
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
 from meshd.raft.remote import MeshLog
@@ -155,6 +155,7 @@ async def _join(home: Home, key: KeyPair, name: str, config: Config, invite: Inv
         api_address=config.api,
         version=VERSION,
         wall_ms=wall_ms(),
+        zone=zone(config),
     )
     async with _serving(transport.serve):
         return await join_mesh(home, key, invite, request, transport)
@@ -295,6 +296,7 @@ class _Daemon:
                 transport=self.transport,
                 servers=machine.server_ids,
                 draining=lambda: [node for node in machine.server_ids() if machine.is_draining(node)],
+                zones=machine.zones,
                 founding=is_founding,
                 settings=self.settings,
                 on_applied=self._applied,
@@ -343,6 +345,7 @@ class _Daemon:
             tuple(self.addresses()),
             self.api_address,
             wall_ms(),
+            zone=zone(self.config),
         )
         with trio.move_on_after(10):
             try:
@@ -374,7 +377,7 @@ class _Daemon:
             gossip=self.gossip,
             mesh_log=self.log,
             authority=self.authority,
-            about_me=lambda: (self.mesh_file.name, self.addresses(), self.api_address),
+            about_me=lambda: UpdateMember(self.mesh_file.name, self.addresses(), self.api_address, zone(self.config)),
             members_known=self._members_known,
             needs_key=self.has_log and not self.authority.holds_key,
         )

@@ -46,6 +46,7 @@ class JoinRequest(Struct, frozen=True, array_like=True):
     api_address: str
     version: str
     wall_ms: int
+    zone: str = ""
 
 
 class Welcome(Struct, frozen=True, array_like=True, tag=True):
@@ -121,6 +122,7 @@ class JoinDesk:
             addresses=request.addresses[:8],
             api_address=request.api_address[:256],
             joined_wall_ms=self._wall_ms(),
+            zone=request.zone[:256],
         )
         answer = await self._propose(Join(invites.hash_secret(request.secret), member))
         if not isinstance(answer, Joined):

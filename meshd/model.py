@@ -327,6 +327,8 @@ class Member(Struct, frozen=True):
     """HOST:PORT of its TLS API, empty when it has none."""
     joined_wall_ms: Count = 0
     is_draining: bool = False
+    zone: ShortText = ""
+    """Its label `zone`: what fails together. Also of servers that offer nothing, for the choice of voters."""
 
     @property
     def is_server(self) -> bool:

@@ -29,6 +29,11 @@ def make_offer(config: Config, name: str, version: str, probes: Sequence[Backend
     )
 
 
+def zone(config: Config) -> str:
+    """What fails together with this machine, by its label; empty when nobody said."""
+    return dict(parse_pairs(config.labels, "label")).get("zone", "")
+
+
 def slots(config: Config) -> int:
     return config.slots or SLOTS_PER_CORE * _cores()
 

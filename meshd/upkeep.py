@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 
 class Upkeep:
-    """`about_me` is (name, addresses, API address) as of now; `members_known` hears what was learned from a voter."""
+    """`about_me` is what the state should say of this node, as of now; `members_known` hears what was learned from a voter."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Upkeep:
         gossip: GossipService,
         mesh_log: MeshLog,
         authority: Authority,
-        about_me: Callable[[], tuple[str, tuple[str, ...], str]],
+        about_me: Callable[[], UpdateMember],
         members_known: Callable[[MembersView], None],
         needs_key: bool,
     ) -> None:
@@ -104,14 +104,15 @@ class Upkeep:
 
     async def _tell_about_me(self) -> None:
         """Tell the mesh where this node is now: by gossip at once, in the state when that says otherwise."""
-        name, addresses, api_address = self._about_me()
-        self._gossip.publish(ADDRESS_FACT, codec.encode((addresses, api_address)))
+        told = self._about_me()
+        self._gossip.publish(ADDRESS_FACT, codec.encode((told.addresses, told.api_address)))
         while True:
             try:
                 member = await find_member(self._log, self._me)
-                told = (name, addresses, api_address)
-                if member is not None and (member.name, member.addresses, member.api_address) != told:
-                    await self._log.propose(UpdateMember(*told), timeout_s=10)
+                if member is not None and told != UpdateMember(
+                    member.name, member.addresses, member.api_address, member.zone
+                ):
+                    await self._log.propose(told, timeout_s=10)
                 return
             except MeshError as error:
                 log.info("node.not_told", error=str(error))

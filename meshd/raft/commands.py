@@ -56,11 +56,12 @@ class Join(Command, frozen=True, array_like=True, tag=True):
 
 
 class UpdateMember(Command, frozen=True, array_like=True, tag=True):
-    """A member tells its own name and addresses; roles cannot change this way."""
+    """A member tells its own name, addresses and zone; roles cannot change this way."""
 
     name: ShortText
     addresses: tuple[str, ...]
     api_address: ShortText = ""
+    zone: ShortText = ""
 
 
 class SetDraining(Command, frozen=True, array_like=True, tag=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from random import Random
@@ -103,11 +103,12 @@ class ServerLog:
         on_applied: Callable[[int], None],
         on_leadership: Callable[[bool], None],
         draining: Callable[[], Collection[NodeId]] = tuple,
+        zones: Callable[[], Mapping[NodeId, str]] = dict,
         clocks: Clocks = CLOCKS,
         random: Random | None = None,
         recovery: int = 0,
     ) -> None:
-        """`servers` and `draining` are read from the replicated state; both callbacks are called from the loop and must not wait.
+        """`servers`, `draining` and `zones` are read from the replicated state; both callbacks are called from the loop and must not wait.
 
         `founding` is for the empty directory of a mesh's first server, and for nobody else.
         """
@@ -119,6 +120,7 @@ class ServerLog:
         self._transport = transport
         self._servers = servers
         self._draining = draining
+        self._zones = zones
         self._is_founding = founding
         self._settings = settings or RaftSettings()
         self._on_applied = on_applied
@@ -302,6 +304,7 @@ class ServerLog:
                 links=self._wire,
                 servers=self._servers,
                 draining=self._draining,
+                zones=self._zones,
                 settings=self._settings,
                 clocks=self._clocks,
                 random=self._random,

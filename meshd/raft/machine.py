@@ -158,6 +158,11 @@ class Machine:
     def server_ids(self) -> tuple[NodeId, ...]:
         return self._members.server_ids()
 
+    def zones(self) -> dict[NodeId, str]:
+        """Of the servers that have told theirs."""
+        records = self._members.records.items()
+        return {node: record.member.zone for node, record in records if record.member.is_server and record.member.zone}
+
     def is_draining(self, node: NodeId) -> bool:
         member = self._members.get(node)
         return member is not None and member.is_draining

@@ -187,7 +187,15 @@ class Members:
         if not command.name:
             raise InvalidRequest("a member needs a name")
         member = self.records[origin].member
-        self._put(replace(member, name=command.name, addresses=command.addresses, api_address=command.api_address))
+        self._put(
+            replace(
+                member,
+                name=command.name,
+                addresses=command.addresses,
+                api_address=command.api_address,
+                zone=command.zone,
+            )
+        )
         return Accepted()
 
     def set_draining(self, origin: NodeId, node: NodeId, *, is_draining: bool) -> None:

@@ -12,7 +12,7 @@ time, on a disk that loses power.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol, assert_never
@@ -138,6 +138,7 @@ class Server:
         links: Links,
         servers: Callable[[], Sequence[NodeId]],
         draining: Callable[[], Collection[NodeId]],
+        zones: Callable[[], Mapping[NodeId, str]],
         settings: RaftSettings,
         clocks: Clocks,
         random: Random,
@@ -150,6 +151,7 @@ class Server:
         self._links = links
         self._servers = servers
         self._draining = draining
+        self._zones = zones
         self._settings = settings
         self._clocks = clocks
         self._now = clocks.now_s
@@ -385,6 +387,7 @@ class Server:
             servers=servers,
             draining=self._draining(),
             leading_ms=int(engine.leading_s * 1000),
+            zones=self._zones(),
         )
         engine.set_learners(learners(view))
         if not engine.may_change_voters() or not engine.leads():

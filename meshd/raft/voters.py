@@ -3,13 +3,21 @@
 The leader asks `decide` again and again; each answer is one change of one server, so
 that any two configurations in a row share a majority. An even size is only ever on the
 way to an odd one: additions begin when all the newcomers that are needed have caught
-up, and a server that leaves goes when enough others are there (protocol.md 1).
+up, and a server that leaves goes when enough others are there (protocol.md 1). Only
+two voters of a mesh of three servers or more stay two until a third can follow: with
+one, what is acknowledged would rest on one disk.
+
+Zones: a newcomer comes from the zone with the fewest voters, and whoever is too many
+goes from the one with the most. A whole set is touched for the sake of zones only if
+that makes the fullest zone smaller: each such swap does, so they end, and a mesh whose
+zones are as even as its servers allow is left alone.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshd.model import NodeId
 from meshd.raft.messages import VoterId, node_of
@@ -48,6 +56,8 @@ class View:
     """Certified and not removed."""
     draining: Collection[NodeId]
     leading_ms: int
+    zones: Mapping[NodeId, str] = field(default_factory=dict)
+    """By its label `zone`. A server that has none shares nothing that we know of: it is a zone of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,28 +88,58 @@ def voters_wanted(servers: int) -> int:
 
 def decide(view: View) -> Decision:
     """The next step. None: nothing to do, or nothing that is safe now."""
-    for voter in view.voters:
-        if _is_gone(view, voter) and _is_safe_without(view, voter):
-            return _without(view, voter)
-    target = _target(view)
-    staying = [voter for voter in view.voters if _stays(view, voter)]
-    ready = [voter for voter in _candidates(view) if _is_ready(view, voter)]
-    reachable = min(target, len(staying) + len(ready))
-    goal = reachable if reachable % 2 else reachable - 1
-    if goal > len(staying) and ready:
+    gone = [voter for voter in view.voters if _is_gone(view, voter)]
+    if (step := _without_one_of(view, gone)) is not None:
+        return step
+    target, size = _target(view), len(view.voters)
+    leaving = [voter for voter in view.voters if not _stays(view, voter)]
+    candidates = _candidates(view)
+    ready = [voter for voter in candidates if _is_ready(view, voter)]
+    if ready and (_completes(target, size, len(leaving), len(ready)) or (leaving and size <= target)):
         return Add(ready[0])
-    if len(view.voters) > target:
-        leaving = [voter for voter in view.voters if voter not in staying]
-        for voter in [*leaving, *sorted(set(staying) - {view.me}, reverse=True)]:
-            if _is_safe_without(view, voter):
-                return _without(view, voter)
+    if size > target or (_is_stuck_even(view, size, leaving, candidates) and not ready):
+        return _smaller(view, leaving)
+    if ready and size == target and _spreads(view, ready[0]):
+        return Add(ready[0])
     return None
 
 
 def learners(view: View) -> tuple[VoterId, ...]:
-    """Whom to feed beyond the voters: those that are needed, and a standby."""
+    """Whom to feed beyond the voters: those that are needed and a standby, and whoever would spread them better."""
     staying = sum(_stays(view, voter) for voter in view.voters)
-    return tuple(_candidates(view)[: max(0, _target(view) - staying) + STANDBYS])
+    candidates = _candidates(view)
+    fed = candidates[: max(0, _target(view) - staying) + STANDBYS]
+    load = _load(view)
+    rarest = min(candidates, key=lambda voter: load[_zone(view, voter)], default=None)
+    return tuple(fed if rarest is None or rarest in fed else [*fed, rarest])
+
+
+def _completes(target: int, size: int, leaving: int, ready: int) -> bool:
+    """Those who are ready, but for the successors of those who leave, make a larger odd size."""
+    reachable = min(target, size + max(0, ready - leaving))
+    return size < (reachable if reachable % 2 else reachable - 1)
+
+
+def _is_stuck_even(view: View, size: int, leaving: Sequence[VoterId], candidates: Sequence[VoterId]) -> bool:
+    """It began to grow, and whoever was to make it odd again is gone."""
+    is_coming = any(view.peers[voter].silent_ms < SILENT_MS for voter in candidates)
+    return size % 2 == 0 and size > 2 and (bool(leaving) or not is_coming)
+
+
+def _smaller(view: View, leaving: Sequence[VoterId]) -> Decision:
+    """One less: of those who leave, of those who do not answer just now, of the fullest zone; never the leader by choice."""
+    load = _load(view)
+    others = [voter for voter in view.voters if voter not in leaving and voter != view.me]
+    others.sort(key=lambda voter: (not _answers(view, voter), load[_zone(view, voter)], voter), reverse=True)
+    return _without_one_of(view, leaving) or _without_one_of(view, others)
+
+
+def _spreads(view: View, newcomer: VoterId) -> bool:
+    """A whole set, known for a while, whose fullest zone becomes smaller by taking this one in for one of it."""
+    load = _load(view)
+    is_whole = all(voter == view.me or _answers(view, voter) for voter in view.voters)
+    is_better = load[_zone(view, newcomer)] + 2 <= max(load.values())
+    return is_better and is_whole and view.leading_ms >= SILENT_MS
 
 
 def _target(view: View) -> int:
@@ -107,17 +147,28 @@ def _target(view: View) -> int:
 
 
 def _candidates(view: View) -> list[VoterId]:
-    """Servers that could vote; those that answer and lack least come first."""
+    """Servers that could vote; those that answer and lack least come first, then those of zones with few voters."""
+    seated = {node_of(voter) for voter in view.voters}
     named = [
         voter
         for voter in view.peers
-        if voter not in view.voters
-        and node_of(voter) in view.servers
+        if node_of(voter) in view.servers
         and node_of(voter) not in view.draining
         # A new incarnation waits until the old one's seat is free, or one machine would vote twice.
-        and not any(node_of(voter) == node_of(other) for other in view.voters)
+        and node_of(voter) not in seated
     ]
-    return sorted(named, key=lambda voter: (not _is_ready(view, voter), voter))
+    load = _load(view)
+    return sorted(named, key=lambda voter: (not _is_ready(view, voter), load[_zone(view, voter)], voter))
+
+
+def _load(view: View) -> Counter[str]:
+    """Voters that stay, by zone."""
+    return Counter(_zone(view, voter) for voter in view.voters if _stays(view, voter))
+
+
+def _zone(view: View, voter: VoterId) -> str:
+    node = node_of(voter)
+    return view.zones.get(node, "") or f"of {node}"
 
 
 def _is_ready(view: View, voter: VoterId) -> bool:
@@ -158,6 +209,14 @@ def _is_safe_without(view: View, voter: VoterId) -> bool:
 def _answers(view: View, voter: VoterId) -> bool:
     peer = view.peers.get(voter)
     return peer is not None and peer.silent_ms <= RESPONSIVE_MS
+
+
+def _without_one_of(view: View, voters: Sequence[VoterId]) -> Decision:
+    """The first that the others can do without; the leader last, and only when another can lead."""
+    for voter in sorted(voters, key=lambda voter: voter == view.me):
+        if _is_safe_without(view, voter) and (step := _without(view, voter)) is not None:
+            return step
+    return None
 
 
 def _without(view: View, voter: VoterId) -> Decision:

@@ -18,11 +18,15 @@ def test_a_node_joins_by_one_address_and_runs_a_job_within_10_s(make_mesh):
     with mesh.client("node1") as client:
         invite = client.invite(uses=1)
         began = time.monotonic()
-        mesh.start("late", "--join", invite, "--label", "place=here")
+        mesh.start("late", "--join", invite, "--label", "place=here", "--label", "zone=east")
         job = client.submit({"run": {"args": ["sh", "-c", "echo $MESHD_NODE"]}, "needs": {"labels": "place=here"}})
         assert client.wait(job, timeout_s=20).state.value == "done"
         assert time.monotonic() - began < 10
         assert client.output(job).decode().strip() == mesh.ids()["late"]
+        assert client.node("late").member.zone == "east"
+        mesh.kill("late", signal.SIGTERM)
+        mesh.start("late", "--label", "zone=west")
+        eventually(lambda: client.node("late").member.zone == "west", within_s=10)
 
 
 def test_a_node_leaves_by_drain_and_remove_with_nothing_lost(make_mesh):

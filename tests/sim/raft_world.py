@@ -134,6 +134,7 @@ class Node:
             links=self,
             servers=lambda: world.servers,
             draining=lambda: world.draining,
+            zones=lambda: world.zones,
             settings=world.settings,
             clocks=Clocks(world.creeping_now, lambda: int(world.now * 1000) + 10**12, lambda: False),
             random=world.random,
@@ -212,6 +213,7 @@ class RaftWorld:
         self.names = [NodeId(f"n{k}") for k in range(servers)]
         self.servers = list(self.names)
         self.draining: list[NodeId] = []
+        self.zones: dict[NodeId, str] = {}
         self.nodes = {name: Node(self, name) for name in self.names}
         self.cuts: set[tuple[NodeId, NodeId]] = set()
         self.history: dict[int, bytes] = {}
@@ -514,7 +516,7 @@ def rough_weather(world: RaftWorld, seconds: float, *, does_change_servers: bool
         if world.now >= end:
             return
         if len(world.servers) < 5 or (len(world.servers) < 8 and random.random() < 0.6):
-            world.add_server()
+            world.zones[world.add_server()] = "xyz"[len(world.names) % 3]
         else:
             leader = world.leader()
             gone = random.choice([name for name in world.servers if leader is None or name != leader.name])

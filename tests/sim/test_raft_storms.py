@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from meshd.model import NodeId
 from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
 from tests.sim.raft_world import RaftWorld, Violation, power_cuts, rough_weather
@@ -72,6 +73,23 @@ def test_three_fresh_servers_form_in_under_three_seconds() -> None:
 def test_seven_servers_have_five_voters() -> None:
     world = RaftWorld(2, 7)
     world.run_until(lambda: world.leader() is not None and len(world.voters()) == 5, 10, "five voters")
+
+
+def test_a_dead_voter_is_replaced_within_12_s_and_no_zone_has_two_while_another_has_none() -> None:
+    world = RaftWorld(3, 3)
+    world.zones.update(n0="x", n1="y", n2="z")
+    world.run_until(lambda: world.leader() is not None and len(world.voters()) == 3, 10, "three voters")
+    spare = world.add_server()
+    world.zones[spare] = "y"
+    world.run(30)
+    assert sorted(world.voters()) == ["n0", "n1", "n2"], "a spare moves nobody"
+    [victim] = [name for name in ("n1", "n2") if world.leader() is not world.nodes[NodeId(name)]][:1]
+    world.die(world.nodes[NodeId(victim)], has_power=True)
+    world.run_until(lambda: spare in world.voters() and victim not in world.voters(), 12, "the dead one replaced")
+    world.revive(NodeId(victim))
+    world.run(30)
+    zones = sorted(world.zones[name] for name in world.voters())
+    assert zones == ["x", "y", "z"], f"who came back sits where its zone is missing, and nowhere else: {zones}"
 
 
 def test_a_seed_is_a_complete_description_of_a_run() -> None:

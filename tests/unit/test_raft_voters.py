@@ -21,7 +21,9 @@ def v(name: str) -> VoterId:
     return VoterId(name if "/" in name else f"{name}/1")
 
 
-def view(voters: str, *, leading_ms: int = 60_000, servers: str = "", draining: str = "", **peers: Peer) -> View:
+def view(
+    voters: str, *, leading_ms: int = 60_000, servers: str = "", draining: str = "", zones: str = "", **peers: Peer
+) -> View:
     """`voters` leads with the leader; peers are given by name, `c_2` is c's second incarnation."""
     named = {v(name.replace("_", "/")): peer for name, peer in peers.items()}
     ids = tuple(v(name) for name in voters.split())
@@ -33,6 +35,7 @@ def view(voters: str, *, leading_ms: int = 60_000, servers: str = "", draining: 
         servers=[NodeId(node) for node in nodes],
         draining=[NodeId(node) for node in draining.split()],
         leading_ms=leading_ms,
+        zones={NodeId(node): zone for node, zone in (each.split("=") for each in zones.split())},
     )
 
 
@@ -66,6 +69,18 @@ def test_how_many_vote(servers: int, voters: int) -> None:
         ("a lost journal is superseded", view("a b c", b=HERE, c=GONE, c_2=HERE), Remove(v("c"))),
         ("… not so soon", view("a b c", leading_ms=11_000, b=HERE, c=GONE, c_2=HERE), None),
         ("… then the new one votes", view("a b", servers="a b c", b=HERE, c_2=HERE), Add(v("c/2"))),
+        ("one of two dead voters of five", view("a b c d e", b=HERE, c=HERE, d=SILENT, e=SILENT, f=HERE, g=SILENT), Add(v("f"))),
+        ("growth broke off: odd again", view("a b c d", servers="a b c d e f g", b=HERE, c=HERE, d=SILENT), Remove(v("d"))),
+        ("two of three servers stay two", view("a b", servers="a b c", b=HERE), None),
+        ("all voters have left the mesh", view("a b", servers="c", b=HERE, c=HERE), Remove(v("b"))),
+        ("a newcomer from an empty zone", view("a", zones="a=x b=x c=y d=z", b=HERE, c=HERE, d=HERE), Add(v("c"))),
+        ("two voters of one zone", view("a b c", zones="a=x b=y c=y d=z", b=HERE, c=HERE, d=HERE), Add(v("d"))),
+        ("… and one of that zone goes", view("a b c d", zones="a=x b=y c=y d=z", b=HERE, c=HERE, d=HERE), Remove(v("c"))),
+        ("… unless the newcomer fell silent", view("a b c d", zones="a=x b=y c=y d=z", b=HERE, c=HERE, d=Peer(0, 1500)), Remove(v("d"))),
+        ("no zone gains by a swap", view("a b c", zones="a=x b=y c=y d=x", b=HERE, c=HERE, d=HERE), None),
+        ("a new leader moves nobody yet", view("a b c", leading_ms=9000, zones="a=x b=y c=y d=z", b=HERE, c=HERE, d=HERE), None),
+        ("one is silent: first things first", view("a b c", zones="a=x b=y c=y d=z", b=HERE, c=Peer(0, 5000), d=HERE), None),
+        ("without a label it is its own zone", view("a b c", zones="a=x b=x c=y", b=HERE, c=HERE, d=HERE), Add(v("d"))),
     ],
 )  # fmt: skip
 def test_the_next_step(what: str, given_: View, decision: Decision) -> None:
@@ -77,6 +92,7 @@ def test_whom_a_leader_feeds_beyond_the_voters() -> None:
     assert learners(view("a b c", b=HERE, c=HERE, d=HERE, e=HERE)) == (v("d"),)
     assert learners(view("a", b=HERE)) == (v("b"),)
     assert learners(view("a b c", b=HERE, c=GONE, c_2=HERE)) == ()
+    assert learners(view("a b c", zones="a=x b=x c=x d=x e=y", b=HERE, c=HERE, d=HERE, e=BEHIND)) == (v("d"), v("e"))
 
 
 peers = st.builds(Peer, lag=st.sampled_from([0, 10, 5000]), silent_ms=st.sampled_from([0, 150, 900, 11_000, 99_000]))
