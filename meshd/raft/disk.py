@@ -5,16 +5,30 @@ All of it may block and belongs in a thread. A name is one file of one private d
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from meshd.errors import StartRefused
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes of the disk that a directory is on."""
+
+    free: int
+    total: int
+
+
 class OpenFile(Protocol):
     def write_at(self, offset: int, data: bytes) -> None: ...
+    def reserve(self, size: int) -> None:
+        """Its first `size` bytes are this file's own from now on, whoever fills the disk; unwritten ones read as zeros."""
+        ...
+
     def sync(self) -> None: ...
     def close(self) -> None: ...
 
@@ -28,6 +42,11 @@ class Disk(Protocol):
 
     def rename(self, name: str, to: str) -> None: ...
     def remove(self, name: str) -> None: ...
+    def shorten(self, name: str, size: int) -> None:
+        """Give back what lies behind."""
+        ...
+
+    def room(self) -> Room: ...
     def sync_directory(self) -> None:
         """After it, renames and removals outlive a loss of power."""
         ...
@@ -68,6 +87,13 @@ class DirectoryDisk:
     def remove(self, name: str) -> None:
         os.unlink(self._directory / name)
 
+    def shorten(self, name: str, size: int) -> None:
+        os.truncate(self._directory / name, size)
+
+    def room(self) -> Room:
+        status = os.statvfs(self._directory)
+        return Room(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+
     def sync_directory(self) -> None:
         descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -85,6 +111,14 @@ class _File:
         while view:
             written = os.pwrite(self._descriptor, view, offset)
             view, offset = view[written:], offset + written
+
+    def reserve(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._descriptor, 0, size)
+        except OSError as error:
+            # A file system that cannot: then a full disk is found out by the write, a little later.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
     def sync(self) -> None:
         # fdatasync also writes the file's size when it grew, which is all that reading it again needs.
