@@ -6,6 +6,7 @@ process, so what asks and what is asked share the core: that is how an agent's A
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -255,15 +256,20 @@ async def serve(config: dict[str, Any], turns: Turns) -> None:
                 case "barrier":
                     say(await closed_loop(lambda: log.barrier(timeout_s=10), 1, order["seconds"]))
                 case "idle":
+                    turns.is_pulsing = False
                     say(await idle(order["seconds"]))
                 case "tell":
                     say({})
                 case _:
                     return
+            await trio.lowlevel.checkpoint()
+            turns.taken()  # what telling took is not the log's
 
 
 def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    gc.collect()
+    gc.freeze()  # as the agent does at its start
     config = json.loads(sys.argv[1])
     turns = Steps() if os.environ.get("BENCH_STEPS") else Turns()
     if profile := os.environ.get("BENCH_PROFILE"):

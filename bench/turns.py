@@ -31,6 +31,7 @@ class Turns(trio.abc.Instrument):
 
     def __init__(self) -> None:
         self._clear()
+        self.is_pulsing = True
         self._began = self._began_cpu = self._poll_began = self._poll_timeout = self._step_began = 0.0
 
     def _clear(self) -> None:
@@ -46,7 +47,7 @@ class Turns(trio.abc.Instrument):
 
     async def pulse(self) -> None:
         """So that every poll has a timeout that can be missed."""
-        while True:  # noqa: ASYNC110 - nothing is waited for
+        while self.is_pulsing:  # noqa: ASYNC110 - nothing is waited for
             await trio.sleep(PULSE_S)
 
     def before_io_wait(self, timeout: float) -> None:

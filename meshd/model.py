@@ -6,6 +6,8 @@ BLAKE3. A node offers what it can run. Times are integer milliseconds, sizes byt
 
 Everything here is an immutable msgspec struct: it is valid because it exists, and
 it travels as msgpack (in the log, between nodes) and as JSON (in the API) unchanged.
+What cannot change cannot become a part of a cycle, so the collector need not look at
+it (`gc=False`): it would look at a million of them while the loop waits.
 """
 
 from __future__ import annotations
@@ -77,14 +79,14 @@ class RetryOn(StrEnum):
     LIMIT = "limit"
 
 
-class BlobRef(Struct, frozen=True, order=True, tag="blob"):
+class BlobRef(Struct, frozen=True, gc=False, order=True, tag="blob"):
     """Bytes named by their BLAKE3: 64 hex digits, as `b3sum` prints; size in bytes."""
 
     hash: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     size: Count
 
 
-class Inline(Struct, frozen=True, order=True, tag="inline"):
+class Inline(Struct, frozen=True, gc=False, order=True, tag="inline"):
     """Bytes small enough to travel in the command itself."""
 
     data: Annotated[bytes, Meta(max_length=INLINE_BYTES_MAX)]
@@ -93,7 +95,7 @@ class Inline(Struct, frozen=True, order=True, tag="inline"):
 Content = BlobRef | Inline
 
 
-class TreeEntry(Struct, frozen=True, order=True, array_like=True):
+class TreeEntry(Struct, frozen=True, gc=False, order=True, array_like=True):
     """One file of a tree: a relative POSIX path without `..`, its content, and whether it is executable."""
 
     path: Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -101,13 +103,13 @@ class TreeEntry(Struct, frozen=True, order=True, array_like=True):
     executable: bool = False
 
 
-class Tree(Struct, frozen=True):
+class Tree(Struct, frozen=True, gc=False):
     """A directory: entries sorted by path. As a blob it is the msgpack of this struct."""
 
     entries: tuple[TreeEntry, ...]
 
 
-class TreeRef(Struct, frozen=True, order=True, tag="tree"):
+class TreeRef(Struct, frozen=True, gc=False, order=True, tag="tree"):
     """A directory by the blob that lists it."""
 
     blob: BlobRef
@@ -115,7 +117,7 @@ class TreeRef(Struct, frozen=True, order=True, tag="tree"):
     bytes_total: Count
 
 
-class Input(Struct, frozen=True, omit_defaults=True, order=True):
+class Input(Struct, frozen=True, gc=False, omit_defaults=True, order=True):
     """Where something is put in the working directory: a file, or a directory for a tree."""
 
     path: Annotated[str, Meta(max_length=4096)]
@@ -123,7 +125,7 @@ class Input(Struct, frozen=True, omit_defaults=True, order=True):
     executable: bool = False
 
 
-class Resources(Struct, frozen=True, omit_defaults=True, order=True):
+class Resources(Struct, frozen=True, gc=False, omit_defaults=True, order=True):
     """An amount of what a node has. cpu in thousandths of a core; memory and disk in bytes."""
 
     cpu_milli: Count = 0
@@ -134,7 +136,7 @@ class Resources(Struct, frozen=True, omit_defaults=True, order=True):
     """Sorted by name."""
 
 
-class Needs(Struct, frozen=True, omit_defaults=True):
+class Needs(Struct, frozen=True, gc=False, omit_defaults=True):
     """What a node must have free, and what must be true of its labels."""
 
     resources: Resources = Resources(cpu_milli=1000)
@@ -142,7 +144,7 @@ class Needs(Struct, frozen=True, omit_defaults=True):
     """`zone in (a,b), arch=x86_64, !spot`; meshd.placement defines the grammar."""
 
 
-class Run(Struct, frozen=True, omit_defaults=True):
+class Run(Struct, frozen=True, gc=False, omit_defaults=True):
     """What to run. `module` for wasm; `args[0]` is the command for process (for wasm, args follow the program name)."""
 
     args: Annotated[tuple[str, ...], Meta(max_length=4096)] = ()
@@ -153,26 +155,26 @@ class Run(Struct, frozen=True, omit_defaults=True):
     """wasm only: units of deterministic fuel."""
 
 
-class ItemsRange(Struct, frozen=True, omit_defaults=True, tag="range"):
+class ItemsRange(Struct, frozen=True, gc=False, omit_defaults=True, tag="range"):
     """Task k's item is `start + k*step`, printed in decimal."""
 
     start: int
     step: int = 1
 
 
-class ItemsInline(Struct, frozen=True, tag="list"):
+class ItemsInline(Struct, frozen=True, gc=False, tag="list"):
     """Task k's item is the k-th string."""
 
     items: tuple[str, ...]
 
 
-class ItemsBlob(Struct, frozen=True, tag="lines"):
+class ItemsBlob(Struct, frozen=True, gc=False, tag="lines"):
     """Task k's item is the k-th line of this blob (UTF-8, `\\n`)."""
 
     blob: BlobRef
 
 
-class ItemsFiles(Struct, frozen=True, omit_defaults=True, tag="files"):
+class ItemsFiles(Struct, frozen=True, gc=False, omit_defaults=True, tag="files"):
     """Task k gets files [k*per_task, (k+1)*per_task) of the tree, at their paths in its working directory.
 
     Its item is their paths, one a line.
@@ -182,7 +184,7 @@ class ItemsFiles(Struct, frozen=True, omit_defaults=True, tag="files"):
     per_task: Annotated[int, Meta(ge=1, le=100_000)] = 1
 
 
-class Array(Struct, frozen=True, omit_defaults=True):
+class Array(Struct, frozen=True, gc=False, omit_defaults=True):
     count: Annotated[int, Meta(ge=1, le=TASKS_MAX)] = 1
     items: ItemsRange | ItemsInline | ItemsBlob | ItemsFiles | None = None
     at_once: Count = 0
@@ -191,7 +193,7 @@ class Array(Struct, frozen=True, omit_defaults=True):
     """Cancel the rest after more than so many failed tasks; 0 is never."""
 
 
-class Retry(Struct, frozen=True, omit_defaults=True):
+class Retry(Struct, frozen=True, gc=False, omit_defaults=True):
     """`attempts` counts the job's own endings (exit, timeout, limits); `crash_limit` counts losses."""
 
     attempts: Annotated[int, Meta(ge=1, le=1000)] = 1
@@ -201,7 +203,7 @@ class Retry(Struct, frozen=True, omit_defaults=True):
     crash_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
 
 
-class Timeout(Struct, frozen=True, omit_defaults=True):
+class Timeout(Struct, frozen=True, gc=False, omit_defaults=True):
     """0 is no limit. `run` is kept by the node; `queue` (submit to first lease) and `total` by the state."""
 
     run_ms: Count = 0
@@ -209,7 +211,7 @@ class Timeout(Struct, frozen=True, omit_defaults=True):
     total_ms: Count = 0
 
 
-class JobSpec(Struct, frozen=True, omit_defaults=True):
+class JobSpec(Struct, frozen=True, gc=False, omit_defaults=True):
     """A job as the mesh keeps it: normalised, everything larger than 4 KiB already a blob."""
 
     backend: Annotated[tuple[ShortText, ...], Meta(min_length=1, max_length=16)]
@@ -260,7 +262,7 @@ class EndReason(StrEnum):
     CANCELLED = "cancelled"
 
 
-class Outcome(Struct, frozen=True, omit_defaults=True):
+class Outcome(Struct, frozen=True, gc=False, omit_defaults=True):
     """How an attempt ended, as a value. `outputs` is a tree of what the spec named, None when it named nothing."""
 
     reason: EndReason
@@ -279,12 +281,12 @@ class Outcome(Struct, frozen=True, omit_defaults=True):
         return self.reason is EndReason.EXIT and self.exit_code == 0
 
 
-class BackendOffer(Struct, frozen=True, array_like=True):
+class BackendOffer(Struct, frozen=True, gc=False, array_like=True):
     name: ShortText
     version: ShortText = ""
 
 
-class BackendProbe(Struct, frozen=True):
+class BackendProbe(Struct, frozen=True, gc=False):
     """What a backend's probe at start found."""
 
     name: ShortText
@@ -294,7 +296,7 @@ class BackendProbe(Struct, frozen=True):
     """Why not, for people."""
 
 
-class Offer(Struct, frozen=True):
+class Offer(Struct, frozen=True, gc=False):
     """What a node can run now: its totals. What is free follows from what is leased to it."""
 
     backends: tuple[BackendOffer, ...] = ()
@@ -306,7 +308,7 @@ class Offer(Struct, frozen=True):
     """Backends that do not work here, each with its reason; read by `explain`."""
 
 
-class AttemptKey(Struct, frozen=True, order=True, array_like=True):
+class AttemptKey(Struct, frozen=True, gc=False, order=True, array_like=True):
     """One attempt in all the mesh. The fence alone is unique; the rest is for people and checks."""
 
     job: JobId
@@ -315,7 +317,7 @@ class AttemptKey(Struct, frozen=True, order=True, array_like=True):
     fence: Count
 
 
-class Member(Struct, frozen=True):
+class Member(Struct, frozen=True, gc=False):
     """A node of the mesh as the replicated state knows it."""
 
     node: NodeId
@@ -339,7 +341,7 @@ class Member(Struct, frozen=True):
         return Role.WORKER in self.roles
 
 
-class Certificate(Struct, frozen=True):
+class Certificate(Struct, frozen=True, gc=False):
     """A member as the mesh's key vouches for it. The signature is over the msgpack of the other fields, as a tuple."""
 
     mesh: ShortText

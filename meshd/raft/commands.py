@@ -21,7 +21,7 @@ BATCH_COMMANDS_MAX = 1000
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Command(Struct, frozen=True, array_like=True, tag=True):
+class Command(Struct, frozen=True, gc=False, array_like=True, tag=True):
     """Base of all commands; each is encoded as [tag, fields…], so fields may be appended with a default."""
 
 
@@ -140,7 +140,7 @@ class Claim(Command, frozen=True, array_like=True, tag=True):
     offer: Offer
 
 
-class Ended(Struct, frozen=True, array_like=True):
+class Ended(Struct, frozen=True, gc=False, array_like=True):
     """An attempt that came to its end, with the outcome."""
 
     key: AttemptKey
@@ -185,14 +185,14 @@ AnyCommand = (
 )
 
 
-class Stamped(Struct, frozen=True, array_like=True):
+class Stamped(Struct, frozen=True, gc=False, array_like=True):
     """A command and the authenticated node that proposed it. The body is an encoded `AnyCommand`."""
 
     origin: NodeId
     body: Raw
 
 
-class Batch(Struct, frozen=True, array_like=True):
+class Batch(Struct, frozen=True, gc=False, array_like=True):
     """One log entry. Milliseconds since the leader's previous batch, and its wall time; an empty batch is a tick."""
 
     elapsed_ms: Count
@@ -220,7 +220,7 @@ class Reason(StrEnum):
     """seq is below the last answered one."""
 
 
-class Answer(Struct, frozen=True, array_like=True, tag=True):
+class Answer(Struct, frozen=True, gc=False, array_like=True, tag=True):
     """Base of all answers."""
 
 
@@ -271,7 +271,7 @@ AnyAnswer = Accepted | Rejected | Submitted | Joined | SessionOpened | Reported 
 # --- events: what apply did, for those who wait or must be told -------------------------------------------------------
 
 
-class Leased(Struct, frozen=True):
+class Leased(Struct, frozen=True, gc=False):
     """The node is to be told; idempotent, by fence."""
 
     node: NodeId
@@ -279,7 +279,7 @@ class Leased(Struct, frozen=True):
     key: AttemptKey
 
 
-class StopWanted(Struct, frozen=True):
+class StopWanted(Struct, frozen=True, gc=False):
     """The attempt is no longer wanted (cancelled, timed out): its node is told; its lease stands until it reports."""
 
     node: NodeId
@@ -287,18 +287,18 @@ class StopWanted(Struct, frozen=True):
     key: AttemptKey
 
 
-class JobChanged(Struct, frozen=True):
+class JobChanged(Struct, frozen=True, gc=False):
     """Something about the job changed; `is_final` when its last task ended."""
 
     job: JobId
     is_final: bool
 
 
-class MembersChanged(Struct, frozen=True):
+class MembersChanged(Struct, frozen=True, gc=False):
     """A member joined, changed, drains or is gone."""
 
 
-class SessionChanged(Struct, frozen=True):
+class SessionChanged(Struct, frozen=True, gc=False):
     node: NodeId
     epoch: int
     is_live: bool

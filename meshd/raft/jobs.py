@@ -17,10 +17,9 @@ Rows are immutable, so a snapshot can be packed in a thread while the queue goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from meshd.model import (
@@ -84,8 +83,9 @@ class Row(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     reason: str = ""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(Struct, eq=False, gc=False):
+    """Nothing that it refers to refers to it, so no cycle needs the collector; only its ranges have arrays to look at."""
+
     id: JobId
     number: int
     """Jobs are numbered as they come: the age in `priority, then age`."""
@@ -235,7 +235,7 @@ class Job:
         return self.record
 
 
-class JobRecord(Struct, frozen=True, array_like=True):
+class JobRecord(Struct, frozen=True, array_like=True, gc=False):
     """A job in a snapshot. Its rows may be packed apart, a thousand at a time."""
 
     id: JobId

@@ -39,7 +39,7 @@ def node_of(voter: VoterId) -> NodeId:
     return NodeId(voter.partition("/")[0])
 
 
-class Message(Struct, frozen=True, array_like=True, tag=True):
+class Message(Struct, frozen=True, gc=False, array_like=True, tag=True):
     """Base of all messages."""
 
 

@@ -115,7 +115,7 @@ class Queue:
         self._admit(number, old.spec)
         job = self._new_job(command.new, old.spec, old.owner)
         job.retry_of = old.id
-        skipped = Ranges([(0, old.spec.array.count)])
+        skipped = Ranges.of([(0, old.spec.array.count)])
         for start, stop in again:
             job.ready.add(start, stop)
             skipped.remove(start, stop)

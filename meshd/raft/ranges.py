@@ -11,17 +11,24 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
+from msgspec import Struct, field
 
-class Ranges:
-    """A mutable set of non-negative integers. `len` is its size, iteration gives `(start, stop)` in order."""
 
-    __slots__ = ("_bounds", "_size")
+class Ranges(Struct, eq=False, gc=False):
+    """A mutable set of non-negative integers. `len` is its size, iteration gives `(start, stop)` in order.
 
-    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        self._bounds = array("q")
-        self._size = 0
+    A struct only so that the collector does not look at it: every live job has one.
+    """
+
+    _bounds: array[int] = field(default_factory=lambda: array("q"))
+    _size: int = 0
+
+    @classmethod
+    def of(cls, ranges: Iterable[tuple[int, int]]) -> Ranges:
+        made = cls()
         for start, stop in ranges:
-            self.add(start, stop)
+            made.add(start, stop)
+        return made
 
     def __len__(self) -> int:
         return self._size
@@ -67,10 +74,8 @@ class Ranges:
 
     @classmethod
     def unpacked(cls, data: bytes) -> Ranges:
-        ranges = cls()
-        ranges._bounds.frombytes(data)
-        ranges._size = sum(stop - start for start, stop in ranges)
-        return ranges
+        bounds = array("q", data)
+        return cls(bounds, sum(bounds[1::2]) - sum(bounds[::2]))
 
     def _replace(self, start: int, stop: int, *, keeps: int) -> None:
         """Cut [start, stop) out and put a bound where the parity `keeps` says that one is needed."""

@@ -164,8 +164,13 @@ def _restore_job(record: JobRecord, matching: Matching, queue: Queue) -> None:
     job = record.job()
     job.record = record
     queue.add(job)
-    for state in TaskState:
-        queue.totals[state] += job.count(state)
+    totals = queue.totals
+    totals[TaskState.READY] += len(job.ready)
+    for state, tasks in job.ended.items():
+        totals[state] += len(tasks)
+    for row in job.rows.values():
+        if row.state is not TaskState.READY:
+            totals[row.state] += 1
     queue.outcome_bytes += sum(len(row.outcome or b"") for row in (*job.rows.values(), *job.results.values()))
     if job.is_final:
         queue.finished_rows += len(job.results)
