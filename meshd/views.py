@@ -124,6 +124,8 @@ class JobView(Struct, frozen=True):
     """The log position of this answer."""
     owner: str = ""
     retry_of: JobId | None = None
+    reason: str = ""
+    """For people: why the whole job is held."""
 
 
 class TaskView(Struct, frozen=True):

@@ -169,6 +169,21 @@ def cancel(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> N
 @_jobs_argument
 @_label_option
 @click.pass_obj
+def release(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> None:
+    """Let jobs go on that `meshd recover` holds. Make sure first that nothing of them runs any more."""
+    from mesh_cli.output import print_one
+
+    with session.client() as client:
+        for chosen in select(client, jobs, label):
+            view = client.release(chosen.job)
+            print_one(session, view, lambda view=view: [f"{view.id} {view.state.value}"], lambda view=view: view.id)  # type: ignore[misc]
+
+
+@job.command()
+@output_options
+@_jobs_argument
+@_label_option
+@click.pass_obj
 def retry(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> None:
     """Run failed, cancelled and timed-out tasks again, as a new job. Prints its id."""
     from mesh_cli.output import print_one
@@ -257,6 +272,8 @@ def _job_lines(client: Client, view: JobView) -> Iterable[str]:
         ("labels", ", ".join(f"{key}={value}" for key, value in view.spec.labels)),
         ("retry of", view.retry_of),
     )
+    if view.reason:
+        yield view.reason
     if view.tasks == 1:
         yield from _task_lines(client.task(view.id), is_part=True)
     elif view.counts.failed + view.counts.timed_out:

@@ -18,7 +18,7 @@ from meshd.api.streams import ByteStream, EventStream, format_event, format_outp
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.ids import new_job_id
 from meshd.model import JobId, TaskState, TreeRef
-from meshd.raft.commands import Cancel, RetryJob, Submit, Submitted
+from meshd.raft.commands import Cancel, ReleaseJob, RetryJob, Submit, Submitted
 from meshd.spec import parse_job
 from meshd.views import EventView, Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
 
@@ -136,6 +136,12 @@ async def cancel(call: Call) -> JobView:
         if not 0 <= start < stop:
             raise InvalidRequest(f"tasks [{start}, {stop}) is not a range")
     await call.face.propose(Cancel(job, body.tasks), timeout_s=PROPOSE_S)
+    return await call.job()
+
+
+async def release(call: Call) -> JobView:
+    job = await call.job_id()
+    await call.face.propose(ReleaseJob(job), timeout_s=PROPOSE_S)
     return await call.job()
 
 
@@ -276,6 +282,14 @@ ENDPOINTS = (
         Rights.OPERATOR,
         JobView,
         body=CancelBody,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/jobs/{job}/release",
+        release,
+        "Let it go on after a recovery held it",
+        Rights.OPERATOR,
+        JobView,
     ),
     Endpoint(
         "POST",

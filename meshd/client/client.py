@@ -214,6 +214,10 @@ class Client:
         """All of it, or half-open ranges of tasks. Idempotent."""
         return self._ask("POST", f"{_job(job)}/cancel", JobView, {"tasks": tasks})
 
+    def release(self, job: str) -> JobView:
+        """Let a job go on that `meshd recover` holds: you promise that nothing of it runs any more. Idempotent."""
+        return self._ask("POST", f"{_job(job)}/release", JobView)
+
     def retry(self, job: str) -> JobId:
         """Failed, cancelled and timed-out tasks run again, as a new job; its id."""
         return self._ask("POST", f"{_job(job)}/retry", _Submitted, {"id": self.new_id()}).id

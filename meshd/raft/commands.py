@@ -86,6 +86,14 @@ class RevokeToken(Command, frozen=True, array_like=True, tag=True):
     name: ShortText
 
 
+class Recovered(Command, frozen=True, array_like=True, tag=True):
+    """The first command of a recovery epoch, written by `meshd recover` (protocol.md 10). What came after it was lost may come again."""
+
+    lineage: tuple[ShortText, ...]
+    wall_ms: Count
+    """Ids dated before this may have been submitted to the log that is lost."""
+
+
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +118,12 @@ class RetryJob(Command, frozen=True, array_like=True, tag=True):
 
     job: JobId
     new: JobId
+
+
+class ReleaseJob(Command, frozen=True, array_like=True, tag=True):
+    """An operator lets a job go on that a recovery holds, and thereby promises that nothing of it runs any more. Idempotent."""
+
+    job: JobId
 
 
 # --- sessions (protocol.md 4, 5); the origin is the node itself --------------------------------------------------------
@@ -182,6 +196,8 @@ AnyCommand = (
     | Claim
     | Report
     | Reconcile
+    | ReleaseJob
+    | Recovered
 )
 
 

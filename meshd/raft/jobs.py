@@ -104,6 +104,8 @@ class Job(Struct, eq=False, gc=False):
     leased: int = 0
     running: int = 0
     held: int = 0
+    hold: int = 0
+    """The recovery that holds it until an operator releases it (protocol.md 10); 0 is none."""
     kind: Kind | None = None
     """Set while the job is live."""
     record: JobRecord | None = None
@@ -125,7 +127,7 @@ class Job(Struct, eq=False, gc=False):
     @property
     def may_lease(self) -> bool:
         at_once = self.spec.array.at_once
-        return bool(self.ready) and (not at_once or self.active < at_once)
+        return bool(self.ready) and not self.hold and (not at_once or self.active < at_once)
 
     def count(self, state: TaskState) -> int:
         match state:
@@ -150,6 +152,8 @@ class Job(Struct, eq=False, gc=False):
                 if self.count(state):
                     return state
             return TaskState.SKIPPED
+        if self.hold:
+            return TaskState.HELD
         if self.running or self.leased or self.held:
             return TaskState.RUNNING
         return TaskState.READY if self.ready else TaskState.WAITING
@@ -231,6 +235,7 @@ class Job(Struct, eq=False, gc=False):
                 ended=tuple([(state, tasks.packed()) for state, tasks in self.ended.items()]),
                 rows=self.rows.copy(),
                 results=self.results.copy(),
+                hold=self.hold,
             )
         return self.record
 
@@ -251,6 +256,7 @@ class JobRecord(Struct, frozen=True, array_like=True, gc=False):
     ended: tuple[tuple[TaskState, bytes], ...]
     rows: dict[int, Row]
     results: dict[int, Row]
+    hold: int = 0
 
     def job(self) -> Job:
         job = Job(
@@ -267,6 +273,7 @@ class JobRecord(Struct, frozen=True, array_like=True, gc=False):
             ended={state: Ranges.unpacked(data) for state, data in self.ended},
             rows=dict(self.rows),
             results=dict(self.results),
+            hold=self.hold,
         )
         for row in job.rows.values():
             if row.state is not TaskState.READY:

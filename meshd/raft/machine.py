@@ -37,7 +37,9 @@ from meshd.raft.commands import (
     OpenSession,
     Reason,
     Reconcile,
+    Recovered,
     Rejected,
+    ReleaseJob,
     RemoveMember,
     Report,
     RetryJob,
@@ -48,6 +50,7 @@ from meshd.raft.commands import (
     UpdateMember,
 )
 from meshd.raft.jobs import Job
+from meshd.raft.lineage import Lineage
 from meshd.raft.matching import Matching, Node
 from meshd.raft.members import Members
 from meshd.raft.moment import Moment
@@ -183,6 +186,11 @@ class Machine:
         return None if found is None else found.spec
 
     @property
+    def lineage(self) -> Lineage:
+        """The recoveries that this state has been through."""
+        return self._queue.lineage
+
+    @property
     def fence(self) -> int:
         """The newest fence given out."""
         return self._queue.fence
@@ -238,6 +246,10 @@ class Machine:
                 return self._queue.cancel(command)
             case RetryJob():
                 return self._queue.retry(command)
+            case ReleaseJob():
+                return self._queue.release(command)
+            case Recovered():
+                return self._recover(me, command)
             case EndSession(node, _):
                 if not me.is_server:
                     raise NotAllowed("only a server ends sessions")
@@ -275,6 +287,18 @@ class Machine:
         self._queue.lose_held(node, "its node was removed from the mesh")
         self._matching.removed(node)
         return Accepted()
+
+    def _recover(self, me: Member, command: Recovered) -> Accepted:
+        """Every session ends: what its node has done since then is in no log, so it has to open another."""
+        if not me.is_server:
+            raise NotAllowed("only a server recovers a mesh")
+        before = self._queue.lineage
+        accepted = self._queue.recover(command)
+        if self._queue.lineage != before:
+            for node in self._matching.nodes.values():
+                if node.is_live:
+                    self._sessions.lapse(node)
+        return accepted
 
     def _conclude(self, answers: list[bytes]) -> None:
         changed = self._queue.announce_touched()

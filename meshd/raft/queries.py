@@ -132,7 +132,7 @@ def _job_view(state: State, job: Job) -> JobView:
         state=job.state,
         is_final=job.is_final,
         tasks=job.spec.array.count,
-        counts=Counts(**{task_state.value: job.count(task_state) for task_state in TaskState}),
+        counts=_counts(job),
         spec=job.spec,
         submitted_wall_ms=job.submitted_wall_ms,
         ended_wall_ms=job.ended_wall_ms,
@@ -140,6 +140,26 @@ def _job_view(state: State, job: Job) -> JobView:
         position=state.moment.position,
         owner=job.owner,
         retry_of=job.retry_of,
+        reason=_why_held(job) if job.hold and not job.is_final else "",
+    )
+
+
+def _counts(job: Job) -> Counts:
+    counted = dict.fromkeys(TaskState, 0)
+    for state in TaskState:
+        counted[_shown(job, state)] += job.count(state)
+    return Counts(**{state.value: count for state, count in counted.items()})
+
+
+def _shown(job: Job, state: TaskState) -> TaskState:
+    """Nothing of a held job is ready: it is held, whatever it will be afterwards."""
+    return TaskState.HELD if job.hold and state in (TaskState.READY, TaskState.WAITING) else state
+
+
+def _why_held(job: Job) -> str:
+    return (
+        f"held by recovery {job.hold} (on_lost: {job.spec.on_lost}): the log that was lost may have begun it; "
+        f"if nothing of it runs any more: `mesh job release {job.id}`"
     )
 
 
@@ -189,10 +209,11 @@ def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> It
     """The tasks of [start, stop) in order, with their states; only what is asked for is looked at."""
     if not states:
         for task in range(start, stop):
-            yield task, job.state_of(task)
+            yield task, _shown(job, job.state_of(task))
         return
+    states = tuple(state for state in TaskState if _shown(job, state) in states)
     spans: list[tuple[int, int, TaskState]] = []
-    for wanted in dict.fromkeys(states):
+    for wanted in states:
         if wanted is TaskState.READY:
             spans.extend((low, high, wanted) for low, high in job.ready.within(start, stop))
         elif wanted in job.ended:
@@ -203,14 +224,18 @@ def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> It
         spans.extend((task, task + 1, row.state) for task, row in rows if start <= task < stop and row.state in live)
     for low, high, task_state in sorted(spans):
         for task in range(low, high):
-            yield task, task_state
+            yield task, _shown(job, task_state)
 
 
 def _task_view(job: Job, task: int, task_state: TaskState) -> TaskView:
     row = job.row(task)
     if row is None:
         is_done = task_state is TaskState.DONE
-        reason = {TaskState.SKIPPED: "it ended well in the job that this one retries"}.get(task_state, "")
+        reasons = {
+            TaskState.SKIPPED: "it ended well in the job that this one retries",
+            TaskState.HELD: f"recovery {job.hold} holds its job",
+        }
+        reason = reasons.get(task_state, "")
         return TaskView(
             job=job.id, task=task, state=task_state, attempt=int(is_done), tries=int(is_done), losses=0, fence=0,
             node=None, outcome=BARE_OUTCOME if is_done else None, reason=reason,
@@ -218,7 +243,7 @@ def _task_view(job: Job, task: int, task_state: TaskState) -> TaskView:
     return TaskView(
         job=job.id,
         task=task,
-        state=row.state,
+        state=task_state,
         attempt=row.attempt,
         tries=row.tries,
         losses=row.losses,
@@ -267,7 +292,7 @@ def _explain(state: State, query: Explain) -> Explanation:
     job = _select(state, query.job)
     if query.task >= job.spec.array.count:
         raise NotFound(f"job {job.id} has {job.spec.array.count} tasks", hint="tasks are numbered from 0")
-    task_state = job.state_of(query.task)
+    task_state = _shown(job, job.state_of(query.task))
     row = job.row(query.task)
     demand = Demand.of(job.spec)
     lacks = [_lack(state, demand, record.member) for record in state.members.records.values()][:PAGE_MAX]
@@ -332,6 +357,8 @@ def _summary_of(
         case TaskState.WAITING if row is not None and row.due_ms is not None:
             in_s = max(row.due_ms - state.moment.now_ms, 0) / 1000
             return f"waits {in_s:.1f} s before it is tried again; {row.reason}"
+        case TaskState.HELD if job.hold:
+            return _why_held(job)
         case TaskState.HELD if row is not None and row.due_ms is not None:
             in_s = max(row.due_ms - state.moment.now_ms, 0) / 1000
             return f"held: its node {row.node} is lost and may come back within {in_s:.1f} s"

@@ -18,13 +18,27 @@ from meshd.model import (
     ItemsInline,
     JobId,
     JobSpec,
+    OnLost,
     TaskState,
 )
 from meshd.placement import Demand
 from meshd.raft.agenda import Agenda
-from meshd.raft.commands import Accepted, Cancel, Ended, JobChanged, Leased, RetryJob, StopWanted, Submit, Submitted
-from meshd.raft.ids import SeenIds, number_of
+from meshd.raft.commands import (
+    Accepted,
+    Cancel,
+    Ended,
+    JobChanged,
+    Leased,
+    Recovered,
+    ReleaseJob,
+    RetryJob,
+    StopWanted,
+    Submit,
+    Submitted,
+)
+from meshd.raft.ids import SeenIds, date_ms_of, number_of
 from meshd.raft.jobs import Job, Row, after_loss, after_outcome, lost_after_ms
+from meshd.raft.lineage import Lineage, is_next
 from meshd.raft.matching import Matching, Node
 from meshd.raft.moment import Moment
 from meshd.raft.ranges import Ranges
@@ -47,6 +61,9 @@ CANCEL_RANGES_MAX = 1_000
 RECOVERY_SHIFT = 48
 """A fence is the recovery epoch times 2**48 plus a counter (protocol.md 5)."""
 
+RECOVERED_AHEAD_MS_MAX = 30 * 86_400_000
+"""A recovery is dated at most so long after the last entry: a clock that is far off would hold all that is submitted."""
+
 _QUEUE_DEADLINE = -1
 _TOTAL_DEADLINE = -2
 """Timers are keyed by (job number, task), or one of these for the whole job."""
@@ -62,7 +79,9 @@ class Queue:
         self.finished: dict[JobId, None] = {}
         """In the order in which they ended."""
         self.seen = SeenIds()
-        self.recovery_epoch = 0
+        self.lineage: Lineage = ()
+        self.recovered_wall_ms = 0
+        """Of the newest recovery: an id dated before it may have been submitted to the log that was lost."""
         self.leases_made = 0
         self.jobs_made = 0
         self.outcome_bytes = 0
@@ -79,7 +98,7 @@ class Queue:
     @property
     def fence(self) -> int:
         """The newest one given."""
-        return (self.recovery_epoch << RECOVERY_SHIFT) + self.leases_made
+        return (len(self.lineage) << RECOVERY_SHIFT) + self.leases_made
 
     # --- what users ask for
 
@@ -168,6 +187,9 @@ class Queue:
 
     def _start(self, job: Job, number: int) -> None:
         self.seen.remember(number)
+        if job.spec.on_lost is not OnLost.RERUN and date_ms_of(number) < self.recovered_wall_ms:
+            # Perhaps a resend of what the lost log had accepted, and begun.
+            job.hold = len(self.lineage)
         self.add(job)
         self.totals[TaskState.READY] += len(job.ready)
         self.index(job)
@@ -193,6 +215,48 @@ class Queue:
         for task, row in job.rows.items():
             if row.due_ms is not None:
                 self._timers.put((job.number, task), row.due_ms)
+
+    # --- recovery (protocol.md 10)
+
+    def recover(self, command: Recovered) -> Accepted:
+        """A new epoch begins: whatever may not run twice waits for an operator, since the log that is lost may have begun it."""
+        if command.lineage == self.lineage:
+            return Accepted()
+        if not is_next(command.lineage, self.lineage):
+            raise Conflict(f"recovery {len(command.lineage)} does not follow recovery {len(self.lineage)}")
+        self.lineage = command.lineage
+        latest_ms = self._moment.wall_ms + RECOVERED_AHEAD_MS_MAX
+        self.recovered_wall_ms = max(self._moment.wall_ms, min(command.wall_ms, latest_ms))
+        for job in self.jobs.values():
+            if job.spec.on_lost is not OnLost.RERUN and not job.is_final:
+                self._hold(job)
+        return Accepted()
+
+    def release(self, command: ReleaseJob) -> Accepted:
+        job = self.jobs.get(command.job)
+        if job is None:
+            raise NotFound(f"no job {command.job}", hint="it may be too old; see `mesh ps`")
+        if not job.hold or job.is_final:
+            return Accepted()
+        why = f"recovery {job.hold} held it"
+        job.hold = 0
+        for task in sorted(task for task, row in job.rows.items() if row.state is TaskState.HELD):
+            # Failing one may have cancelled the rest of its job.
+            if (row := job.rows.get(task)) is not None and row.state is TaskState.HELD:
+                self._move(job, task, after_loss(job.spec, row, why, None))
+                self._check_fails(job)
+        self._settle(job)
+        return Accepted()
+
+    def _hold(self, job: Job) -> None:
+        """Leases of live sessions follow when these end; no node can speak for an attempt of a held job."""
+        job.hold = len(self.lineage)
+        for task, row in list(job.rows.items()):
+            if row.state is TaskState.HELD:
+                if row.node is not None:
+                    self._matching.nodes[row.node].held.pop(row.fence, None)
+                self._move(job, task, _held(row, job.hold))
+        self._settle(job)
 
     # --- leases
 
@@ -254,6 +318,9 @@ class Queue:
             self._matching.give_back(node, fence)
             if row.stop is not None:
                 self._move(job, task, after_loss(job.spec, row, "", None))
+                continue
+            if job.hold:
+                self._move(job, task, _held(row, job.hold))
                 continue
             node.held[fence] = (job, task)
             after_ms = lost_after_ms(job.spec, row, self._moment.now_ms)
@@ -383,8 +450,8 @@ class Queue:
                         self._move(job, task, replace(row, stop=state, reason=why))
                         self._moment.events.append(StopWanted(row.node, row.epoch, job.key(task, row)))
                 case TaskState.HELD:
-                    assert row.node is not None
-                    self._matching.nodes[row.node].held.pop(row.fence, None)
+                    if row.node is not None:
+                        self._matching.nodes[row.node].held.pop(row.fence, None)
                     self._move(job, task, replace(row, state=state, node=None, due_ms=None, reason=why))
                 case _:
                     self._move(job, task, replace(row, state=state, node=None, due_ms=None, reason=why))
@@ -451,6 +518,12 @@ class Queue:
         self.touched.clear()
         self._moment.events.extend(JobChanged(job.id, job.is_final) for job in changed)
         return changed
+
+
+def _held(row: Row, recovery: int) -> Row:
+    """Until an operator releases it: what its node says does not count any more."""
+    why = f"recovery {recovery} holds it: attempt {row.attempt} was at {row.node or 'a lost node'}"
+    return replace(row, state=TaskState.HELD, node=None, due_ms=None, reason=why)
 
 
 def _size(row: Row) -> int:

@@ -63,6 +63,8 @@ class Header(Struct, frozen=True, array_like=True):
     tokens: dict[str, Token]
     nodes: list[NodeRecord]
     finished: list[JobId]
+    lineage: tuple[str, ...] = ()
+    recovered_wall_ms: int = 0
 
 
 Rows = dict[int, Row]
@@ -78,7 +80,7 @@ def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, 
         position=moment.position,
         digest=digest,
         mesh=members.mesh,
-        recovery_epoch=queue.recovery_epoch,
+        recovery_epoch=len(queue.lineage),
         leases_made=queue.leases_made,
         jobs_made=queue.jobs_made,
         members=list(members.records.values()),
@@ -93,6 +95,8 @@ def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, 
             for node in matching.nodes.values()
         ],
         finished=list(queue.finished),
+        lineage=queue.lineage,
+        recovered_wall_ms=queue.recovered_wall_ms,
     )  # fmt: skip
     jobs = [job.record or job.recorded() for job in queue.jobs.values()]
     seen = queue.seen.captured()
@@ -132,7 +136,7 @@ def restore(data: bytes, moment: Moment, members: Members, matching: Matching, q
     members.records = {record.member.node: record for record in header.members}
     members.revoked = dict.fromkeys(header.revoked)
     members.invites, members.tokens = header.invites, header.tokens
-    queue.recovery_epoch = header.recovery_epoch
+    queue.lineage, queue.recovered_wall_ms = header.lineage, header.recovered_wall_ms
     queue.leases_made, queue.jobs_made = header.leases_made, header.jobs_made
     queue.seen.restore(pieces[1])
     queue.finished = dict.fromkeys(header.finished)
