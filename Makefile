@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Agents start in a third of the time with compiled modules at hand.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint unit cluster bench clean
+.PHONY: demo test lint unit cluster torture bench clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -27,6 +27,12 @@ unit: $(READY)
 
 cluster: $(READY)
 	$(BIN)/python -m pytest -m cluster --durations=10
+
+# Attacks real agents in network namespaces (root): make torture CYCLES=1000 NODES=5 SEED=7
+CYCLES ?= 50
+NODES ?= 3
+torture: $(READY)
+	$(BIN)/python -m torture --cycles $(CYCLES) --nodes $(NODES) $(if $(SEED),--seed $(SEED)) $(TORTURE)
 
 bench: $(READY)
 	$(BIN)/python bench/run.py

@@ -1,0 +1,85 @@
+"""Weather: a fault begins, lasts, and ends, whatever became of the nodes meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import assert_never
+
+from torture.network import Network
+from torture.plan import Cycle, Weather, cuts
+from torture.processes import Processes
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+LOSS_PERCENT = (2, 10, 30)
+RATES_KBIT_S = (256, 1000, 4000)
+"""The Raft traffic of an idle mesh takes about 100."""
+JUMPS_S = (-86_400, -600, -3, 3, 20, 600, 86_400, 20 * 365 * 86_400)
+"""Within and over what clocks may differ (5 s), and over what an id's date may (1 h back, 5 min ahead)."""
+
+
+class Faults:
+    def __init__(self, network: Network, processes: Processes, home: Path) -> None:
+        self._network = network
+        self._processes = processes
+        self._home = home
+        self._moved: set[str] = set()
+
+    def begin(self, cycle: Cycle, leader: str | None) -> str:
+        """Returns what it is, for people."""
+        nodes = self._network.nodes
+        rng = Random(cycle.picks + 2)  # noqa: S311
+        one = leader if leader is not None and rng.random() < 0.5 else rng.choice(nodes)
+        match cycle.weather:
+            case None:
+                return ""
+            case Weather.PARTITION | Weather.ONE_WAY | Weather.BRIDGE:
+                pairs = cuts(cycle, nodes, leader)
+                self._network.cut(pairs)
+                return " ".join(f"{source}-/->{target}" for source, target in sorted(pairs))
+            case Weather.SLOW:
+                rate = rng.choice(RATES_KBIT_S)
+                self._network.slow(one, rate)
+                return f"{one} sends at {rate} kbit/s"
+            case Weather.LOSSY:
+                percent = rng.choice(LOSS_PERCENT)
+                for node in nodes:
+                    self._network.lose(node, percent)
+                return f"{percent} % of all packets dropped"
+            case Weather.PAUSE:
+                self._processes.pause(one)
+                return f"{one} is stopped"
+            case Weather.CLOCK:
+                jump_s = rng.choice(JUMPS_S)
+                self._set_clock(one, jump_s)
+                return f"the clock of {one} jumps by {jump_s} s"
+            case _:
+                assert_never(cycle.weather)
+
+    def end(self) -> None:
+        self._network.heal()
+        self._processes.resume()
+        for node in sorted(self._moved):
+            self._set_clock(node, 0)
+        self._moved.clear()
+
+    def clock_environment(self, node: str) -> dict[str, str]:
+        """For an agent whose wall clock can be moved while it runs. Its other clocks are the machine's."""
+        self._set_clock(node, 0)
+        return {
+            "LD_PRELOAD": str(FAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(self._clock(node)),
+            "FAKETIME_CACHE_DURATION": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+            "FAKETIME_DISABLE_SHM": "1",
+        }
+
+    def _set_clock(self, node: str, offset_s: int) -> None:
+        beside = self._clock(node).with_suffix(".new")
+        beside.write_text(f"{offset_s:+d}\n")
+        beside.rename(self._clock(node))
+        self._moved.add(node)
+
+    def _clock(self, node: str) -> Path:
+        return self._home / f"{node}.clock"

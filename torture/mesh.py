@@ -1,0 +1,85 @@
+"""meshd under torture: agents of a mesh that the first of them founds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torture.api import Answered, NodeApi, Silence
+from torture.network import Network
+from torture.processes import NeverReady, Processes
+
+FORM_S = 90.0
+ASK_S = 1.0
+CPU_OFFERED = 8
+"""More than the machine has: the jobs only wait, and the kills should find several of them at once."""
+
+
+class Meshd:
+    name = "meshd"
+    shapes = ("plain", "rerun", "array", "wait", "fail")
+
+    def __init__(self, network: Network, home: Path) -> None:
+        self._network = network
+        self._home = home
+        self._apis = {node: NodeApi(self.socket(node)) for node in network.nodes}
+        self._names: dict[str, str] = {}
+
+    def socket(self, node: str) -> str:
+        return str(self._home / node / "api.sock")
+
+    def command(self, node: str) -> list[str]:
+        return [
+            sys.executable, "-m", "meshd.main", "up", "--data-dir", str(self._home / node), "--name", node,
+            "--listen", self._network.address(node), "--backend", "process", "--cpu", str(CPU_OFFERED),
+        ]  # fmt: skip
+
+    def found(self, processes: Processes) -> None:
+        first, *rest = self._network.nodes
+        processes.start(first, self.command(first))
+        wait_until(lambda: processes.is_ready(first), FORM_S, f"{first} is not ready")
+        body = {"roles": ["server", "worker"], "uses": len(rest), "lifetime_ms": 3_600_000}
+        invite = self._apis[first].ask("POST", "/v1/invites", body, timeout_s=10)["invite"]
+        for node in rest:
+            processes.start(node, [*self.command(node), "--join", invite])
+            wait_until(lambda node=node: processes.is_ready(node), FORM_S, f"{node} is not ready")  # type: ignore[misc]
+        wait_until(lambda: self.is_whole(self._network.nodes), FORM_S, "the mesh is not whole")
+
+    def leader(self, nodes: Sequence[str]) -> str | None:
+        """By the newest term that any of these knows."""
+        answers = [answer for node in nodes if (answer := self.status(node)) is not None and answer["leader"]]
+        if not answers:
+            return None
+        newest = max(answers, key=lambda answer: int(answer["term"]))
+        self._names.update({row["node"]: row["name"] for row in newest["nodes"]})
+        return self._names.get(newest["leader"])
+
+    def is_whole(self, nodes: Sequence[str]) -> bool:
+        """All say that the mesh survives a failure, that everybody lives and that the same one leads."""
+        answers = [self.status(node, timeout_s=10) for node in nodes]
+        said = [answer for answer in answers if answer is not None]
+        return (
+            len(said) == len(nodes)
+            and len({(answer["leader"], answer["term"]) for answer in said}) == 1
+            and all(answer["failures_survived"] >= 1 for answer in said)
+            and all(row["health"] == "alive" for answer in said for row in answer["nodes"])
+        )
+
+    def status(self, node: str, *, timeout_s: float = ASK_S) -> Mapping[str, Any] | None:
+        try:
+            found: Mapping[str, Any] = self._apis[node].get("/v1/cluster", timeout_s=timeout_s)
+        except (Silence, Answered):
+            return None
+        return found
+
+
+def wait_until(check: Callable[[], bool], within_s: float, otherwise: str, *, every_s: float = 0.05) -> None:
+    """Raises NeverReady."""
+    deadline = time.monotonic() + within_s
+    while not check():
+        if time.monotonic() > deadline:
+            raise NeverReady(f"{otherwise} after {within_s:.0f} s")
+        time.sleep(every_s)

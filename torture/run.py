@@ -1,0 +1,245 @@
+"""A run: cycles of faults under load, and after each round of them a check of everything that was acknowledged in it.
+
+found ─▶ load ─▶ weather · kill · restart ─▶ … ─▶ faults end ─▶ all back, all finished ─▶ judge ─▶ next round
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+
+from torture import after, plan, report
+from torture.api import NodeApi
+from torture.checker import Listed, Task, Verdict, judge
+from torture.clients import Load, Round
+from torture.faults import Faults
+from torture.history import History
+from torture.mesh import Meshd, wait_until
+from torture.network import Network
+from torture.processes import NeverReady, Processes
+
+COME_BACK_S = 60.0
+"""A node that was started and is not ready by then, faults being over, never came back."""
+WHOLE_S = 60.0
+FINISH_S = 120.0
+"""For what is left when the faults stop; a session of a lost node ends after 12 s, its tasks are held at most as long."""
+ROUND_ACKNOWLEDGED_MAX = 6_000
+"""A mesh forgets finished jobs past 10,000: a check has to come before."""
+POLL_S = 0.02
+RESTARTS_MAX = 5
+"""Of a node that ended by itself, before it is ready: a service manager would start it again, and give up too."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    cycles: int
+    nodes: int
+    seed: int
+    engine: str
+    home: Path
+    faults: tuple[str, ...] = plan.FAULTS
+    clients: int = 4
+    rate_s: float = 25.0
+    check_every: int = 50
+    keep_going: bool = False
+    is_calm: bool = False
+    """Each kill waits until the mesh is whole."""
+
+
+class Torture:
+    def __init__(self, options: Options, network: Network, say: Say) -> None:
+        self._options = options
+        self._network = network
+        self._say = say
+        root = Path(__file__).parents[1]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("MESH_", "MESHD_"))}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # agents start in a third of the time with compiled modules
+        environment["PYTHONPATH"] = f"{root}:{root / 'cli'}"
+        self._processes = Processes(network, options.home, environment)
+        self._engine = Meshd(network, options.home)
+        self._faults = Faults(network, self._processes, options.home)
+        self._history = History(options.home / "history.jsonl")
+        self._load = Load(
+            {node: self._engine.socket(node) for node in network.nodes},
+            self._history,
+            options.seed,
+            clients=options.clients,
+            rate_s=options.rate_s,
+            shapes=self._engine.shapes,
+        )
+        self._rounds = 0
+        self._restarts = dict.fromkeys(network.nodes, 0)
+        self._troubles: list[str] = []
+        """Of this round: what is stuck already before the check."""
+        self.verdict = Verdict()
+        self.done: list[report.Done] = []
+        self.ended: list[str] = []
+        self.is_stopping = False
+
+    def run(self) -> None:
+        """Until all cycles are done, a check fails or `is_stopping` is set; always ends with a check."""
+        try:
+            self._engine.found(self._processes)
+            self._say(f"a mesh of {len(self._network.nodes)} stands")
+            self._begin_round()
+            since_check = 0
+            for cycle in plan.cycles(self._options.seed, self._options.cycles, self._options.faults):
+                if self.is_stopping or (self._troubles and not self._options.keep_going):
+                    break
+                self._perform(cycle)
+                since_check += 1
+                is_full = self._history.acknowledged() >= ROUND_ACKNOWLEDGED_MAX
+                if since_check >= self._options.check_every or is_full:
+                    self._end_round()
+                    since_check = 0
+                    if not self.verdict.is_good and not self._options.keep_going:
+                        return
+                    self._begin_round()
+            self._end_round()
+        finally:
+            self._load.stop()
+            self._history.close()
+            self._processes.stop()
+
+    # --- a cycle ------------------------------------------------------------------------------------------------------
+
+    def _perform(self, cycle: plan.Cycle) -> None:
+        nodes = self._network.nodes
+        begun_s = time.monotonic()
+        if self._options.is_calm:
+            self._wait(lambda: self._engine.is_whole(nodes), WHOLE_S, "the mesh is not whole")
+        rng = Random(cycle.picks + 3)  # noqa: S311
+        what = self._faults.begin(cycle, self._engine.leader(nodes))
+        weather_ends_s = time.monotonic() + (cycle.weather_s if cycle.weather else 0)
+        if cycle.weather:
+            time.sleep(cycle.weather_s * (rng.random() if cycle.is_killed_within else 1.0))
+            if not cycle.is_killed_within:
+                self._faults.end()
+        victims = plan.victims(cycle, nodes, self._engine.leader(nodes))
+        killed_s = time.monotonic()
+        self._processes.kill(victims)
+        time.sleep(cycle.down_s)
+        for node in victims:
+            self._start(node)
+        if cycle.weather and cycle.is_killed_within:
+            self._tend_until(weather_ends_s)
+            self._faults.end()
+        self._wait(lambda: self._all_ready() and bool(self._history.acknowledged_s(killed_s)), COME_BACK_S, "not all are back and writing")  # fmt: skip
+        times = [killed_s, *self._history.acknowledged_s(killed_s)]
+        silence_s = max((b - a for a, b in itertools.pairwise(times)), default=time.monotonic() - killed_s)
+        done = report.Done.of(cycle, victims, what, silence_s, time.monotonic() - begun_s)
+        self.done.append(done)
+        self._say(
+            f"{cycle.number:5} {done.seconds:5.1f} s  {' '.join(done.faults)} {','.join(victims)} "
+            f"down {cycle.down_s:.1f} s, silence {silence_s:.2f} s {what}"
+        )
+
+    def _start(self, node: str) -> None:
+        environment = self._faults.clock_environment(node) if plan.Weather.CLOCK.value in self._options.faults else {}
+        self._processes.start(node, self._engine.command(node), environment)
+
+    def _all_ready(self) -> bool:
+        return not [node for node in self._network.nodes if not self._is_ready(node)]
+
+    def _is_ready(self, node: str) -> bool:
+        try:
+            is_ready = self._processes.is_ready(node)
+        except NeverReady as error:
+            is_ready = False
+            why = str(error)
+        else:
+            why = ""
+            if is_ready and not self._processes.is_running(node):
+                is_ready, why = False, f"{node} ended while it ran: {self._processes.last_words(node)}"
+        if why:
+            self.ended.append(why)
+            self._say(f"      {why}")
+            self._restarts[node] += 1
+            if self._restarts[node] <= RESTARTS_MAX:
+                self._start(node)
+        elif is_ready:
+            self._restarts[node] = 0
+        return is_ready
+
+    def _tend_until(self, ends_s: float) -> None:
+        while (left_s := ends_s - time.monotonic()) > 0:
+            self._all_ready()
+            time.sleep(min(left_s, 0.1))
+
+    def _wait(self, check: Callable[[], bool], within_s: float, otherwise: str) -> None:
+        try:
+            wait_until(check, within_s, otherwise, every_s=POLL_S)
+        except NeverReady as error:
+            states = {node: self._processes.state(node) for node in self._network.nodes}
+            self._troubles.append(f"{error}: {states}")
+            self._say(f"      {error}: {states}")
+
+    # --- a round ------------------------------------------------------------------------------------------------------
+
+    def _begin_round(self) -> None:
+        self._rounds += 1
+        name = f"round{self._rounds}"
+        self._load.round = Round(name, self._options.home / f"{name}.traces", {})
+        self._load.start()
+
+    def _end_round(self) -> None:
+        """Faults end, everybody comes back, everything finishes; then it is judged."""
+        begun_s = time.monotonic()
+        nodes = self._network.nodes
+        self._load.stop()
+        self._faults.end()
+        self._wait(self._all_ready, COME_BACK_S, "not all are back")
+        self._wait(lambda: self._engine.is_whole(nodes), WHOLE_S, "the mesh is not whole")
+        round_ = self._load.round
+        ops = self._history.take()
+        sockets = {node: self._engine.socket(node) for node in nodes if self._processes.is_running(node)}
+        listed: dict[str, list[Listed]] = {}
+        tasks: list[Task] = []
+        try:
+            after.wait_finished(NodeApi(next(iter(sockets.values()))), round_.name, FINISH_S)
+            listed, tasks = after.gather(sockets, round_.name, [job for job, kind in round_.kinds.items() if kind])
+        except after.Unanswered as error:
+            self._troubles.append(f"after the faults: {error}")
+        verdict = judge(
+            ops, listed=listed, tasks=tasks, traces=after.read_traces(round_.traces), kinds=round_.kinds, absent=self._troubles
+        )  # fmt: skip
+        self._troubles = []
+        self.verdict.add(verdict)
+        self._say(
+            f"{round_.name}: {len(self.done)} cycles, {verdict.acknowledged} acknowledged, lost {len(verdict.lost)}, "
+            f"doubled {len(verdict.doubled)}, stuck {len(verdict.stuck)}; checked in {time.monotonic() - begun_s:.1f} s"
+        )
+
+
+def torture(options: Options, say: Say, on_begun: Callable[[Torture], None]) -> report.Report:
+    """Raises NeverReady when not even the mesh comes to stand."""
+    started, begun_s = datetime.now(UTC), time.monotonic()
+    with Network([f"node{number}" for number in range(1, options.nodes + 1)]) as network:
+        run = Torture(options, network, say)
+        on_begun(run)
+        run.run()
+    return report.make(
+        run.verdict,
+        run.done,
+        engine=options.engine,
+        nodes=options.nodes,
+        seed=options.seed,
+        command=_command(sys.argv),
+        date=started.isoformat(timespec="seconds"),
+        load="load average {:.1f} {:.1f} {:.1f}".format(*os.getloadavg()) + f" on {os.cpu_count()} cores",
+        seconds=time.monotonic() - begun_s,
+        ended=run.ended,
+    )
+
+
+def _command(argv: Sequence[str]) -> str:
+    return " ".join(["python -m torture", *argv[1:]])
