@@ -91,6 +91,11 @@ def _word(health: Health | None) -> str:
 def _advice(raft: RaftStatus | None, nodes: list[NodeStatus], alive: set[NodeId]) -> str:
     if raft is None or raft.leader is None:
         return "bring back enough servers for a majority of the voters"
+    if raft.disputed:
+        return (
+            f"the voters' states differ at entry {raft.disputed} and none has a majority, so nothing is decided any more:"
+            " bring back the other voters, or keep one server's state with `meshd recover`"
+        )
     servers = [node for node in nodes if Role.SERVER in node.roles]
     if len(servers) < 3:
         return "one disk: add a third server" if len(servers) == 2 else "one disk: add two more servers"

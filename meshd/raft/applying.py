@@ -17,8 +17,11 @@ class ApplyFailed(Exception):
 
 
 class Applying:
-    def __init__(self, raft: RaftState, on_bug: Callable[[int, BaseException], None]) -> None:
+    def __init__(
+        self, raft: RaftState, digest: Callable[[], str], on_bug: Callable[[int, BaseException], None]
+    ) -> None:
         self._raft = raft
+        self._digest = digest
         self._on_bug = on_bug
 
     def go_on(self) -> None:
@@ -30,6 +33,7 @@ class Applying:
             waiting = raft.waiting.pop(index, [])
             result = self._apply_one(index, command)
             raft.applied = index
+            raft.checkpoints.applied(index, self._digest)
             for waiting_term, callback in waiting:
                 failure = syncobj.FAIL_REASON.SUCCESS if waiting_term == term else syncobj.FAIL_REASON.DISCARDED
                 self._resolve(callback, result, failure)

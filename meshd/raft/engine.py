@@ -72,6 +72,7 @@ class Engine(RaftState):
         voters: Sequence[VoterId],
         journal: Journal,
         apply: Callable[[int, bytes], list[bytes]],
+        digest: Callable[[], str],
         send: Callable[[VoterId, RaftMessage], bool],
         snapshot: Callable[[], Packed | None],
         now: Callable[[], float],
@@ -82,14 +83,14 @@ class Engine(RaftState):
     ) -> None:
         """`voters` is the configuration at the journal's first item; `snapshot` gives one to send, or None while it is fetched.
 
-        `send` stages a message, or refuses it; `now` is CLOCK_BOOTTIME in seconds.
+        `digest` is a hash, in hex, of the state and of how it came about. `send` stages a message, or refuses it; `now` is CLOCK_BOOTTIME in seconds.
         """
         self._apply = apply
         # Before PySyncObj's constructor, which already looks at every property below.
         self._elections = Elections(self)
         self._following = Following(self, self._elections)
         self._arrival = Arrival(self, self._elections)
-        self._applying = Applying(self, on_bug)
+        self._applying = Applying(self, digest, on_bug)
         super().__init__(
             me=me, voters=voters, journal=journal, send=send, snapshot=snapshot, now=now, wall_ms=wall_ms,
             random=random, settings=settings,
@@ -251,8 +252,13 @@ class Engine(RaftState):
         return 0.0 if (leading := self._elections.leading) is None else self.now() - leading.elected_s
 
     def is_settled(self) -> bool:
-        """Leader, and everything of earlier leaders is applied: batches may be stamped."""
+        """Leader, everything of earlier leaders applied, and no dispute about it: batches may be stamped."""
         return (leading := self._elections.leading) is not None and leading.is_settled()
+
+    @property
+    def disputed(self) -> int:
+        """At a leader: the entry at which the voters' states differ, none with a majority; nobody applies further."""
+        return 0 if (leading := self._elections.leading) is None else leading.disputed
 
     def barrier(self, answer: Callable[[int | None], None]) -> None:
         """`answer(position)` once a round sent after this call is answered; None when leadership is lost first."""
@@ -300,6 +306,7 @@ class Engine(RaftState):
         arrived = self._arrival.arrived
         if self._arrival.install(image, restore):
             self._reconfigure()
+            self.checkpoints.forget()
             self._applying.nobody_will_know(image.index)
         if arrived is not None:
             self._arrival.acknowledge(arrived.peer, image.index)

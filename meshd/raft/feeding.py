@@ -16,10 +16,14 @@ class Feeder:
     def __init__(self, raft: RaftState) -> None:
         self._raft = raft
         self._round = 0
+        self._agreed = (0, b"")
 
-    def feed(self, peer: VoterId, progress: Progress, round_: int, now: float, *, is_round: bool) -> None:
-        """`is_round`: something must be sent, that the peer may answer this round."""
+    def feed(
+        self, peer: VoterId, progress: Progress, round_: int, now: float, agreed: tuple[int, bytes], *, is_round: bool
+    ) -> None:
+        """`is_round`: something must be sent, that the peer may answer this round; `agreed` is told along."""
         self._round = round_
+        self._agreed = agreed
         if progress.has_gone_silent(now):
             progress.restart(progress.match + 1 if progress.match else progress.next)
             progress.moved_s = now
@@ -42,7 +46,9 @@ class Feeder:
 
     def _send_append(self, peer: VoterId, progress: Progress, entries: tuple[Entry, ...], now: float) -> bool:
         raft, prev = self._raft, progress.next - 1
-        message = Append(raft.term, self._round, int(now * 1000), raft.commit, prev, raft.term_at(prev), entries)
+        message = Append(
+            raft.term, self._round, int(now * 1000), raft.commit, prev, raft.term_at(prev), entries, *self._agreed
+        )
         if not raft.send(peer, message):
             return False
         progress.commit_told = raft.commit

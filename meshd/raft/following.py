@@ -26,10 +26,15 @@ class Following:
             return
         self._elections.hear(peer, m.term)
         is_ok, next_index = self._merge(peer, m) if m.prev_index else (False, 0)
+        if m.agreed:
+            raft.checkpoints.agree(m.agreed, m.agreed_state)
         if is_ok:
             # F2: entries behind those of this message may be ours alone.
             raft.commit = max(raft.commit, min(m.commit, next_index - 1))
-        raft.send(peer, Appended(raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms()))
+        raft.send(
+            peer,
+            Appended(raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms(), *raft.checkpoints.newest),
+        )
 
     def _merge(self, peer: VoterId, m: Append) -> tuple[bool, int]:
         """(whether our log now agrees with this message, the next entry to send)."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from meshd.errors import PeerFault
+from meshd.raft.agreement import Comparison
 from meshd.raft.configurations import VOTERS_MAX, as_command
 from meshd.raft.feeding import Feeder
 from meshd.raft.messages import NO_OP, Appended, Received, TimeoutNow, VoterId
@@ -31,6 +32,7 @@ class Leadership:
         now = raft.now()
         self._raft = raft
         self._feeder = Feeder(raft)
+        self._comparison = Comparison(raft.me, raft.checkpoints)
         self.elected_s = now
         self.progress: dict[VoterId, Progress] = {}
         """Of each peer that is fed."""
@@ -70,8 +72,13 @@ class Leadership:
         return float("-inf") if progress is None else progress.contact_s
 
     def is_settled(self) -> bool:
-        """Everything of earlier leaders is applied: batches may be stamped."""
-        return self._raft.applied >= self._raft.own_first
+        """Everything of earlier leaders is applied, and the voters agree on what it led to: batches may be stamped."""
+        return self._raft.applied >= self._raft.own_first and not self.disputed
+
+    @property
+    def disputed(self) -> int:
+        """The entry at which the voters' states differ, none with a majority; 0: none."""
+        return self._comparison.disputed
 
     def barrier(self, answer: Callable[[int | None], None]) -> None:
         """`answer(position)` once a round sent after this call is answered; None when leadership is lost first."""
@@ -89,7 +96,7 @@ class Leadership:
             self._settle_debts()
         for peer, progress in self.progress.items():
             if progress.is_connected:
-                self._feeder.feed(peer, progress, self._round, now, is_round=is_round)
+                self._feeder.feed(peer, progress, self._round, now, self._comparison.agreed, is_round=is_round)
         if self._barriers:
             self._answer_barriers()
 
@@ -110,6 +117,8 @@ class Leadership:
 
     def on_appended(self, peer: VoterId, m: Appended) -> None:
         progress = self._answered(peer, m)
+        if m.checkpoint:
+            self._comparison.told(peer, m.checkpoint, m.state)
         if m.wall_ms:
             progress.clock_offset_ms = m.wall_ms - int(self._raft.now() * 1000)
         if m.is_ok:
@@ -151,8 +160,14 @@ class Leadership:
     # --- what is committed --------------------------------------------------------------------------------------------
 
     def advance_commit(self) -> None:
-        """The newest entry of this term that a quorum has on disk; the leader counts itself when it has synced."""
+        """The newest entry of this term that a quorum has on disk; the leader counts itself when it has synced.
+
+        Nothing more while the voters' states differ and none has a majority: nobody shall apply further.
+        """
         raft = self._raft
+        self._comparison.settle(raft.voters)
+        if self._comparison.disputed:
+            return
         index = raft.configurations.reached(self._stored)
         if index > raft.commit and raft.term_at(index) == raft.term:
             raft.commit = index

@@ -80,6 +80,8 @@ class RaftStatus(Struct, frozen=True):
     journal_bytes: int
     is_clock_refused: bool
     """This sole voter's clock jumped; the mesh's dates go on by elapsed time until an operator sets it."""
+    disputed: int = 0
+    """The entry at which the voters' states differ, none with a majority: nothing more is applied; only the leader knows."""
 
     @property
     def voters(self) -> tuple[NodeId, ...]:
@@ -252,6 +254,7 @@ class ServerLog:
             last=engine.last,
             journal_bytes=self._journal.bytes_on_disk,
             is_clock_refused=server.own_clock.is_refused,
+            disputed=engine.disputed,
         )
 
     async def hand_over(self) -> None:

@@ -22,6 +22,7 @@ TERM_MAX = 2**53
 """No mesh elects that often; a larger number is nonsense."""
 
 Number = Annotated[int, Meta(ge=0, le=TERM_MAX)]
+StateHash = Annotated[bytes, Meta(max_length=32)]
 Entry = tuple[bytes, Number, Number]
 """(command, index, term): PySyncObj's own shape of a log entry. The first byte of a command is its kind:"""
 
@@ -71,6 +72,9 @@ class Append(Message, frozen=True, array_like=True, tag=True):
     prev_index: Number
     prev_term: Number
     entries: tuple[Entry, ...] = ()
+    agreed: Number = 0
+    """At this entry more than half of the voters have the state with this hash; 0: nothing is said (agreement.py)."""
+    agreed_state: StateHash = b""
 
 
 class Appended(Message, frozen=True, array_like=True, tag=True):
@@ -82,6 +86,9 @@ class Appended(Message, frozen=True, array_like=True, tag=True):
     is_ok: bool
     next: Number
     wall_ms: Number = 0
+    checkpoint: Number = 0
+    """The hash of the state here, at the newest entry where it was taken."""
+    state: StateHash = b""
 
 
 class Chunk(Message, frozen=True, array_like=True, tag=True):

@@ -16,6 +16,7 @@ from pysyncobj.node import Node
 from pysyncobj.transport import Transport as StockTransport
 
 from meshd import codec
+from meshd.raft.agreement import Checkpoints
 from meshd.raft.configurations import Configurations
 from meshd.raft.journal import Journal
 from meshd.raft.messages import Entry, RaftMessage, VoterId
@@ -97,6 +98,8 @@ class RaftState(SyncObj):  # type: ignore[misc]
         """Whom a message can be sent to."""
         self.learners: frozenset[VoterId] = frozenset()
         """Whom a leader feeds beyond the voters; they do not count."""
+        self.checkpoints = Checkpoints(settings.checkpoint_entries)
+        """Hashes of the state here, for the others to compare."""
         self.received_s = now()
         """When the last entry of the log was received, read at the start, or written here as a batch."""
         base = journal[0][1]

@@ -47,6 +47,7 @@ TICK_MS_MAX = 60_000
 HAND_OVER_PAUSE_S = 0.5
 """No batches for so long after another voter was asked to lead: it must have everything."""
 NEVER_MS = 1 << 40
+DISPUTED = "the voters' states differ and none has a majority; see `mesh cluster status`"
 
 
 class StateMachine(Protocol):
@@ -59,6 +60,10 @@ class StateMachine(Protocol):
 
     def apply(self, index: int, batch: bytes) -> list[bytes]:
         """Encoded answers, one for each command. Total and deterministic."""
+        ...
+
+    def digest(self) -> str:
+        """A hash, in hex, of the state and of all before it: once different, different for good."""
         ...
 
     def capture(self) -> Callable[[], bytes]:
@@ -161,6 +166,7 @@ class Server:
             voters=journal.header.founding if image is None else image.voters,
             journal=journal,
             apply=self._apply,
+            digest=machine.digest,
             send=links.send,
             snapshot=packed,
             now=clocks.now_s,
@@ -179,6 +185,7 @@ class Server:
         self._written_s = float("-inf")
         self._saved_index = self.engine.applied
         self._bytes_since_saved = 0
+        self._disputed = 0
 
     # --- a turn -------------------------------------------------------------------------------------------------------
 
@@ -188,6 +195,11 @@ class Server:
         self._read_mail()
         if not self.engine.is_leader:
             self._pending.refuse_all("this server does not lead any more")
+        elif self.engine.disputed:
+            self._pending.refuse_all(DISPUTED)
+        if self._disputed != self.engine.disputed:
+            self._disputed = self.engine.disputed
+            self.report("raft.states_differ" if self._disputed else "raft.states_agree", {"index": self._disputed})
         self._steer()
         self._serve_reads()
         self._propose_batch()

@@ -15,6 +15,8 @@ class RaftSettings:
     contact_s: float = 1.0
     apply_slice_s: float = 0.008
     """Applying stops after so long and goes on in the next turn."""
+    checkpoint_entries: int = 256
+    """Applied entries between two hashes of the state that replicas compare; the same at all of them."""
     snapshot_entries: int = 20_000
     """Applied entries after which the state is written down and the log trimmed …"""
     snapshot_bytes: int = 64 << 20

@@ -112,6 +112,13 @@ def load(disk: Disk, *, mesh: str) -> tuple[Image, Packed] | None:
     return image, Packed(image.index, image.term, data, blake3(data).digest())
 
 
+def set_aside(disk: Disk) -> None:
+    """The state that snapshots hold is not to be trusted: the next start gets it anew. They stay for whoever looks into it (blocks)."""
+    for name in _names(disk):
+        disk.rename(name, f"aside-{name}")
+    disk.sync_directory()
+
+
 def _parse(data: bytes, mesh: str, what: str) -> Image:
     try:
         image: Image = codec.decode(data, Image, bytes_max=SNAPSHOT_BYTES_MAX)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from meshd.errors import PeerFault
+from meshd.raft.agreement import Diverged
 from meshd.raft.arrival import Arrived
 from meshd.raft.disk import Disk
 from meshd.raft.journal import Journal
 from meshd.raft.server import Capture, Server, StateMachine
-from meshd.raft.snapshot import Image, Packed, load, pack_image, save, unpack_image
+from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_aside, unpack_image
 
 Work = Callable[[], None]
 """Blocks, for the disk; raises a MeshError when this server must stop."""
@@ -42,6 +43,14 @@ class Turns:
 
     def turn(self) -> Iterator[Work]:
         """One turn. Do each work that it yields before it goes on; nothing else may use the journal meanwhile."""
+        try:
+            yield from self._turn()
+        except Diverged:
+            # Its snapshots may hold the same wrong state, and the next start shall not begin with one.
+            yield partial(set_aside, self._disk)
+            raise
+
+    def _turn(self) -> Iterator[Work]:
         server, journal = self._server, self._journal
         if (finished := self._finished) is not None:
             self._finished = None

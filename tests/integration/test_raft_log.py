@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from blake3 import blake3
 
 from meshd import codec
 from meshd.errors import Corrupt, InvalidRequest, StartRefused, TooLarge, Unavailable
 from meshd.model import NodeId
 from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.ports import Committed, NotCommitted, ProposeResult, Unknown
+from meshd.raft.agreement import Diverged
 from meshd.raft.commands import Batch
 from meshd.raft.log import ServerLog
 from meshd.raft.settings import RaftSettings
@@ -39,6 +41,9 @@ class Machine:
         for command in entry.commands:
             self.seen.append(f"{command.origin}:{codec.unpack(bytes(command.body))}")
         return [codec.encode(len(self.seen)) for _ in entry.commands]
+
+    def digest(self) -> str:
+        return blake3(codec.encode((self.seen, self.wall_ms))).hexdigest()
 
     def capture(self) -> Callable[[], bytes]:
         seen, wall_ms = tuple(self.seen), self.wall_ms
@@ -68,6 +73,7 @@ class Mesh:
         self.machines: dict[NodeId, Machine] = {}
         self.transports: dict[NodeId, MemoryTransport] = {}
         self.leaderships: list[tuple[NodeId, bool]] = []
+        self.diverged: list[NodeId] = []
         self._nursery = nursery
         self._scopes: dict[NodeId, trio.CancelScope] = {}
         self._done: dict[NodeId, trio.Event] = {}
@@ -83,13 +89,16 @@ class Mesh:
         transport = self.network.transport(node, lambda *_: True, lambda peer: [f"/memory/{peer}"], Silent())
         self._done[node] = trio.Event()
         with trio.CancelScope() as self._scopes[node]:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(transport.serve)
-                log = self.log(node, transport)
-                self.transports[node] = transport
-                await nursery.start(log.serve)
-                self.logs[node] = log
-                task_status.started()
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(transport.serve)
+                    log = self.log(node, transport)
+                    self.transports[node] = transport
+                    await nursery.start(log.serve)
+                    self.logs[node] = log
+                    task_status.started()
+            except* Diverged:
+                self.diverged.append(node)
         self._done[node].set()
 
     def log(self, node: NodeId, transport: MemoryTransport) -> ServerLog:
@@ -252,6 +261,33 @@ async def test_a_server_far_behind_gets_a_snapshot(tmp_path: Path) -> None:
         await mesh.start(away)
         await mesh.logs[away].barrier(timeout_s=PATIENCE_S)
         assert len(mesh.machines[away].seen) == 60
+
+
+async def test_states_that_differ_show_in_the_status_and_the_one_that_is_alone_stops(tmp_path: Path) -> None:
+    settings = RaftSettings(
+        election_min_s=0.3, election_max_s=0.6, heartbeat_s=0.06, checkpoint_entries=4, snapshot_entries=5
+    )
+    async with meshed(tmp_path, "a", "b", "c", settings=settings) as mesh:
+        leader = await mesh.formed(3)
+        wrong, away = (name for name in mesh.servers if name != leader)
+        for number in range(6):
+            assert isinstance(await mesh.propose(leader, str(number)), Committed)
+        await until(lambda: list((tmp_path / wrong).glob("snapshot-*")) != [], "it has a snapshot")
+        await mesh.stop(away)
+        mesh.machines[wrong].seen.append("by mistake")
+        for number in range(8):
+            await mesh.logs[leader].propose(leader, codec.encode(number), timeout_s=0.2)
+        log = mesh.logs[leader]
+        assert log.status().disputed and not log.leads()
+        refused = await log.propose(leader, codec.encode("x"), timeout_s=0.2)
+        assert refused == NotCommitted("the voters' states differ and none has a majority; see `mesh cluster status`")
+        await mesh.start(away)
+        await until(lambda: mesh.diverged == [wrong], "the minority stops")
+        assert [path.name[:15] for path in (tmp_path / wrong).glob("*snapshot-*")] == ["aside-snapshot-"]
+        del mesh.logs[wrong]
+        assert isinstance(await mesh.propose(away, "later"), Committed)
+        await mesh.start(wrong)
+        await until(lambda: mesh.machines[wrong].seen == mesh.machines[away].seen, "it is equal again")
 
 
 async def test_leadership_is_handed_over(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from collections.abc import Callable, Collection
 from itertools import count
 from random import Random
 
+from blake3 import blake3
+
 from meshd import codec
 from meshd.errors import Corrupt
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
+from meshd.raft.agreement import Diverged
 from meshd.raft.commands import Batch
 from meshd.raft.messages import AnyMessage, VoterId, node_of
 from meshd.raft.opening import open_log
@@ -40,6 +43,8 @@ class Machine:
         self.wall_ms = 0
         self.elapsed_ms = 0
         self.seen: list[bytes] = []
+        self.is_wrong_once = False
+        """The next entry leads to another state here than elsewhere."""
         self._world = world
         self._node = node
 
@@ -48,13 +53,17 @@ class Machine:
         if entry.wall_ms < self.wall_ms:
             raise Violation(f"time went back at {index}")
         self.wall_ms = entry.wall_ms
-        self.elapsed_ms += entry.elapsed_ms
+        self.elapsed_ms += entry.elapsed_ms + self.is_wrong_once
+        self.is_wrong_once = False
         self._world.applied(self._node, index, batch)
         answers = []
         for command in entry.commands:
             self.seen.append(bytes(command.body))
             answers.append(codec.encode(len(self.seen)))
         return answers
+
+    def digest(self) -> str:
+        return blake3(codec.encode((self.wall_ms, self.elapsed_ms, self.seen))).hexdigest()
 
     def capture(self) -> Callable[[], bytes]:
         state = (self.wall_ms, self.elapsed_ms, tuple(self.seen))
@@ -155,6 +164,9 @@ class Node:
             self._turn()
         except PowerCut:
             self.world.die(self, has_power=False)
+        except Diverged:
+            self.world.counts["diverged"] += 1
+            self.world.die(self, has_power=True)
 
     def _turn(self) -> None:
         for work in self.turns.turn():

@@ -109,7 +109,7 @@ class Ours(Engine):
             return True
 
         super().__init__(
-            me=A, voters=voters, journal=self.journal, apply=apply, send=send, snapshot=lambda: None, now=clock,
+            me=A, voters=voters, journal=self.journal, apply=apply, digest=lambda: "00", send=send, snapshot=lambda: None, now=clock,
             wall_ms=lambda: 0, random=Random(1), settings=RaftSettings(), on_bug=lambda index, _: self.bugs.append(index),
         )  # fmt: skip
         for voter in voters:
