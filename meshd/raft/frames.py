@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from meshd import codec
 from meshd.errors import Corrupt, MeshError
+from meshd.raft.lineage import Lineage
 from meshd.raft.messages import VoterId
 
 BLOCK = 4096
@@ -41,7 +42,6 @@ class LocalHeader(Struct, frozen=True):
     """What begins each segment: whose log this is, and what trimming must not lose."""
 
     mesh: str
-    recovery: int
     incarnation: str
     start: int
     """How often this journal has been opened."""
@@ -56,6 +56,8 @@ class LocalHeader(Struct, frozen=True):
     """(segment, offset): what that segment holds from there on is ignored, not judged."""
     base: tuple[int, int] = (FIRST_INDEX, 0)
     """(index, term) of the last entry before this segment."""
+    lineage: Lineage = ()
+    """The recoveries of the mesh that this log has been through."""
 
 
 def frames(

@@ -32,6 +32,7 @@ from meshd.raft.frames import (
     read_header,
     segment_name,
 )
+from meshd.raft.lineage import Lineage, descends, is_next, name_of
 from meshd.raft.messages import NO_OP, Entry, VoterId
 from meshd.raft.replay import Replay
 
@@ -188,6 +189,13 @@ class Journal(StockJournal):  # type: ignore[misc]
             self._has_failed = True
             raise Corrupt(f"journal could not be trimmed: {error}") from error
 
+    def begin_epoch(self, lineage: Lineage) -> None:
+        """What is staged begins a recovery epoch, in a segment of its own: all of that is durable when this returns, or nothing (blocks)."""
+        assert is_next(lineage, self.header.lineage)
+        records, self._staged = self._staged, []
+        self.header = structs.replace(self.header, lineage=lineage, is_in_doubt=False)
+        self._begin_segment(takes_over_at=self._offset, records=records)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -243,7 +251,7 @@ def create_journal(disk: Disk, header: LocalHeader) -> Journal:
     return journal
 
 
-def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot: tuple[int, int] | None) -> Journal:
+def open_journal(disk: Disk, *, mesh: str, lineage: Lineage, random: str, snapshot: tuple[int, int] | None) -> Journal:
     """Replay, cut a torn tail, and begin this start's own segment (blocks).
 
     `snapshot` is the (index, term) of the newest one, already verified. Raises Corrupt
@@ -260,9 +268,16 @@ def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot:
     numbers = [int(name.removeprefix(PREFIX)) for name in names]
     successors = [*headers[1:], None]
     for name, number, header, data, after in zip(names, numbers, headers, contents, successors, strict=True):
-        if header.mesh != mesh or header.recovery != recovery:
+        if header.mesh != mesh:
             raise StartRefused(
                 f"the journal {name} belongs to mesh {header.mesh}, not {mesh}", hint="start in that mesh's directory"
+            )
+        # An older segment may be of an epoch that its successor began from.
+        expected = lineage if after is None else after.lineage
+        if header.lineage != expected and (after is None or not descends(expected, header.lineage)):
+            raise StartRefused(
+                f"the journal {name} is of recovery {name_of(header.lineage)}, not {name_of(lineage)}",
+                hint="`meshd rejoin` gives this directory a new journal in the present mesh",
             )
         if after is not None and (after.takes_over is None or after.takes_over[0] != number):
             raise Corrupt(f"journal segment after {name} is missing")
@@ -284,6 +299,12 @@ def open_journal(disk: Disk, *, mesh: str, recovery: int, random: str, snapshot:
         # Rewritten as the last frame of the new segment: until the next one nothing is taken for witnessed.
         journal._is_witnessed, journal.witnessed_index = False, entries[0][1]
     return journal
+
+
+def journal_lineage(disk: Disk) -> Lineage | None:
+    """Of the newest segment (blocks); None when there is no journal. Raises Corrupt."""
+    names = journal_names(disk)
+    return read_header(names[-1], disk.read(names[-1])).lineage if names else None
 
 
 def journal_names(disk: Disk) -> list[str]:

@@ -24,6 +24,7 @@ from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
 from meshd.raft.disk import DirectoryDisk, Disk
 from meshd.raft.journal import Journal
+from meshd.raft.lineage import Lineage
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.opening import open_log
 from meshd.raft.proposals import is_one_value
@@ -108,7 +109,7 @@ class ServerLog:
         zones: Callable[[], Mapping[NodeId, str]] = dict,
         clocks: Clocks = CLOCKS,
         random: Random | None = None,
-        recovery: int = 0,
+        lineage: Lineage = (),
     ) -> None:
         """`servers`, `draining` and `zones` are read from the replicated state; both callbacks are called from the loop and must not wait.
 
@@ -116,7 +117,7 @@ class ServerLog:
         """
         self._directory = directory
         self._mesh = mesh
-        self._recovery = recovery
+        self._lineage = lineage
         self._me = me
         self._machine = machine
         self._transport = transport
@@ -295,7 +296,7 @@ class ServerLog:
         try:
             self._wire = Wire(
                 self._transport,
-                Greeting(self._mesh, self._recovery, header.incarnation, header.start, header.random),
+                Greeting(self._mesh, self._lineage, header.incarnation, header.start, header.random),
                 self._random,
                 self._woken_by_wire,
             )
@@ -336,7 +337,7 @@ class ServerLog:
         self._journal, image = open_log(
             self._disk,
             mesh=self._mesh,
-            recovery=self._recovery,
+            lineage=self._lineage,
             me=self._me,
             is_founding=self._is_founding,
             random=secrets.token_hex(16),

@@ -10,12 +10,13 @@ from meshd.model import NodeId
 from meshd.raft.disk import Disk
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import Journal, create_journal, journal_names, open_journal
+from meshd.raft.lineage import Lineage
 from meshd.raft.messages import voter_id
 from meshd.raft.snapshot import Image, load
 
 
 def open_log(
-    disk: Disk, *, mesh: str, recovery: int, me: NodeId, is_founding: bool, random: str, incarnation: str
+    disk: Disk, *, mesh: str, lineage: Lineage, me: NodeId, is_founding: bool, random: str, incarnation: str
 ) -> tuple[Journal, Image | None]:
     """Blocks. `random` is this start's, `incarnation` counts where there is no journal yet. Raises Corrupt, StartRefused."""
     newest = load(disk, mesh=mesh)
@@ -24,8 +25,9 @@ def open_log(
         if is_founding:
             raise StartRefused("a mesh is founded in an empty directory, and this one holds a journal")
         at = None if image is None else (image.index, image.term)
-        return open_journal(disk, mesh=mesh, recovery=recovery, random=random, snapshot=at), image
+        return open_journal(disk, mesh=mesh, lineage=lineage, random=random, snapshot=at), image
     if image is not None:
         raise Corrupt("there is a snapshot here and no journal", hint="move the directory aside and start again")
     founding = (voter_id(me, incarnation),) if is_founding else ()
-    return create_journal(disk, LocalHeader(mesh, recovery, incarnation, 1, random, founding=founding)), None
+    header = LocalHeader(mesh, incarnation, 1, random, founding=founding, lineage=lineage)
+    return create_journal(disk, header), None

@@ -23,6 +23,7 @@ from meshd import codec
 from meshd.errors import MeshError, PeerFault, Unavailable
 from meshd.model import NodeId, ShortText
 from meshd.ports import Stream, Transport
+from meshd.raft.lineage import RECOVERIES_MAX, name_of
 from meshd.raft.messages import AnyMessage, Number, VoterId, voter_id
 from meshd.raft.server import Down, Incident, Mail, Up
 
@@ -47,7 +48,7 @@ class Greeting(Struct, frozen=True, array_like=True):
     """Which log this end speaks for, and which opening of it."""
 
     mesh: ShortText
-    recovery: Number
+    lineage: Annotated[tuple[ShortText, ...], Meta(max_length=RECOVERIES_MAX)]
     incarnation: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[0-9a-f]+$")]
     start: Number
     random: ShortText
@@ -225,8 +226,8 @@ class Wire:
 
     def _greeted(self, node: NodeId, body: bytes) -> VoterId:
         greeting: Greeting = codec.decode(body, Greeting)
-        if (greeting.mesh, greeting.recovery) != (self._greeting.mesh, self._greeting.recovery):
-            raise PeerFault(f"{node} speaks for mesh {greeting.mesh}, recovery {greeting.recovery}")
+        if (greeting.mesh, greeting.lineage) != (self._greeting.mesh, self._greeting.lineage):
+            raise PeerFault(f"{node} speaks for mesh {greeting.mesh}, recovery {name_of(greeting.lineage)}")
         return voter_id(node, greeting.incarnation)
 
     def _put(self, incident: Incident) -> None:

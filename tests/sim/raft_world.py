@@ -124,7 +124,7 @@ class Node:
         self.journal, image = open_log(
             self.disk,
             mesh="m",
-            recovery=0,
+            lineage=(),
             me=self.name,
             is_founding=self.life == 1 and self.name == world.founder,
             random=random,

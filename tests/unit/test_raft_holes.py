@@ -102,7 +102,7 @@ class Ours(Engine):
     ) -> None:
         self.sent: list[tuple[VoterId, RaftMessage]] = []
         self.bugs: list[int] = []
-        self.journal = create_journal(MemoryDisk(), LocalHeader("m", 0, "01", 1, "aa"))
+        self.journal = create_journal(MemoryDisk(), LocalHeader("m", "01", 1, "aa"))
 
         def send(peer: VoterId, message: RaftMessage) -> bool:
             self.sent.append((peer, message))
@@ -473,12 +473,12 @@ def test_a_configuration_is_told_to_nobody_before_a_later_frame_proves_its_own(c
 
 def test_a_configuration_that_a_start_found_in_the_last_frame_waits_too(clock: Clock) -> None:
     disk = MemoryDisk()
-    journal = create_journal(disk, LocalHeader("m", 0, "01", 1, "aa"))
+    journal = create_journal(disk, LocalHeader("m", "01", 1, "aa"))
     journal.add(b"\x01", 2, 1)
     journal.commit()
     journal.add(as_command([A, B]), 3, 1)
     journal.commit()
-    journal = open_journal(disk, mesh="m", recovery=0, random="bb", snapshot=None)
+    journal = open_journal(disk, mesh="m", lineage=(), random="bb", snapshot=None)
     assert (journal.durable_index, journal.witnessed_index, journal.wants_witness) == (3, 1, True)
     journal.commit()
     assert (journal.witnessed_index, journal.wants_witness) == (3, False)

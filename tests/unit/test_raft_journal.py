@@ -19,11 +19,11 @@ A = VoterId("a/01")
 
 
 def fresh(disk: MemoryDisk) -> Journal:
-    return create_journal(disk, LocalHeader("m", 0, "01", 1, "aa", founding=(A,)))
+    return create_journal(disk, LocalHeader("m", "01", 1, "aa", founding=(A,)))
 
 
 def again(disk: MemoryDisk, *, snapshot: tuple[int, int] | None = None, random: str = "bb") -> Journal:
-    return open_journal(disk, mesh="m", recovery=0, random=random, snapshot=snapshot)
+    return open_journal(disk, mesh="m", lineage=(), random=random, snapshot=snapshot)
 
 
 def written(disk: MemoryDisk, frames: int) -> Journal:
@@ -228,7 +228,7 @@ def test_another_meshs_journal_is_refused() -> None:
     disk = MemoryDisk()
     written(disk, 1)
     with pytest.raises(StartRefused, match="belongs to mesh m, not other"):
-        open_journal(disk, mesh="other", recovery=0, random="bb", snapshot=None)
+        open_journal(disk, mesh="other", lineage=(), random="bb", snapshot=None)
 
 
 def test_after_a_failed_sync_nothing_is_ever_written_again() -> None:
@@ -270,11 +270,11 @@ def test_two_agents_cannot_share_a_directory(tmp_path: Path) -> None:
 
 def test_a_real_directory_holds_a_journal(tmp_path: Path) -> None:
     disk = DirectoryDisk(tmp_path)
-    journal = create_journal(disk, LocalHeader("m", 0, "01", 1, "aa"))
+    journal = create_journal(disk, LocalHeader("m", "01", 1, "aa"))
     journal.add(b"x" * 100_000, 2, 1)
     journal.commit()
     journal.close()
-    reopened = open_journal(disk, mesh="m", recovery=0, random="bb", snapshot=None)
+    reopened = open_journal(disk, mesh="m", lineage=(), random="bb", snapshot=None)
     assert entries(reopened) == [(b"x" * 100_000, 2, 1)]
     reopened.close()
     disk.close()
