@@ -27,7 +27,7 @@ from meshd.raft.journal import Journal
 from meshd.raft.lineage import Lineage
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.opening import open_log
-from meshd.raft.proposals import is_one_value
+from meshd.raft.proposals import is_readable
 from meshd.raft.server import Clocks, Server, StateMachine
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image
@@ -149,8 +149,8 @@ class ServerLog:
         """Through the leader, wherever it is. `origin` is the authenticated proposer. Raises InvalidRequest, TooLarge."""
         if len(command) > codec.COMMAND_BYTES_MAX:
             raise TooLarge(f"command of {len(command)} bytes is over the limit of {codec.COMMAND_BYTES_MAX}")
-        if not is_one_value(command):
-            raise InvalidRequest("a command must be one msgpack value")
+        if not is_readable(command):
+            raise InvalidRequest("a command must be one msgpack value, and not nested deeply")
         result: ProposeResult = NotCommitted("no server leads")
         with trio.move_on_after(timeout_s):
             while not isinstance(result := await self._propose_once(origin, command, timeout_s), Unknown):

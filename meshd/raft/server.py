@@ -25,7 +25,7 @@ from meshd.raft.commands import Batch
 from meshd.raft.engine import Engine
 from meshd.raft.journal import Journal
 from meshd.raft.messages import AnyMessage, Propose, Proposed, Read, ReadAt, VoterId, node_of, voter_id
-from meshd.raft.proposals import Forwarded, Pending, Proposal, Resolve, as_message, is_one_value, resolver, stamped
+from meshd.raft.proposals import Forwarded, Pending, Proposal, Resolve, as_message, is_readable, resolver, stamped
 from meshd.raft.reads import Reads
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed
@@ -267,6 +267,8 @@ class Server:
 
     def _read(self, peer: VoterId, message: AnyMessage) -> None:
         match message:
+            case Propose(request, _, command) if not is_readable(command):
+                self._answer_proposal(peer, request, NotCommitted("malformed command"))
             case Propose(request, origin, command):
                 self._admit(Proposal(origin, command, lambda result: self._answer_proposal(peer, request, result)))
             case Proposed():
@@ -281,7 +283,10 @@ class Server:
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def submit(self, origin: NodeId, command: bytes, resolve: Resolve) -> Proposal | None:
-        """Queued here or sent to the leader; None when nobody is known to lead. `resolve` may be called at once."""
+        """Queued here or sent to the leader; None when nobody is known to lead. `resolve` may be called at once.
+
+        The command `is_readable`.
+        """
         leader = self.engine.leader
         if leader is None:
             return None
@@ -305,8 +310,6 @@ class Server:
     def _admit(self, proposal: Proposal) -> None:
         if not self.engine.is_leader:
             proposal.end(NotCommitted("this server does not lead"))
-        elif not is_one_value(proposal.command):
-            proposal.end(NotCommitted("malformed command"))
         elif not self._pending.add(proposal):
             proposal.end(NotCommitted("the leader's queue is full"))
 

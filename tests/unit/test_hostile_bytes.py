@@ -1,0 +1,75 @@
+"""What fuzzing found, one sentence each: bytes of a member, or of a stranger, that hurt more than whoever sent them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from msgspec import Raw
+
+from meshd import codec
+from meshd.model import Array, BackendOffer, Needs, Offer, Resources
+from meshd.raft.commands import AnyAnswer, Batch, Claim, Rejected, RevokeToken, Stamped, Submit
+from meshd.raft.machine import Machine
+from meshd.raft.proposals import NESTING_MAX, is_readable
+from meshd.views import GetMembers, MembersView
+from tests.scene import WALL_MS, A, B, Scene, job_id, spec
+
+
+def at_depth(depth: int, work: Callable[[], object]) -> object:
+    return work() if depth == 0 else at_depth(depth - 1, work)
+
+
+def nested(depth: int) -> bytes:
+    """A command with a field of a later version, nested so deep."""
+    body = codec.encode(RevokeToken("x"))
+    return bytes([body[0] + 1]) + body[1:] + b"\x91" * depth + b"\xc0"
+
+
+def test_a_command_that_only_some_replicas_could_read_is_not_let_in() -> None:
+    """A decoder recurses: where it gives up depends on the stack below it, and replicas apply at different depths."""
+    entry = codec.encode(Batch(0, WALL_MS, (Stamped(A, Raw(nested(850))),)))
+    near, far = Machine(), Machine()
+    near.apply(1, entry)
+    at_depth(400, lambda: far.apply(1, entry))
+    assert near.digest() != far.digest(), "if this fails, decoding does not recurse any more: the bound may go"
+    assert not is_readable(nested(850))
+
+
+def test_what_is_let_in_every_replica_can_read() -> None:
+    command = nested(NESTING_MAX - 1)
+    assert is_readable(command) and not is_readable(nested(NESTING_MAX))
+    entry = codec.encode(Batch(0, WALL_MS, (Stamped(A, Raw(command)),)))
+    near, far = Machine(), Machine()
+    near.apply(1, entry)
+    at_depth(400, lambda: far.apply(1, entry))
+    assert near.digest() == far.digest()
+
+
+@pytest.mark.parametrize("wide", [b"\x90", b"\xc0", b"\xa0"])
+def test_a_long_command_of_another_version_is_read_as_far_as_time_allows(wide: bytes) -> None:
+    body = codec.encode(RevokeToken("x"))
+
+    def widened(count: int) -> bytes:
+        return bytes([body[0] + 1]) + body[1:] + b"\xdc" + count.to_bytes(2, "big") + wide * count
+
+    assert is_readable(widened(1000))
+    assert is_readable(codec.encode(Submit(job_id(1), spec(array=Array(count=1000))))), "of this version: any length"
+
+
+def test_amounts_named_twice_never_hide_the_list_of_members() -> None:
+    """What is used of a total of over 2^53 is no number that a view can say: no node could read the members again."""
+    scene = Scene(A, B)
+    huge = Resources(cpu_milli=0, custom=(("x", 2**53), ("x", 2**53)))
+    scene.do(B, Claim(1, 1, 8, Offer((BackendOffer("wasm"),), huge)))
+    scene.do(A, Submit(job_id(1), spec(needs=Needs(huge))))
+    view = codec.decode(codec.encode(scene.machine.answer(GetMembers())), MembersView)
+    assert [row.used.custom for row in view.members if row.used.custom] == [(("x", 2**53),)]
+
+
+def test_nonsense_between_two_honest_commands_costs_only_itself() -> None:
+    scene = Scene(A, B)
+    honest = Stamped(A, Raw(codec.encode(RevokeToken("nobody"))))
+    entry = codec.encode(Batch(0, WALL_MS, (honest, Stamped(B, Raw(b"\x93\xa5Joinx\x01\x02")), honest)))
+    answers = [codec.decode(answer, AnyAnswer) for answer in scene.machine.apply(scene.index + 1, entry)]
+    assert len(answers) == 3 and all(isinstance(answer, Rejected) for answer in answers)
