@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from meshd.errors import InvalidRequest
 from meshd.model import JobSpec, Offer, Resources
+from meshd.units import AMOUNT_MAX
 
 TERMS_MAX = 32
 """Terms in one selector; each is checked against every node that joins."""
@@ -115,7 +116,10 @@ class Demand(Struct, frozen=True):
 
 
 def amounts_of(resources: Resources) -> dict[str, int]:
-    """Resources by name, without zeros. Custom ones cannot hide the built-in ones: those have a space in front."""
+    """Resources by name, without zeros. Custom ones cannot hide the built-in ones: those have a space in front.
+
+    Named several times they add up to `AMOUNT_MAX` at most: what is used of a total must be a number that views can say.
+    """
     amounts = {
         " cpu": resources.cpu_milli,
         " memory": resources.memory,
@@ -123,7 +127,7 @@ def amounts_of(resources: Resources) -> dict[str, int]:
         " gpu": resources.gpu,
     }
     for name, amount in resources.custom:
-        amounts[name.strip()] = amounts.get(name.strip(), 0) + amount
+        amounts[name.strip()] = min(amounts.get(name.strip(), 0) + amount, AMOUNT_MAX)
     return {name: amount for name, amount in amounts.items() if amount}
 
 
