@@ -49,6 +49,7 @@ from meshd.raft.commands import (
     Submit,
     UpdateMember,
 )
+from meshd.raft.fingerprint import fingerprint
 from meshd.raft.jobs import Job
 from meshd.raft.lineage import Lineage
 from meshd.raft.matching import Matching, Node
@@ -91,6 +92,7 @@ class Machine:
         except InvalidRequest:
             return []
         moment, queue = self._moment, self._queue
+        before = len(moment.events)
         moment.position = index
         moment.now_ms += min(entry.elapsed_ms, ENTRY_ELAPSED_MS_MAX)
         moment.wall_ms = max(moment.wall_ms, entry.wall_ms)
@@ -101,7 +103,7 @@ class Machine:
         for stamped in entry.commands:
             answers.append(self._answer_to(stamped.origin, bytes(stamped.body)))
             queue.fill()
-        self._conclude(answers)
+        self._conclude(answers, before)
         return answers
 
     def capture(self) -> Callable[[], bytes]:
@@ -133,8 +135,12 @@ class Machine:
         return self._moment.position
 
     def digest(self) -> str:
-        """Equal at replicas that applied the same entries the same way: a hash over all that each entry did."""
-        return self._digest.hex()
+        """Equal at replicas that applied the same entries the same way: of all that each entry did, and of what is now.
+
+        What an entry did stays in it for good; a part of the state that differs shows when it is looked at (fingerprint.py).
+        """
+        now = fingerprint(self._moment, self._members, self._matching, self._queue)
+        return blake3(self._digest + now).hexdigest()
 
     def take_events(self) -> list[Event]:
         """What was done since this was last asked, in order. Whoever applies takes them after each entry."""
@@ -145,7 +151,7 @@ class Machine:
 
     def answer(self, query: AnyQuery) -> Any:
         """The query's view. Raises its MeshError."""
-        return queries.answer(query, self._moment, self._members, self._matching, self._queue, self.digest())
+        return queries.answer(query, self._moment, self._members, self._matching, self._queue, self.digest)
 
     def members(self) -> Mapping[NodeId, Member]:
         return MappingProxyType({node: record.member for node, record in self._members.records.items()})
@@ -300,7 +306,8 @@ class Machine:
                     self._sessions.lapse(node)
         return accepted
 
-    def _conclude(self, answers: list[bytes]) -> None:
+    def _conclude(self, answers: list[bytes], events_before: int) -> None:
+        done = self._moment.events[events_before:]  # who leases what, above all
         changed = self._queue.announce_touched()
         self._queue.forget()
         moment = self._moment
@@ -310,6 +317,7 @@ class Machine:
             moment.wall_ms,
             self._queue.fence,
             answers,
+            done,
             [(job.id, job.active, job.unfinished, job.is_final) for job in changed],
             len(self._members.records),
         )

@@ -7,7 +7,7 @@ order of ids is the order of submission, and pages are cut out of a sorted list 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -62,10 +62,12 @@ class State:
     members: Members
     matching: Matching
     queue: Queue
-    digest: str
+    digest: Callable[[], str]
 
 
-def answer(query: AnyQuery, moment: Moment, members: Members, matching: Matching, queue: Queue, digest: str) -> Any:
+def answer(
+    query: AnyQuery, moment: Moment, members: Members, matching: Matching, queue: Queue, digest: Callable[[], str]
+) -> Any:
     """The query's view. Raises NotFound, Conflict, InvalidRequest."""
     state = State(moment, members, matching, queue, digest)
     match query:
@@ -387,7 +389,7 @@ def _summary(state: State) -> Summary:
         backends=tuple(BackendOffer(name, version) for name, version in sorted(backends)),
         position=state.moment.position,
         wall_ms=state.moment.wall_ms,
-        state_digest=state.digest,
+        state_digest=state.digest(),
     )
 
 
