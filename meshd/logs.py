@@ -75,12 +75,12 @@ class LogReader:
         self._fetcher = fetcher
 
     async def follow(
-        self, job: JobId, task: int, stream: str, *, offset: int, is_followed: bool
+        self, job: JobId, task: int, stream: str, *, offset: int, is_followed: bool, is_stale_ok: bool = False
     ) -> AsyncGenerator[bytes, None]:
         """From `offset` of its present attempt; with `is_followed` on until the task is final."""
         fence, at = 0, offset
         while True:
-            view = await self._task(job, task)
+            view = await self._task(job, task, is_stale_ok=is_stale_ok)
             if view.fence != fence:
                 at = offset if fence == 0 else 0
                 fence = view.fence
@@ -99,7 +99,7 @@ class LogReader:
                 return
             await trio.sleep(PAUSE_S)
 
-    async def _task(self, job: JobId, task: int) -> TaskView:
+    async def _task(self, job: JobId, task: int, *, is_stale_ok: bool) -> TaskView:
         query = ListTasks(job, start=task, stop=task + 1, limit=1)
         if (local := self._log.local) is not None:
             # What is final stays as it is: no need to ask whether this replica is the newest.
@@ -107,7 +107,7 @@ class LogReader:
                 seen: TaskPage = await local.answer(query, timeout_s=QUERY_S, is_stale_ok=True)
                 if seen.tasks and seen.tasks[0].state.is_final:
                     return seen.tasks[0]
-        page = await self._log.query(query, TaskPage, timeout_s=QUERY_S)
+        page = await self._log.query(query, TaskPage, timeout_s=QUERY_S, is_stale_ok=is_stale_ok)
         if not page.tasks:
             raise NotFound(f"job {job} has no task {task}")
         return page.tasks[0]

@@ -144,9 +144,9 @@ class Node:
     # --- logs and bytes ----------------------------------------------------------------------------------------------
 
     def follow_log(
-        self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool
+        self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool, is_stale_ok: bool = False
     ) -> AsyncGenerator[bytes, None]:
-        return self._logs.follow(job, task, stream, offset=offset, is_followed=follow)
+        return self._logs.follow(job, task, stream, offset=offset, is_followed=follow, is_stale_ok=is_stale_ok)
 
     async def put_blob(self, chunks: AsyncIterator[bytes], *, replicas: int) -> BlobView:
         writer = await self._store.create()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from meshd.directory import Directory
-from meshd.errors import Unavailable
+from meshd.errors import MeshError, Unavailable
 from meshd.gossip.membership import Health
 from meshd.gossip.service import GossipService
 from meshd.model import NodeId, Role
@@ -41,6 +42,8 @@ async def cluster_status(
         members = await mesh_log.query(GetMembers(), MembersView, timeout_s=ASK_S)
     except Unavailable as error:
         warnings.append(f"no decision can be taken now: {error.message}")
+        with suppress(MeshError):
+            members = await mesh_log.query(GetMembers(), MembersView, timeout_s=ASK_S, is_stale_ok=True)
     liveness = gossip.liveness()
     nodes = []
     for node in sorted({me, *directory.members()} if members is None else {row.member.node for row in members.members}):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mesh_cli.selectors import complete_jobs, parse_labels, parse_selector, select
-from mesh_cli.session import Session, output_options, say, target_options
+from mesh_cli.session import Session, output_options, say, stale_option, target_options
 
 if TYPE_CHECKING:
     from meshd.client.client import Client
@@ -40,9 +40,9 @@ def job() -> None:
 @click.option("--name", help="Only those of this name.")
 @_label_option
 @click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="At most so many.")
-@click.option("--stale", is_flag=True, help="Whatever the node knows at once, perhaps a little old.")
+@stale_option
 @click.pass_obj
-def list_jobs(session: Session, state: tuple[str, ...], name: str | None, label: tuple[str, ...], limit: int, stale: bool) -> None:  # fmt: skip
+def list_jobs(session: Session, state: tuple[str, ...], name: str | None, label: tuple[str, ...], limit: int) -> None:
     """List jobs, the newest first."""
     from mesh_cli.output import Column, age, print_rows
 
@@ -58,13 +58,17 @@ def list_jobs(session: Session, state: tuple[str, ...], name: str | None, label:
         Column("COMMAND", _command, is_wide=True),
     ]
     with session.client() as client:
-        found = client.jobs(states=state, name=name or "", labels=parse_labels(label), limit=limit, is_stale_ok=stale)
-        print_rows(session, found if session.form in ("jsonl", "name") else list(found), columns, lambda it: it.id)
+        found = client.jobs(states=state, name=name or "", labels=parse_labels(label), limit=limit)
+        rows = found if session.form in ("jsonl", "name") else list(found)
+        print_rows(session, rows, columns, lambda it: it.id)
+    if session.is_stale and isinstance(rows, list) and rows:
+        _say_position(rows[0])
 
 
 @job.command()
 @output_options
 @_job_argument
+@stale_option
 @click.pass_obj
 def show(session: Session, selector: str) -> None:
     """A job, or one task of it, in detail."""
@@ -78,6 +82,8 @@ def show(session: Session, selector: str) -> None:
             print_one(session, task, lambda: _task_lines(task), lambda: f"{task.job}:{task.task}")
         else:
             print_one(session, view, lambda: _job_lines(client, view), lambda: view.id)
+        if session.is_stale:
+            _say_position(view)
 
 
 @job.command()
@@ -85,6 +91,7 @@ def show(session: Session, selector: str) -> None:
 @_job_argument
 @click.option("--state", "-s", multiple=True, help="Only those in this state.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
+@stale_option
 @click.pass_obj
 def tasks(session: Session, selector: str, state: tuple[str, ...], limit: int) -> None:
     """The tasks of a job."""
@@ -128,6 +135,7 @@ def wait(session: Session, jobs: tuple[str, ...], label: tuple[str, ...], timeou
 @_job_argument
 @click.option("--follow", "-f", is_flag=True, help="Go on as it writes, until it ends.")
 @click.option("--stream", type=click.Choice(["both", "stdout", "stderr"]), default="both", show_default=True)
+@stale_option
 @click.pass_obj
 def logs(session: Session, selector: str, follow: bool, stream: str) -> None:
     """What a job wrote: stdout here on stdout, stderr on stderr. JOB:TASK is one task of an array."""
@@ -197,6 +205,7 @@ def retry(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> No
 @job.command()
 @output_options
 @_job_argument
+@stale_option
 @click.pass_obj
 def explain(session: Session, selector: str) -> int:
     """Why a task is where it is, and what each node lacks. Exit 4 if no node can ever run it."""
@@ -221,6 +230,7 @@ def explain(session: Session, selector: str) -> int:
 @output_options
 @_job_argument
 @click.option("--save", metavar="DIR", type=click.Path(file_okay=False), help="Put the files that it left there.")
+@stale_option
 @click.pass_obj
 def result(session: Session, selector: str, save: str | None) -> int:
     """How a job or task ended, and the files it left. Exit 5 if it did not end well."""
@@ -254,6 +264,10 @@ def _save(client: Client, view: JobView, task: int | None, target: Path) -> int:
     if outputs is None:
         return 0
     return client.save_outputs(outputs, target)
+
+
+def _say_position(view: JobView) -> None:
+    say(f"as of log position {view.position}, perhaps not the newest (--stale)")
 
 
 def _job_lines(client: Client, view: JobView) -> Iterable[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh_cli.selectors import complete_nodes
-from mesh_cli.session import Session, output_options, say, target_options
+from mesh_cli.session import Session, output_options, say, stale_option, target_options
 
 if TYPE_CHECKING:
     from meshd.views import MemberView
@@ -28,6 +28,7 @@ def node() -> None:
 
 @node.command("ls")
 @output_options
+@stale_option
 @click.pass_obj
 def list_nodes(session: Session) -> None:
     """List the members of the mesh."""
@@ -61,6 +62,7 @@ def list_nodes(session: Session) -> None:
 @node.command()
 @output_options
 @_node_argument
+@stale_option
 @click.pass_obj
 def show(session: Session, node_name: str) -> None:
     """One member in detail: what it offers, what it lacks and why."""

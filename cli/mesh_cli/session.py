@@ -26,6 +26,7 @@ class Session:
     context: str = ""
     format: str = "table"
     is_quiet: bool = False
+    is_stale: bool = False
 
     @property
     def form(self) -> str:
@@ -39,7 +40,9 @@ class Session:
 
         with Progress() as progress:
             nodes, token, ca_pem = self.target()
-            with Client(nodes, token=token, ca_pem=ca_pem, on_progress=progress.bytes) as client:
+            with Client(
+                nodes, token=token, ca_pem=ca_pem, is_stale_ok=self.is_stale, on_progress=progress.bytes
+            ) as client:
                 yield client
 
     def target(self) -> tuple[tuple[str, ...], str, str]:
@@ -94,6 +97,14 @@ def target_options(command: F) -> F:
     return click.option(
         "--context", "-c", metavar="NAME", envvar="MESH_CONTEXT", expose_value=False, callback=_set("context"),
         help="Ask this saved mesh; see `mesh context`.",
+    )(command)  # fmt: skip
+
+
+def stale_option(command: F) -> F:
+    """--stale, wherever the queue is read."""
+    return click.option(
+        "--stale", is_flag=True, expose_value=False, callback=_set("is_stale"),
+        help="Whatever the node knows at once, perhaps a little old; also without a majority of the voters.",
     )(command)  # fmt: skip
 
 

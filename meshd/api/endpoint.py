@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -38,6 +38,12 @@ class Rights(IntEnum):
 class Caller:
     name: str
     rights: Rights
+
+
+class ReadQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """What every read of the queue takes."""
+
+    stale: Annotated[bool, msgspec.Meta(description="Whatever a node knows at once, also without a majority of the voters")] = False  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +88,17 @@ class Call:
             raise InvalidRequest("the request ended before its body did") from error
         return b"".join(parts)
 
-    async def job(self) -> JobView:
+    async def job(self, *, is_stale_ok: bool = False) -> JobView:
         """The job that the path names by id, unique prefix, name or `last`. Raises NotFound, Conflict."""
         selector = self.path("job")
         if len(selector) > 256:
             raise InvalidRequest("a selector of over 256 characters")
-        return await self.face.query(GetJob(selector), JobView, timeout_s=QUERY_S)
+        return await self.face.query(GetJob(selector), JobView, timeout_s=QUERY_S, is_stale_ok=is_stale_ok)
 
-    async def job_id(self) -> JobId:
+    async def job_id(self, *, is_stale_ok: bool = False) -> JobId:
         """As `job`. A whole id is taken as it is, without a look at the queue: what is asked next says NotFound."""
         selector = self.path("job")
-        return JobId(selector) if is_job_id(selector) else (await self.job()).id
+        return JobId(selector) if is_job_id(selector) else (await self.job(is_stale_ok=is_stale_ok)).id
 
     def task(self) -> int:
         text = self.path("task")

@@ -66,7 +66,7 @@ class Face(Protocol):
     # --- logs and bytes ---
 
     def follow_log(
-        self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool
+        self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool, is_stale_ok: bool = False
     ) -> AsyncGenerator[bytes, None]:
         """What the task wrote, from `offset` of its present attempt, wherever it runs or is kept.
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from meshd import codec
-from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, Rights
+from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.api.face import LogStream
 from meshd.api.references import collect_refs, outputs_tree, resolve
 from meshd.api.streams import ByteStream, EventStream, format_event, format_output
@@ -41,16 +41,15 @@ class SubmitAnswer(Struct, frozen=True):
     """False: this id was submitted before, and the job stands as it was then."""
 
 
-class JobsQuery(Struct, forbid_unknown_fields=True):
+class JobsQuery(ReadQuery):
     state: State = ""
     name: str = ""
     label: Annotated[str, Meta(description="key=value, several separated by commas")] = ""
     limit: Annotated[int, Meta(ge=1, le=1000)] = 50
     before: Annotated[str, Meta(description="The `next` of the page before")] = ""
-    stale: bool = False
 
 
-class TasksQuery(Struct, forbid_unknown_fields=True):
+class TasksQuery(ReadQuery):
     state: State = ""
     start: Annotated[int, Meta(ge=0, le=10**7)] = 0
     stop: Annotated[int, Meta(ge=0, le=10**7)] | None = None
@@ -70,7 +69,7 @@ class RetryBody(Struct, forbid_unknown_fields=True):
     id: Annotated[JobId | None, Meta(description="The new job's id, a fresh UUIDv7")] = None
 
 
-class TaskQuery(Struct, forbid_unknown_fields=True):
+class TaskQuery(ReadQuery):
     task: Annotated[int, Meta(ge=0, le=10**7)] = 0
 
 
@@ -79,7 +78,7 @@ class ResultView(Struct, frozen=True):
     task: TaskView
 
 
-class LogQuery(Struct, forbid_unknown_fields=True):
+class LogQuery(ReadQuery):
     stream: Annotated[str, Meta(pattern="^(stdout|stderr|both)$", description="`both` only as events")] = "stdout"
     offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
     follow: bool = False
@@ -115,13 +114,14 @@ async def list_jobs(call: Call) -> JobPage:
 
 
 async def show_job(call: Call) -> JobView:
-    return await call.job()
+    return await call.job(is_stale_ok=call.query(ReadQuery).stale)
 
 
 async def list_tasks(call: Call) -> TaskPage:
     asked = call.query(TasksQuery)
-    query = ListTasks(await call.job_id(), _states(asked.state), asked.start, asked.stop, asked.limit)
-    return await call.face.query(query, TaskPage, timeout_s=QUERY_S)
+    job = await call.job_id(is_stale_ok=asked.stale)
+    query = ListTasks(job, _states(asked.state), asked.start, asked.stop, asked.limit)
+    return await call.face.query(query, TaskPage, timeout_s=QUERY_S, is_stale_ok=asked.stale)
 
 
 async def wait(call: Call) -> JobView:
@@ -153,14 +153,15 @@ async def retry(call: Call) -> SubmitAnswer:
 
 
 async def explain(call: Call) -> Explanation:
-    return await call.face.query(
-        Explain(await call.job_id(), call.query(TaskQuery).task), Explanation, timeout_s=QUERY_S
-    )
+    asked = call.query(TaskQuery)
+    query = Explain(await call.job_id(is_stale_ok=asked.stale), asked.task)
+    return await call.face.query(query, Explanation, timeout_s=QUERY_S, is_stale_ok=asked.stale)
 
 
 async def result(call: Call) -> ResultView:
-    job = await call.job()
-    task = await _task(call, job.id, call.query(TaskQuery).task)
+    asked = call.query(TaskQuery)
+    job = await call.job(is_stale_ok=asked.stale)
+    task = await _task(call, job.id, asked.task, is_stale_ok=asked.stale)
     if not task.state.is_final:
         raise Conflict(
             f"task {task.task} of job {job.id} has no result yet: it is {task.state}",
@@ -174,22 +175,25 @@ async def outputs(call: Call) -> TreeRef:
 
 
 async def show_task(call: Call) -> TaskView:
-    return await _task(call, await call.job_id(), call.task())
+    is_stale_ok = call.query(ReadQuery).stale
+    return await _task(call, await call.job_id(is_stale_ok=is_stale_ok), call.task(), is_stale_ok=is_stale_ok)
 
 
 async def logs(call: Call) -> EventStream | ByteStream:
     """Plain bytes of one stream; or, asked as text/event-stream, events `stdout` and `stderr` with offset and base64."""
     asked = call.query(LogQuery)
-    job, number = await call.job_id(), call.task()
+    job, number = await call.job_id(is_stale_ok=asked.stale), call.task()
     if "text/event-stream" in call.request.headers.get("accept", ""):
-        await _task(call, job, number)  # while an error can still be an answer of its own
+        await _task(call, job, number, is_stale_ok=asked.stale)  # while an error can still be an answer of its own
         wanted: tuple[LogStream, ...] = ("stdout", "stderr") if asked.stream == "both" else (_log_stream(asked.stream),)
         sources = [_log_events(call, job, number, stream, asked) for stream in wanted]
         return EventStream(*sources, farewell=format_event("end", {}))
     if asked.stream == "both":
         raise InvalidRequest("stream=both is served as events only", hint="ask with Accept: text/event-stream")
-    stream = call.face.follow_log(job, number, _log_stream(asked.stream), offset=asked.offset, follow=asked.follow)
-    return ByteStream(stream)
+    stream = _log_stream(asked.stream)
+    return ByteStream(
+        call.face.follow_log(job, number, stream, offset=asked.offset, follow=asked.follow, is_stale_ok=asked.stale)
+    )
 
 
 async def events(call: Call) -> EventStream:
@@ -210,7 +214,8 @@ async def _log_events(
     call: Call, job: JobId, task: int, stream: LogStream, asked: LogQuery
 ) -> AsyncGenerator[bytes, None]:
     offset = asked.offset
-    async with aclosing(call.face.follow_log(job, task, stream, offset=offset, follow=asked.follow)) as pieces:
+    source = call.face.follow_log(job, task, stream, offset=offset, follow=asked.follow, is_stale_ok=asked.stale)
+    async with aclosing(source) as pieces:
         async for data in pieces:
             yield format_output(stream, offset, data)
             offset += len(data)
@@ -220,8 +225,9 @@ def _log_stream(text: str) -> LogStream:
     return "stderr" if text == "stderr" else "stdout"
 
 
-async def _task(call: Call, job: JobId, number: int) -> TaskView:
-    page = await call.face.query(ListTasks(job, (), number, number + 1, 1), TaskPage, timeout_s=QUERY_S)
+async def _task(call: Call, job: JobId, number: int, *, is_stale_ok: bool) -> TaskView:
+    query = ListTasks(job, (), number, number + 1, 1)
+    page = await call.face.query(query, TaskPage, timeout_s=QUERY_S, is_stale_ok=is_stale_ok)
     if not page.tasks:
         raise NotFound(f"job {job} has no task {number}", hint=f"see `mesh job show {job}`")
     return page.tasks[0]
@@ -249,10 +255,10 @@ _EVENTS = "text/event-stream"
 ENDPOINTS = (
     Endpoint("POST", "/v1/jobs", submit, "Submit a job", Rights.OPERATOR, SubmitAnswer, body=SubmitBody, status=201),
     Endpoint("GET", "/v1/jobs", list_jobs, "Jobs, newest first", Rights.VIEWER, JobPage, JobsQuery),
-    Endpoint("GET", "/v1/jobs/{job}", show_job, "One job", Rights.VIEWER, JobView),
+    Endpoint("GET", "/v1/jobs/{job}", show_job, "One job", Rights.VIEWER, JobView, ReadQuery),
     Endpoint("GET", "/v1/jobs/{job}/wait", wait, "The job, when it changes or ends", Rights.VIEWER, JobView, WaitQuery),
     Endpoint("GET", "/v1/jobs/{job}/tasks", list_tasks, "Its tasks", Rights.VIEWER, TaskPage, TasksQuery),
-    Endpoint("GET", "/v1/jobs/{job}/tasks/{task}", show_task, "One task", Rights.VIEWER, TaskView),
+    Endpoint("GET", "/v1/jobs/{job}/tasks/{task}", show_task, "One task", Rights.VIEWER, TaskView, ReadQuery),
     Endpoint(
         "GET",
         "/v1/jobs/{job}/tasks/{task}/logs",

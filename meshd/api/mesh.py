@@ -8,7 +8,7 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from meshd.api.auth import ROLES, new_token
-from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, Rights
+from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.errors import InvalidRequest, NotFound
 from meshd.model import NodeId
 from meshd.raft.commands import CreateToken, RevokeToken
@@ -66,7 +66,8 @@ async def cluster(call: Call) -> ClusterStatus:
 
 
 async def summary(call: Call) -> Summary:
-    return await call.face.query(GetSummary(), Summary, timeout_s=QUERY_S)
+    stale = call.query(ReadQuery).stale
+    return await call.face.query(GetSummary(), Summary, timeout_s=QUERY_S, is_stale_ok=stale)
 
 
 async def list_tokens(call: Call) -> TokensView:
@@ -94,7 +95,7 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/ca", authority, "The mesh's CA certificate", Rights.ANYONE, PEM),
     Endpoint("GET", "/v1/me", me, "Which node this is, and who you are to it", Rights.VIEWER, Me),
     Endpoint("GET", "/v1/cluster", cluster, "Leader, voters, nodes, failures survived", Rights.VIEWER, ClusterStatus),
-    Endpoint("GET", "/v1/summary", summary, "Counts over the whole queue", Rights.VIEWER, Summary),
+    Endpoint("GET", "/v1/summary", summary, "Counts over the whole queue", Rights.VIEWER, Summary, ReadQuery),
     Endpoint("GET", "/v1/tokens", list_tokens, "Tokens without secrets", Rights.ADMIN, TokensView),
     Endpoint("POST", "/v1/tokens", create_token, "Make a token", Rights.ADMIN, TokenAnswer, body=TokenBody, status=201),
     Endpoint("DELETE", "/v1/tokens/{name}", revoke_token, "Revoke a token", Rights.ADMIN, None, status=204),

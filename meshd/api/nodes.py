@@ -9,7 +9,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, Rights
+from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.api.streams import EventStream, format_event
 from meshd.errors import Conflict, InvalidRequest, NotFound
 from meshd.model import NodeId, Role
@@ -37,11 +37,11 @@ class DrainBody(Struct, forbid_unknown_fields=True):
 
 
 async def list_nodes(call: Call) -> MembersView:
-    return await _members(call)
+    return await _members(call, is_stale_ok=call.query(ReadQuery).stale)
 
 
 async def show_node(call: Call) -> MemberView:
-    return await _select(call)
+    return await _select(call, is_stale_ok=call.query(ReadQuery).stale)
 
 
 async def drain(call: Call) -> EventStream | DrainView:
@@ -91,16 +91,16 @@ async def revoke_invite(call: Call) -> Response:
     return Response(status_code=204)
 
 
-async def _members(call: Call) -> MembersView:
-    return await call.face.query(GetMembers(), MembersView, timeout_s=QUERY_S)
+async def _members(call: Call, *, is_stale_ok: bool = False) -> MembersView:
+    return await call.face.query(GetMembers(), MembersView, timeout_s=QUERY_S, is_stale_ok=is_stale_ok)
 
 
-async def _select(call: Call) -> MemberView:
+async def _select(call: Call, *, is_stale_ok: bool = False) -> MemberView:
     """By id, by name, by the beginning or the end of the id (ids of one kind begin alike), or `self`."""
     text = call.path("node")
     if not text or len(text) > 256:
         raise InvalidRequest("this is not a node's name or id")
-    members = (await _members(call)).members
+    members = (await _members(call, is_stale_ok=is_stale_ok)).members
     if text == "self":
         text = call.face.me
     exact = [row for row in members if text in (row.member.node, row.member.name)]
@@ -117,8 +117,10 @@ async def _select(call: Call) -> MemberView:
 
 
 ENDPOINTS = (
-    Endpoint("GET", "/v1/nodes", list_nodes, "All members with sessions and offers", Rights.VIEWER, MembersView),
-    Endpoint("GET", "/v1/nodes/{node}", show_node, "One member", Rights.VIEWER, MemberView),
+    Endpoint(
+        "GET", "/v1/nodes", list_nodes, "All members with sessions and offers", Rights.VIEWER, MembersView, ReadQuery
+    ),
+    Endpoint("GET", "/v1/nodes/{node}", show_node, "One member", Rights.VIEWER, MemberView, ReadQuery),
     Endpoint(
         "POST",
         "/v1/nodes/{node}/drain",

@@ -108,11 +108,17 @@ class Client:
         *,
         token: str = "",
         ca_pem: str = "",
+        is_stale_ok: bool = False,
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
-        """`nodes`: HOST:PORT or unix:PATH, tried in turn; none is this machine's agent. `token` is needed over TCP."""
+        """`nodes`: HOST:PORT or unix:PATH, tried in turn; none is this machine's agent. `token` is needed over TCP.
+
+        With `is_stale_ok` what is asked of the queue is answered from what a node knows at once, perhaps a little
+        old, and also when no majority of the voters can be reached.
+        """
         addresses = [parse_address(text) for text in nodes] or [local_address()]
         self._token = token.strip()
+        self._is_stale_ok = is_stale_ok
         self.ca_pem = ca_pem
         """The mesh's CA: given, or learned and checked against the token at the first connection."""
         self._tls_context: ssl.SSLContext | None = None
@@ -168,7 +174,7 @@ class Client:
 
     def job(self, job: str) -> JobView:
         """By id, unique prefix, name or `last`."""
-        return self._ask("GET", _job(job), JobView)
+        return self._look(_job(job), JobView)
 
     def jobs(
         self,
@@ -183,10 +189,9 @@ class Client:
         label = ",".join(f"{key}={value}" for key, value in (labels or {}).items())
         before = ""
         while limit > 0:
-            page = self._ask(
-                "GET", "/v1/jobs", JobPage,
+            page = self._look(
+                "/v1/jobs", JobPage, is_stale_ok,
                 state=",".join(states), name=name, label=label, limit=min(limit, 1000), before=before,
-                stale="true" if is_stale_ok else "",
             )  # fmt: skip
             yield from page.jobs
             limit -= len(page.jobs)
@@ -200,15 +205,15 @@ class Client:
         """All tasks in [start, stop) in order, page by page."""
         following: int | None = start
         while following is not None:
-            page = self._ask(
-                "GET", f"{_job(job)}/tasks", TaskPage,
+            page = self._look(
+                f"{_job(job)}/tasks", TaskPage,
                 state=",".join(states), start=following, stop="" if stop is None else stop, limit=1000,
             )  # fmt: skip
             yield from page.tasks
             following = page.next
 
     def task(self, job: str, task: int = 0) -> TaskView:
-        return self._ask("GET", f"{_job(job)}/tasks/{task}", TaskView)
+        return self._look(f"{_job(job)}/tasks/{task}", TaskView)
 
     def cancel(self, job: str, tasks: Sequence[tuple[int, int]] | None = None) -> JobView:
         """All of it, or half-open ranges of tasks. Idempotent."""
@@ -223,11 +228,11 @@ class Client:
         return self._ask("POST", f"{_job(job)}/retry", _Submitted, {"id": self.new_id()}).id
 
     def explain(self, job: str, task: int = 0) -> Explanation:
-        return self._ask("GET", f"{_job(job)}/explain", Explanation, task=task)
+        return self._look(f"{_job(job)}/explain", Explanation, task=task)
 
     def result(self, job: str, task: int = 0) -> Result:
         """Raises Conflict while there is none."""
-        return self._ask("GET", f"{_job(job)}/result", Result, task=task)
+        return self._look(f"{_job(job)}/result", Result, task=task)
 
     def outputs(self, job: str) -> TreeRef:
         """All files that the tasks of a finished job left, as one directory: task k's under `k/`."""
@@ -238,7 +243,9 @@ class Client:
         return b"".join(self.output_chunks(job, task, stream))
 
     def output_chunks(self, job: str, task: int = 0, stream: LogStream = "stdout") -> Iterator[bytes]:
-        return self._requester.stream("GET", f"{_job(job)}/tasks/{task}/logs?{_query(stream=stream)}").chunks()
+        return self._requester.stream(
+            "GET", f"{_job(job)}/tasks/{task}/logs?{_query(stream=stream, stale=self._stale())}"
+        ).chunks()
 
     def follow(
         self, job: str, task: int = 0, *, streams: Sequence[LogStream] = ("stdout", "stderr")
@@ -246,7 +253,7 @@ class Client:
         """What a task writes, as it does, until it is final. Goes on at another node when this one is lost."""
         seen: dict[str, int] = dict.fromkeys(streams, 0)
         asked = "both" if len(streams) > 1 else streams[0]
-        path = f"{_job(job)}/tasks/{task}/logs?{_query(stream=asked, follow='true')}"
+        path = f"{_job(job)}/tasks/{task}/logs?{_query(stream=asked, follow='true', stale=self._stale())}"
         for kind, data, _ in self._events(path, dict):
             if kind == "end":
                 return
@@ -370,10 +377,10 @@ class Client:
         return self._ask("GET", "/v1/me", Me)
 
     def nodes(self) -> MembersView:
-        return self._ask("GET", "/v1/nodes", MembersView)
+        return self._look("/v1/nodes", MembersView)
 
     def node(self, node: str) -> MemberView:
-        return self._ask("GET", _node(node), MemberView)
+        return self._look(_node(node), MemberView)
 
     def invite(self, roles: Sequence[Role | str] = ("server", "worker"), *, uses: int = 1, lifetime_ms: int = 3_600_000) -> str:  # fmt: skip
         body = {"roles": list(roles), "uses": uses, "lifetime_ms": lifetime_ms}
@@ -401,7 +408,7 @@ class Client:
         return self._ask("GET", "/v1/cluster", ClusterStatus)
 
     def summary(self) -> Summary:
-        return self._ask("GET", "/v1/summary", Summary)
+        return self._look("/v1/summary", Summary)
 
     def tokens(self) -> TokensView:
         return self._ask("GET", "/v1/tokens", TokensView)
@@ -419,6 +426,14 @@ class Client:
         return new_job_id(time.time_ns() // 1_000_000, os.urandom(10))
 
     # --- underneath --------------------------------------------------------------------------------------------------
+
+    def _look(self, path: str, kind: type[T], is_stale_ok: bool = False, **query: object) -> T:
+        """A read of the queue: after a barrier, unless it may be stale."""
+        asked = _query(stale=self._stale(is_stale_ok), **query)
+        return self._ask("GET", f"{path}?{asked}" if asked else path, kind)
+
+    def _stale(self, is_asked: bool = False) -> str:
+        return "true" if is_asked or self._is_stale_ok else ""
 
     def _ask(
         self,

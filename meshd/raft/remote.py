@@ -35,6 +35,9 @@ ATTEMPT_S = 5.0
 """How long one voter is given before the next is asked."""
 PAUSE_S_MAX = 0.5
 """Between rounds over all voters; an election takes about that long."""
+STALE_S = 2.0
+"""How long a server without a seat looks for a voter before it answers a stale read from its own copy."""
+NO_MAJORITY_HINT = "`mesh cluster status` says what is missing; reads with --stale go on"
 
 V = TypeVar("V")
 T = TypeVar("T")
@@ -115,7 +118,14 @@ class MeshLog:
             call = codec.encode(ReadCall(Raw(body), int(left_s * 1000), is_stale_ok))
             return codec.decode(await self._rpc.call(peer, "log.read", call, timeout_s=left_s), kind)
 
-        return await self._somewhere(here, there, timeout_s=timeout_s, attempt_s=ATTEMPT_S)
+        copy = self._replica if is_stale_ok and self._replica is not None and self._replica.log.position else None
+        if copy is None:
+            return await self._somewhere(here, there, timeout_s=timeout_s, attempt_s=ATTEMPT_S)
+        try:
+            return await self._somewhere(here, there, timeout_s=min(timeout_s, STALE_S), attempt_s=ATTEMPT_S)
+        except Unavailable:
+            old: V = await here(copy, 0)
+            return old
 
     async def wait_job(self, job: JobId, after_version: int, *, timeout_s: float) -> JobView:
         async def here(replica: Replica, left_s: float) -> JobView:
@@ -184,7 +194,7 @@ class MeshLog:
                 return answer
             await trio.sleep(min(pause_s, max(0.0, deadline - trio.current_time())))
             pause_s = min(pause_s * 2, PAUSE_S_MAX)
-        raise Unavailable(f"no voter answered within {timeout_s:.0f} s: {failure}", hint="see `mesh cluster status`")
+        raise Unavailable(f"no voter answered within {timeout_s:.0f} s: {failure}", hint=NO_MAJORITY_HINT)
 
     def _order(self) -> list[NodeId]:
         peers = list(self._candidates())

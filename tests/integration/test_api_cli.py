@@ -189,6 +189,24 @@ def test_a_list_in_every_form(mesh: Mesh) -> None:
     assert mesh(*ask, "-q").out == mesh(*ask, "-o", "name").out == f"{job}\n"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["ps", "job ls", "job show {}", "job tasks {}", "job logs {}", "job explain {}", "job result {}", "node ls", "node show self"],
+)  # fmt: skip
+def test_a_stale_read_needs_no_majority_and_others_say_what_is_missing(
+    mesh: Mesh, api: Served, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    job = mesh("run", "--name", "stale", "--", "echo", "x") and mesh("ps", "-q", "--name", "stale").out.split()[0]
+    monkeypatch.setattr("meshd.client.http.PATIENCE_S", 0)
+    monkeypatch.setattr(api.face, "is_down", True)
+    asked = line.format(job).split()
+    assert mesh(*asked).code == 8
+    said = mesh(*asked, "--stale")
+    assert said.code == 0 and said.out, said
+    if line in ("ps", "job show {}"):
+        assert "as of log position" in said.err
+
+
 def test_waiting_tells_good_from_bad_from_not_yet(mesh: Mesh) -> None:
     good, bad, long = (mesh("submit", "--", *command).out.strip() for command in (["echo"], ["fail", "1"], ["hang"]))
     assert mesh("job", "wait", good).code == 0
