@@ -58,6 +58,7 @@ from meshd.net.rpc import StreamRpc
 from meshd.node import Node
 from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
+from meshd.quorum import describe_stop
 from meshd.raft.commands import Event, Found, MembersChanged, UpdateMember
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
@@ -305,7 +306,7 @@ class _Daemon:
             self.replica = Replica(self.server_log, machine, self._events_happened)
             self.replica.register(self.rpc)
             self.machine = machine
-        self.log = MeshLog(self.me, self.rpc, self.neighbours.voters, self.replica)
+        self.log = MeshLog(self.me, self.rpc, self.neighbours.voters, self.replica, self._why_stopped)
         self.authority = Authority(
             home=self.home,
             me=self.me,
@@ -548,6 +549,18 @@ class _Daemon:
 
     def _holds_log_alone(self) -> bool:
         return self.server_log is not None and self.server_log.voters == (self.me,)
+
+    def _why_stopped(self) -> str:
+        """Only who holds the log knows who votes."""
+        voters = () if self.server_log is None else self.server_log.voters
+        return describe_stop({self._name_of(voter): self._is_alive(voter) for voter in voters})
+
+    def _name_of(self, node: NodeId) -> str:
+        return self.mesh_file.name if node == self.me else self.directory.name(node) or node
+
+    def _is_alive(self, node: NodeId) -> bool:
+        health = None if self.gossip is None else self.gossip.health(node)
+        return node == self.me or (health is not None and health.state is State.ALIVE)
 
     def is_server(self, node: NodeId) -> bool:
         return node == self.me or self.directory.has_role(node, Role.SERVER)

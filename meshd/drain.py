@@ -19,8 +19,9 @@ from meshd import codec
 from meshd.blobs.replicate import Replicator
 from meshd.directory import Directory
 from meshd.errors import Conflict, MeshError, NotAllowed, NotFound, Unavailable
-from meshd.model import BlobRef, NodeId
+from meshd.model import BlobRef, NodeId, Role
 from meshd.ports import BlobStore, Rpc
+from meshd.quorum import check_without
 from meshd.raft.commands import SetDraining
 from meshd.raft.remote import MeshLog
 from meshd.views import ClusterStatus, DrainView, GetMembers, MembersView, MemberView
@@ -113,8 +114,10 @@ class Drain:
 
     # --- whoever asks for it -----------------------------------------------------------------------------------------
 
-    async def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
-        """Progress until it is safe to stop the node. Raises NotFound, Conflict (the only worker, the last server)."""
+    async def drain(
+        self, node: NodeId, status: ClusterStatus, *, deadline_ms: int | None
+    ) -> AsyncGenerator[DrainView, None]:
+        """Progress until it is safe to stop the node. Raises NotFound, Conflict (the last server, the majority)."""
         view = await self._members()
         row = _row(view, node)
         others = [each for each in view.members if each.member.node != node]
@@ -123,6 +126,8 @@ class Drain:
                 f"{row.member.name or node} is the only server: draining it would stop the mesh",
                 hint="join another server first: `mesh node invite --role server`",
             )
+        if not row.member.is_draining:
+            _check_majority(node, status)
         await self._log.propose(SetDraining(node, True), timeout_s=15)
         deadline = None if deadline_ms is None else trio.current_time() + deadline_ms / 1000
         is_handed_over = False
@@ -149,13 +154,7 @@ class Drain:
             raise Conflict(
                 f"{name} is {health} and still in service", hint=f"`mesh node drain {name}` first, or stop it"
             )
-        rest = [voter for voter in status.voters if voter != node]
-        alive = {each.node for each in status.nodes if each.health == "alive"}
-        if node in status.voters and len([voter for voter in rest if voter in alive]) * 2 <= len(rest):
-            raise Conflict(
-                f"without {name} the voters that are left would have no majority",
-                hint="bring another voter back first: `mesh cluster status`",
-            )
+        _check_majority(node, status)
 
     async def _members(self) -> MembersView:
         return await self._log.query(GetMembers(), MembersView, timeout_s=15)
@@ -185,6 +184,21 @@ def _row(view: MembersView, node: NodeId) -> MemberView:
     raise NotFound(f"this mesh has no node {node}", hint="`mesh node ls` names them")
 
 
+def _check_majority(node: NodeId, status: ClusterStatus) -> None:
+    """Raises Conflict when the mesh could decide nothing without this voter."""
+    rows = {row.node: row for row in status.nodes}
+    if node not in status.voters or node not in rows:
+        return
+    others = [rows[voter] for voter in status.voters if voter != node and voter in rows]
+    heirs = [
+        row
+        for row in status.nodes
+        if Role.SERVER in row.roles and row.health == "alive" and not (row.is_voter or row.is_draining)
+    ]
+    alive = {row.name or row.node: row.health == "alive" for row in others}
+    check_without(rows[node].name or node, alive, heirs=len(heirs))
+
+
 def _progress(row: MemberView, state: DrainState | None, is_handed_over: bool) -> DrainView:
     node, running = row.member.node, len(row.leased)
     if running:
@@ -196,5 +210,5 @@ def _progress(row: MemberView, state: DrainState | None, is_handed_over: bool) -
         left = "its blobs" if state.blobs_left is None else f"{state.blobs_left} blobs"
         return DrainView(node, "moving_blobs", 0, f"{left} are being copied to other nodes", False)
     if state.is_voter:
-        return DrainView(node, "handing_over", 0, "it still holds a voter's seat", False)
+        return DrainView(node, "handing_over", 0, "it holds a voter's seat until another server is ready for it", False)
     return DrainView(node, "safe", 0, "safe to stop", True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 import structlog
@@ -253,8 +254,10 @@ class Node:
         may_let_in = Role.SERVER not in roles or self._directory.has_role(peer.node, Role.SERVER)
         return bool(peer.addresses) and may_let_in and not self._directory.is_revoked(peer.node)
 
-    def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
-        return self._drains.drain(node, deadline_ms=deadline_ms)
+    async def drain(self, node: NodeId, *, deadline_ms: int | None) -> AsyncGenerator[DrainView, None]:
+        async with aclosing(self._drains.drain(node, await self.cluster_status(), deadline_ms=deadline_ms)) as progress:
+            async for view in progress:
+                yield view
 
     async def remove(self, node: NodeId) -> None:
         view = await self._log.query(GetMembers(), MembersView, timeout_s=10)

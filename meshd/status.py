@@ -11,6 +11,7 @@ from meshd.gossip.membership import Health
 from meshd.gossip.service import GossipService
 from meshd.model import NodeId, Role
 from meshd.neighbours import Neighbours
+from meshd.quorum import describe_stop
 from meshd.raft.log import RaftStatus
 from meshd.raft.remote import MeshLog
 from meshd.views import ClusterStatus, GetMembers, MembersView, NodeStatus
@@ -37,10 +38,12 @@ async def cluster_status(
     warnings: list[str] = []
     raft: RaftStatus | None = None
     members: MembersView | None = None
+    is_stopped = False
     try:
         raft = await mesh_log.status(timeout_s=ASK_S)
         members = await mesh_log.query(GetMembers(), MembersView, timeout_s=ASK_S)
     except Unavailable as error:
+        is_stopped = True
         warnings.append(f"no decision can be taken now: {error.message}")
         with suppress(MeshError):
             members = await mesh_log.query(GetMembers(), MembersView, timeout_s=ASK_S, is_stale_ok=True)
@@ -81,7 +84,7 @@ async def cluster_status(
         leader=raft.leader if raft else None,
         voters=voters,
         failures_survived=survived,
-        advice=_advice(raft, nodes, alive),
+        advice=_advice(raft, nodes, alive, is_stopped=is_stopped),
         nodes=tuple(nodes),
         warnings=tuple(warnings),
     )
@@ -91,17 +94,23 @@ def _word(health: Health | None) -> str:
     return "unknown" if health is None else str(health.state.value)
 
 
-def _advice(raft: RaftStatus | None, nodes: list[NodeStatus], alive: set[NodeId]) -> str:
-    if raft is None or raft.leader is None:
-        return "bring back enough servers for a majority of the voters"
-    if raft.disputed:
+def _advice(raft: RaftStatus | None, nodes: list[NodeStatus], alive: set[NodeId], *, is_stopped: bool) -> str:
+    if raft is not None and raft.disputed:
         return (
             f"the voters' states differ at entry {raft.disputed} and none has a majority, so nothing is decided any more:"
             " bring back the other voters, or keep one server's state with `meshd recover`"
         )
+    if raft is None or raft.leader is None or is_stopped:
+        stop = describe_stop({node.name or node.node: node.node in alive for node in nodes if node.is_voter})
+        return stop or "bring back enough servers for a majority of the voters"
     servers = [node for node in nodes if Role.SERVER in node.roles]
     if len(servers) < 3:
         return "one disk: add a third server" if len(servers) == 2 else "one disk: add two more servers"
+    if len(raft.voters) < 3:
+        slow = [node.name or node.node for node in servers if not node.is_voter and not node.is_draining]
+        return (
+            f"one disk while {' and '.join(slow) or 'no other server'} cannot vote yet: see that they run and catch up"
+        )
     down = [node.name or node.node for node in servers if node.is_voter and node.node not in alive]
     if down:
         return f"bring back {', '.join(down)}, or remove it for good: `mesh node remove NAME`"

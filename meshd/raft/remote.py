@@ -44,15 +44,21 @@ T = TypeVar("T")
 
 
 class MeshLog:
-    """`candidates` names other nodes that may hold a replica, best first."""
+    """`candidates` names other nodes that may hold a replica, best first; `why_stopped` says why none of them decides."""
 
     def __init__(
-        self, me: NodeId, rpc: Rpc, candidates: Callable[[], Sequence[NodeId]], replica: Replica | None = None
+        self,
+        me: NodeId,
+        rpc: Rpc,
+        candidates: Callable[[], Sequence[NodeId]],
+        replica: Replica | None = None,
+        why_stopped: Callable[[], str] = str,
     ) -> None:
         self._me = me
         self._rpc = rpc
         self._candidates = candidates
         self._replica = replica
+        self._why_stopped = why_stopped
         self._last_good: NodeId | None = None
 
     @property
@@ -81,7 +87,7 @@ class MeshLog:
         if is_unknown:
             raise UnknownOutcome(f"no answer within {timeout_s:.0f} s: {why}", hint="resend with the same id, or ask")
         raise Unavailable(
-            f"the mesh took no decision within {timeout_s:.0f} s: {why}", hint="see `mesh cluster status`"
+            f"the mesh took no decision within {timeout_s:.0f} s: {self._why_stopped() or why}", hint=NO_MAJORITY_HINT
         )
 
     async def propose_once(self, command: bytes, *, timeout_s: float) -> ProposeResult:
@@ -194,7 +200,8 @@ class MeshLog:
                 return answer
             await trio.sleep(min(pause_s, max(0.0, deadline - trio.current_time())))
             pause_s = min(pause_s * 2, PAUSE_S_MAX)
-        raise Unavailable(f"no voter answered within {timeout_s:.0f} s: {failure}", hint=NO_MAJORITY_HINT)
+        why = self._why_stopped() or str(failure)
+        raise Unavailable(f"no voter answered within {timeout_s:.0f} s: {why}", hint=NO_MAJORITY_HINT)
 
     def _order(self) -> list[NodeId]:
         peers = list(self._candidates())
