@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import NotAllowed
-from meshd.model import Certificate, NodeId, Role
+from meshd.model import Certificate, EpochCertificate, NodeId, Role
 
 Sign = Callable[[bytes], bytes]
 Verify = Callable[[bytes, bytes, bytes], bool]
@@ -33,6 +33,8 @@ class Greeting(Struct, frozen=True, array_like=True):
     addresses: tuple[str, ...]
     api_address: str
     version: str
+    epoch: EpochCertificate = EpochCertificate()
+    """The recovery epoch that it belongs to."""
 
 
 def mesh_id(public_key: bytes) -> str:

@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from meshd import codec, tls
 from meshd.agent import Agent, AgentEvent, Tick
+from meshd.allegiance import REJOIN_HINT, Allegiance, open_epochs
 from meshd.api import server as api_server
 from meshd.authority import Authority
 from meshd.backends import registry
@@ -39,6 +40,7 @@ from meshd.certificates import Greeting
 from meshd.config import Config, split_address
 from meshd.directory import JOIN_PROTOCOL, Directory
 from meshd.drain import Drain
+from meshd.epochs import EpochFile, Epochs
 from meshd.errors import Busy, Conflict, MeshError, NotAllowed, StartRefused
 from meshd.executor import Executor
 from meshd.founding import JOIN_S, found_mesh, join_mesh
@@ -69,12 +71,14 @@ from meshd.shell import Shell
 from meshd.tally import Tally
 from meshd.upkeep import Upkeep, find_member
 from meshd.views import GetMembers, MembersView
-from meshd.worker import HandOver, Offering, Worker
+from meshd.worker import HandOver, Offering, Recovered, Worker
 
 GREETED_MAX = 16
 """Members greeted at the start; the rest when there is something to say."""
 HELLO_S = 12.0
 """How long a refusal as a double is tried again: a peer notices within 10 s that an older start of ours is gone."""
+FOLLOW_AFTER_S = 2.0
+"""A worker that hears of a recovery listens so long for another one: between two it does not choose."""
 STOP_S = 5.0
 """For handing back what runs, when the agent is asked to stop."""
 
@@ -138,9 +142,13 @@ async def run(
         if mesh_file.has_journal and not home.has_journal():
             raise StartRefused(
                 f"this identity has lost its journal: {home.raft} is empty",
-                hint="restore the directory, or give the identity up: remove the node and join with a new --data-dir",
+                hint="`meshd rejoin` lets it join again with a new one; or restore the directory",
             )
-        await _Daemon(config, home, key, mesh_file, settings or RaftSettings(), stop).run(is_founded, task_status)
+        if mesh_file.refused:
+            raise StartRefused(mesh_file.refused, hint=REJOIN_HINT)
+        epochs = await trio.to_thread.run_sync(open_epochs, home, mesh_file.mesh)
+        daemon = _Daemon(config, home, key, mesh_file, epochs, settings or RaftSettings(), stop)
+        await daemon.run(is_founded, task_status)
     finally:
         home.close()
 
@@ -176,6 +184,7 @@ class _Daemon:
         home: Home,
         key: KeyPair,
         mesh_file: MeshFile,
+        epochs: EpochFile,
         settings: RaftSettings,
         stop: trio.Event,
     ) -> None:
@@ -186,6 +195,8 @@ class _Daemon:
         self.mesh_file = mesh_file
         self.mesh = mesh_file.mesh
         self.public_key = bytes.fromhex(mesh_file.public_key)
+        self.epochs = Epochs(self.mesh, self.public_key, verify, epochs, on_news=self._epoch_heard)
+        self.is_settling = True
         self.settings = settings
         self.has_log = Role.SERVER in mesh_file.certificate.roles
         self.is_worker = Role.WORKER in mesh_file.certificate.roles
@@ -200,7 +211,8 @@ class _Daemon:
         self.replica: Replica | None = None
         self.server_log: ServerLog | None = None
         self.stop = stop
-        self.was_removed = False
+        self.failure: MeshError | None = None
+        """Why it stops, when nobody has asked it to."""
 
     async def run(self, is_founded: bool, task_status: trio.TaskStatus[Started]) -> None:
         counters = self.home.counters()
@@ -212,13 +224,11 @@ class _Daemon:
             async with AsyncExitStack() as stages:
                 task_status.started(await self._start(stages, is_founded))
                 await self.stop.wait()
-                with trio.move_on_after(STOP_S):
+                with trio.move_on_after(STOP_S if self.failure is None else 0):
                     await self._hand_back()
             self.work.cancel_scope.cancel()
-        if self.was_removed:
-            raise NotAllowed(
-                "this node was removed from its mesh", hint="join again with a new invite and a new --data-dir"
-            )
+        if self.failure is not None:
+            raise self.failure
 
     async def _start(self, stages: AsyncExitStack, is_founded: bool) -> Started:
         await self._start_net(stages)
@@ -248,12 +258,16 @@ class _Daemon:
             greeting=self._greeting,
             hears=lambda peer: self.rpc.hears(peer),
             wall_ms=wall_ms,
+            meet_epoch=self.epochs.meet,
         )
         self.rpc = StreamRpc(self.transport, greeting=self.greetings.ours, admit=self.greetings.admit)
         self.rpc.register("mesh.hello", _hello)
         await stages.enter_async_context(_serving(self.transport.serve))
         await stages.enter_async_context(_serving(self.rpc.serve))
+        self.allegiance = Allegiance(self.home, self.epochs, holds_log=self._holds_log)
         await self._say_hello()
+        await self.allegiance.settle()
+        self.is_settling = False
 
     async def _say_hello(self) -> None:
         """Greet who is known; learn at once whether this identity is running elsewhere, or was removed."""
@@ -302,6 +316,7 @@ class _Daemon:
                 settings=self.settings,
                 on_applied=self._applied,
                 on_leadership=self._leadership_changed,
+                lineage=self.epochs.lineage,
             )
             self.replica = Replica(self.server_log, machine, self._events_happened)
             self.replica.register(self.rpc)
@@ -325,6 +340,7 @@ class _Daemon:
             certify=self.authority.certify,
             members=lambda: (self._myself_as_peer(), *self.directory.peers()),
             wall_ms=wall_ms,
+            epoch=lambda: self.epochs.own,
         )
         self.transport.handle(JOIN_PROTOCOL, desk.answer)
         if self.server_log is not None:
@@ -515,6 +531,7 @@ class _Daemon:
             addresses=self.addresses(),
             api_address=self.api_address,
             version=VERSION,
+            epoch=self.epochs.own,
         )
 
     def _myself_as_peer(self) -> KnownPeer:
@@ -589,7 +606,9 @@ class _Daemon:
     def _members_known(self, view: MembersView) -> None:
         self.directory.learn_members(view)
         if self.me in view.revoked:
-            self.was_removed = True
+            self.failure = NotAllowed(
+                "this node was removed from its mesh", hint="join again with a new invite and a new --data-dir"
+            )
             self.stop.set()
             return
         mine = next((row.member for row in view.members if row.member.node == self.me), None)
@@ -606,6 +625,31 @@ class _Daemon:
             self._feed(Offering(0 if self.is_draining else slots(self.config), self.offer))
         if self.is_draining:
             self.work.start_soon(self.drains.move_out)
+
+    def _holds_log(self) -> bool:
+        return self.server_log is not None or (self.has_log and self.home.has_journal())
+
+    def _epoch_heard(self) -> None:
+        if not self.is_settling:
+            self.is_settling = True
+            self.work.start_soon(self._settle_epoch)
+
+    async def _settle_epoch(self) -> None:
+        """The mesh was recovered: this node goes along, or stops."""
+        if not self.has_log:
+            await trio.sleep(FOLLOW_AFTER_S)
+        self.is_settling = False
+        try:
+            has_moved = await self.allegiance.settle()
+        except StartRefused as error:
+            self.failure = error
+            self.stop.set()
+            return
+        if has_moved:
+            self.directory.begin_epoch()
+            for peer in self.directory.members():
+                self.rpc.close(peer)
+            self._feed(Recovered())
 
     def _liveness_changed(self, node: NodeId, state: State) -> None:
         log.info("node." + state.value, node=node, name=self.directory.name(node))

@@ -127,6 +127,11 @@ class Directory:
                 del self._peers[node]
                 self.on_change()
 
+    def begin_epoch(self) -> None:
+        """Log positions begin anew, below some that were seen before; who was removed may be a member again."""
+        self.position = 0
+        self._revoked = frozenset()
+
     def is_draining(self, node: NodeId) -> bool:
         return node in self._draining
 

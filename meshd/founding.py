@@ -9,6 +9,7 @@ import structlog
 import trio
 
 from meshd import certificates, tls
+from meshd.epochs import EpochFile, check_epoch
 from meshd.errors import NotAllowed, StartRefused
 from meshd.greetings import CLOCK_OFF_MS
 from meshd.home import Home, MeshFile
@@ -56,7 +57,9 @@ async def join_mesh(home: Home, key: KeyPair, invite: Invite, request: JoinReque
         certificate=welcome.certificate,
         name=request.name,
     )
+    check_epoch(welcome.epoch, invite.mesh, welcome.public_key, verify)
     known = {peer.node: peer for peer in welcome.members}
     await trio.to_thread.run_sync(home.write_peers, tuple(known[node] for node in sorted(known) if node != key.node_id))
+    await trio.to_thread.run_sync(home.write_epochs, EpochFile(welcome.epoch))
     await trio.to_thread.run_sync(home.write_mesh, mesh_file)
     return mesh_file

@@ -15,7 +15,7 @@ from meshd import codec
 from meshd.certificates import Greeting
 from meshd.directory import Directory
 from meshd.errors import Conflict
-from meshd.model import NodeId
+from meshd.model import EpochCertificate, NodeId
 
 CLOCK_OFF_MS = 5000
 DOUBLE = "this identity is running twice"
@@ -40,11 +40,14 @@ class Greetings:
         greeting: Callable[[], Greeting],
         hears: Callable[[NodeId], bool],
         wall_ms: Callable[[], int],
+        meet_epoch: Callable[[NodeId, EpochCertificate], None],
     ) -> None:
+        """`meet_epoch` raises where the two belong to different lives of the mesh's log."""
         self._directory = directory
         self._greeting = greeting
         self._hears = hears
         self._wall_ms = wall_ms
+        self._meet_epoch = meet_epoch
         self._starts: dict[NodeId, Start] = {}
         self._offsets_ms: dict[NodeId, int] = {}
 
@@ -52,7 +55,7 @@ class Greetings:
         return codec.encode(self._greeting())
 
     async def admit(self, peer: NodeId, data: bytes) -> None:
-        """Raises NotAllowed, Conflict or InvalidRequest."""
+        """Raises NotAllowed, Conflict, InvalidRequest, or Unavailable for a member of another epoch."""
         greeting = codec.decode(data, Greeting, bytes_max=16 << 10)
         start = Start(greeting.start_counter, greeting.start_random)
         known = self._starts.get(peer)
@@ -62,6 +65,7 @@ class Greetings:
                 hint="stop one of the two; a copied data directory must not be started: join with a new one",
             )
         self._directory.greet(peer, greeting)
+        self._meet_epoch(peer, greeting.epoch)
         self._starts[peer] = start
         offset_ms = greeting.wall_ms - self._wall_ms()
         if abs(offset_ms) > CLOCK_OFF_MS and peer not in self._offsets_ms:

@@ -4,6 +4,7 @@ identity.key   the node's Ed25519 key, 0600; made once
 mesh.json      which mesh this node belongs to, and the certificate that says so; the last file of founding or joining
 mesh.key       the mesh's own key, at servers only, 0600
 counters.json  starts and session epochs: raised and synced before they are used
+recovery.json  which recovery epoch of the mesh this directory belongs to
 peers.json     where members were last seen: where to dial, never who votes
 raft/ blobs/ backends/ attempts/ api.sock lock
 """
@@ -18,6 +19,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from meshd.epochs import EpochFile
 from meshd.errors import Corrupt, StartRefused
 from meshd.model import Certificate, NodeId
 
@@ -36,6 +38,8 @@ class MeshFile(Struct, frozen=True):
     is_founder: bool = False
     has_journal: bool = False
     """Set once this server's journal has been written: from then on a missing journal is an error, not a beginning."""
+    refused: str = ""
+    """Why this server's journal may not be started any more; `meshd rejoin` makes a new one."""
 
 
 class Counters(Struct, frozen=True):
@@ -109,6 +113,12 @@ class Home:
     def write_counters(self, counters: Counters) -> None:
         self._write("counters.json", counters)
 
+    def epochs(self) -> EpochFile:
+        return self._read("recovery.json", EpochFile) or EpochFile()
+
+    def write_epochs(self, epochs: EpochFile) -> None:
+        self._write("recovery.json", epochs)
+
     def peers(self) -> tuple[KnownPeer, ...]:
         """Only hints: an unreadable file is an empty one."""
         try:
@@ -122,6 +132,17 @@ class Home:
 
     def has_journal(self) -> bool:
         return self.raft.is_dir() and any(self.raft.iterdir())
+
+    def put_journal_aside(self) -> Path | None:
+        """Renamed, never deleted, and durable when this returns; None when there is none."""
+        if not self.raft.exists():
+            return None
+        number = 1
+        while (aside := self.path / f"raft.old-{number}").exists():
+            number += 1
+        self.raft.rename(aside)
+        sync_directory(self.path)
+        return aside
 
     def _read(self, name: str, kind: type[T]) -> T | None:
         path = self.path / name

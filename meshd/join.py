@@ -22,7 +22,7 @@ from meshd.directory import JOIN_PROTOCOL
 from meshd.errors import Busy, InvalidRequest, MeshError, NotAllowed, PeerFault, TooLarge, Unavailable, from_code
 from meshd.home import KnownPeer
 from meshd.invites import Invite
-from meshd.model import Certificate, Member, NodeId
+from meshd.model import Certificate, EpochCertificate, Member, NodeId
 from meshd.ports import Stream, Transport
 from meshd.raft.commands import AnyAnswer, Join, Joined
 
@@ -55,6 +55,7 @@ class Welcome(Struct, frozen=True, array_like=True, tag=True):
     certificate: Certificate
     members: tuple[KnownPeer, ...]
     wall_ms: int
+    epoch: EpochCertificate = EpochCertificate()
 
 
 class Refusal(Struct, frozen=True, array_like=True, tag=True):
@@ -79,6 +80,7 @@ class JoinDesk:
         certify: Callable[[NodeId, int], Awaitable[Certificate]],
         members: Callable[[], Sequence[KnownPeer]],
         wall_ms: Callable[[], int],
+        epoch: Callable[[], EpochCertificate],
     ) -> None:
         self._mesh = mesh
         self._public_key = public_key
@@ -87,6 +89,7 @@ class JoinDesk:
         self._certify = certify
         self._members = members
         self._wall_ms = wall_ms
+        self._epoch = epoch
         self._knocks = 0
 
     async def answer(self, stream: Stream) -> None:
@@ -131,9 +134,8 @@ class JoinDesk:
         log.info(
             "join.accepted", peer=peer, name=answer.member.name, roles=[role.value for role in answer.member.roles]
         )
-        return Welcome(
-            self._public_key, self._ca_pem, certificate, tuple(self._members())[:MEMBERS_TOLD_MAX], self._wall_ms()
-        )
+        members = tuple(self._members())[:MEMBERS_TOLD_MAX]
+        return Welcome(self._public_key, self._ca_pem, certificate, members, self._wall_ms(), self._epoch())
 
 
 async def knock(transport: Transport, invite: Invite, request: JoinRequest, *, timeout_s: float) -> Welcome:

@@ -53,6 +53,29 @@ def up(invite: str | None, resume: bool, config_file: Path | None, **flags: Any)
 
 
 @main.command()
+@click.option("--data-dir", help="Where this agent keeps everything.  [/var/lib/meshd, or ~/.local/share/meshd]")
+@click.option("--force", is_flag=True, help="Also where another voter answers, or has more: what it has is given up.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def recover(data_dir: str | None, force: bool, yes: bool) -> None:
+    """Go on from this stopped server's data when the mesh has lost most of its voters for good.
+
+    Asks all other servers that it can reach first, and says what may be lost. See docs/recovery.md.
+    """
+    _exit_with(lambda: _recover(_home_of(data_dir), force, yes))
+
+
+@main.command()
+@click.option("--data-dir", help="Where this agent keeps everything.  [/var/lib/meshd, or ~/.local/share/meshd]")
+@click.option("--recovery", default="", metavar="NAME", help="After several recoveries: the one to belong to.")
+def rejoin(data_dir: str | None, recovery: str) -> None:
+    """Let this stopped server join its mesh again with a new journal; the old one is put aside, never deleted.
+
+    After restoring a backup or an image of its disk, after a lost journal, and after a recovery without it.
+    """
+    _exit_with(lambda: _rejoin(_home_of(data_dir), recovery))
+
+
+@main.command()
 @click.option("--nodes", type=click.IntRange(1, 9), default=3, show_default=True)
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Keep the mesh here.  [a temporary directory]")
 def dev(nodes: int, data_dir: Path | None) -> None:
@@ -98,6 +121,44 @@ def _freeze_modules() -> None:
     """What the modules hold lives as long as the process: each full collection looked at it for 40 ms, with the loop waiting."""
     gc.collect()
     gc.freeze()
+
+
+def _home_of(data_dir: str | None) -> Path:
+    from meshd import config
+
+    return config.load({"data_dir": data_dir}, os.environ, None).home
+
+
+def _recover(path: Path, is_forced: bool, is_agreed: bool) -> None:
+    import trio
+
+    from meshd.home import Home
+    from meshd.recover import Recovery
+
+    _set_up_logging("error")
+    home = Home(path)
+    try:
+        recovery = Recovery(home)
+        ask = partial(click.confirm, "go on?", err=True)
+        trio.run(partial(recovery.run, is_forced=is_forced, say=click.echo, is_agreed=lambda: is_agreed or ask()))
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    finally:
+        home.close()
+
+
+def _rejoin(path: Path, recovery: str) -> None:
+    from meshd.home import Home
+    from meshd.rejoin import rejoin
+
+    home = Home(path)
+    try:
+        aside = rejoin(home, recovery=recovery)
+    finally:
+        home.close()
+    if aside is not None:
+        click.echo(f"the old journal lies in {aside}; delete it when you are sure that nobody needs it")
+    click.echo("start it with `meshd up`: it joins again as the same node, and votes when it has caught up")
 
 
 def _allow_files() -> None:

@@ -350,3 +350,11 @@ class Certificate(Struct, frozen=True, gc=False):
     version: Count
     """Rises when a node's roles change; the highest one counts."""
     signature: bytes = b""
+
+
+class EpochCertificate(Struct, frozen=True, array_like=True):
+    """A recovery epoch of the mesh, as its key vouches for it. The mesh as founded, lineage (), needs no signature."""
+
+    lineage: tuple[ShortText, ...] = ()
+    """The random of each recovery, oldest first."""
+    signature: bytes = b""

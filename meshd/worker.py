@@ -122,7 +122,12 @@ class HandOver:
     """The drain's deadline: stop what runs as lost and give back what was not started."""
 
 
-WorkerEvent = Offering | Proposed | RenewAnswered | NoticeArrived | AttemptEnded | HandOver
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """This node has followed its mesh to a new recovery epoch: its session was in the log that is lost."""
+
+
+WorkerEvent = Offering | Proposed | RenewAnswered | NoticeArrived | AttemptEnded | HandOver | Recovered
 
 
 # --- effects ---------------------------------------------------------------------------------------------------------
@@ -231,6 +236,9 @@ class Worker:
                 self._ended(key, outcome)
             case HandOver():
                 self._hand_over()
+            case Recovered():
+                if self.state is not State.CLOSED:
+                    self._open_next(now_ms)
             case _:
                 assert_never(event)
         self._proceed(now_ms)

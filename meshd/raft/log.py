@@ -89,6 +89,19 @@ class RaftStatus(Struct, frozen=True):
         return tuple(server.node for server in self.servers if server.is_voter)
 
 
+class Newest(Struct, frozen=True, array_like=True):
+    """How far a server's log goes, whatever of it is committed."""
+
+    term: int
+    index: int
+    is_voter: bool
+    leads: bool
+
+    @property
+    def end(self) -> tuple[int, int]:
+        return self.term, self.index
+
+
 class ServerLog:
     """Build it, then own it with `serve`."""
 
@@ -257,6 +270,11 @@ class ServerLog:
             is_clock_refused=server.own_clock.is_refused,
             disputed=engine.disputed,
         )
+
+    def newest(self) -> Newest:
+        """Raises Unavailable while the log is not running."""
+        engine = self._running().engine
+        return Newest(engine.term_at(engine.last), engine.last, engine.is_voter, engine.leads())
 
     async def hand_over(self) -> None:
         """Let another voter lead; returns when this server leads no more. Raises Unavailable."""

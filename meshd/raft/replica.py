@@ -102,6 +102,7 @@ class Replica:
         rpc.register("log.wait", self._on_wait)
         rpc.register("log.events", self._on_events_call)
         rpc.register("log.status", self._on_status)
+        rpc.register("log.newest", self._on_newest)
 
     def applied(self, position: int) -> None:
         """The log applied up to `position`: wake who waits for what it changed."""
@@ -228,3 +229,7 @@ class Replica:
     async def _on_status(self, peer: NodeId, body: bytes) -> bytes:
         self._check()
         return codec.encode(self.log.status())
+
+    async def _on_newest(self, peer: NodeId, body: bytes) -> bytes:
+        """Asked by `meshd recover`, when nobody leads; also of a server that does not vote."""
+        return codec.encode(self.log.newest())

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from meshd import certificates, codec, invites
 from meshd.certificates import Greeting
 from meshd.directory import BLOB_PROTOCOL, JOIN_PROTOCOL, RAFT_PROTOCOL, RPC_PROTOCOL, Directory
+from meshd.epochs import FOUNDED, EpochFile, Epochs, certify_epoch
 from meshd.errors import Conflict, InvalidRequest, MeshError, NotAllowed, Unavailable
 from meshd.greetings import Greetings
 from meshd.home import KnownPeer
@@ -30,6 +31,15 @@ def certificate(key=ALICE, roles=BOTH, version=1, mesh_key=MESH_KEY, mesh=MESH):
 
 def greeting(key=ALICE, *, start=1, random=b"r1", wall_ms=0, **kind):
     return Greeting(certificate(key, **kind), start, random, wall_ms, "alice", ("/ip4/1.2.3.4/tcp/1",), "", "0")
+
+
+def epochs(lineage=(), heard=()):
+    file = EpochFile(epoch(*lineage), heard)
+    return Epochs(MESH, MESH_KEY.public_bytes, verify, file, on_news=lambda: None)
+
+
+def epoch(*lineage, mesh_key=MESH_KEY):
+    return certify_epoch(mesh_key.sign, MESH, lineage)
 
 
 def directory(*known):
@@ -139,7 +149,11 @@ def test_present_addresses_come_first_and_old_ones_are_kept_as_a_last_resort():
 
 def greetings(known, heard, now_ms=0):
     return Greetings(
-        directory=known, greeting=lambda: greeting(BOB), hears=lambda peer: peer in heard, wall_ms=lambda: now_ms
+        directory=known,
+        greeting=lambda: greeting(BOB),
+        hears=lambda peer: peer in heard,
+        wall_ms=lambda: now_ms,
+        meet_epoch=epochs().meet,
     )
 
 
@@ -188,7 +202,7 @@ class Desk:
         self.there = self.network.transport(BOB.node_id, lambda p, q: False, lambda p: (), Nobody())
         desk = JoinDesk(
             mesh=MESH, public_key=MESH_KEY.public_bytes, ca_pem="pem", propose=self.propose,
-            certify=self.certify, members=lambda: (KnownPeer(ALICE.node_id, "alice", ()),), wall_ms=lambda: 7,
+            certify=self.certify, members=lambda: (KnownPeer(ALICE.node_id, "alice", ()),), wall_ms=lambda: 7, epoch=lambda: FOUNDED,
         )  # fmt: skip
         self.here.handle(JOIN_PROTOCOL, desk.answer)
 

@@ -1,0 +1,97 @@
+"""What a node does about the recovery epochs that it has heard of: it follows one, or stops, and its disk says so first.
+
+A worker has nothing to lose but its session. A server's log may hold what the recovery has
+given up; merging it would bring some of that back, so it goes no further than its disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+import trio
+
+from meshd.certificates import Sign
+from meshd.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch
+from meshd.errors import StartRefused
+from meshd.home import Home
+from meshd.net.identity_key import KeyPair
+from meshd.raft.disk import DirectoryDisk
+from meshd.raft.journal import journal_lineage
+from meshd.raft.lineage import Lineage, descends, name_of
+
+REJOIN_HINT = "`meshd rejoin` puts the old log aside; then start it, and it joins again as the same node"
+
+log = structlog.get_logger()
+
+
+def open_epochs(home: Home, mesh: str) -> EpochFile:
+    """Which epoch this directory is of (blocks). Raises StartRefused for a log that a recovery has left behind, Corrupt."""
+    file = home.epochs()
+    journal = kept_lineage(home)
+    if journal is None or journal == file.own.lineage:
+        return file
+    if not descends(journal, file.own.lineage):
+        raise left_behind(journal, file.own.lineage)
+    # `meshd recover` began the epoch here and was cut short before it said so.
+    file = EpochFile(certify_epoch(mesh_key(home), mesh, journal))
+    home.write_epochs(file)
+    return file
+
+
+def kept_lineage(home: Home) -> Lineage | None:
+    """Of the journal in this directory (blocks); None when there is none. Raises Corrupt, StartRefused."""
+    if not home.has_journal():
+        return None
+    disk = DirectoryDisk(home.raft)
+    try:
+        return journal_lineage(disk)
+    finally:
+        disk.close()
+
+
+def mesh_key(home: Home) -> Sign:
+    if not home.mesh_key.exists():
+        raise StartRefused(
+            f"{home.path} does not hold the mesh's key", hint="recover from a server that does: see its mesh.key"
+        )
+    return KeyPair.load(home.mesh_key).sign
+
+
+def left_behind(ours: Lineage, theirs: Lineage) -> StartRefused:
+    return StartRefused(
+        f"the mesh was recovered without this server: it is at recovery {name_of(theirs)}, the log here ends with "
+        f"{name_of(ours)} and is never merged",
+        hint=REJOIN_HINT,
+    )
+
+
+class Allegiance:
+    """`holds_log`: is there a journal here, which may not be taken to another epoch?"""
+
+    def __init__(self, home: Home, epochs: Epochs, *, holds_log: Callable[[], bool]) -> None:
+        self._home = home
+        self._epochs = epochs
+        self._holds_log = holds_log
+
+    async def settle(self) -> bool:
+        """Whether this node has followed to another epoch; durable then. Raises StartRefused when its log was left behind."""
+        epochs, ours = self._epochs, self._epochs.lineage
+        match epochs.decide():
+            case Follow(to):
+                epochs.belong(to)
+                await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
+                if self._holds_log():
+                    raise left_behind(ours, to.lineage)
+                log.warning("recovery.followed", recovery=name_of(to.lineage))
+                return True
+            case Torn(between):
+                await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
+                names = " and ".join(name_of(epoch.lineage) for epoch in between)
+                hint = "keep one: on each node that is not of it, `meshd rejoin --recovery NAME`"
+                if self._holds_log():
+                    raise StartRefused(f"the mesh was recovered twice without this server, as {names}", hint=hint)
+                log.error("recovery.torn", stays=name_of(ours), between=names, hint=hint)
+                return False
+            case None:
+                return False
