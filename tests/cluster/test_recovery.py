@@ -10,7 +10,6 @@ import pytest
 from meshd.errors import StartRefused
 from tests.cluster.conftest import Mesh, eventually
 
-
 FENCE = {"run": {"args": ["sh", "-c", "echo $MESHD_FENCE"]}}
 
 
