@@ -27,7 +27,7 @@ RESULTS = SCRATCH / "torture"
 @click.option("--nodes", type=click.Choice(["3", "5"]), default="3", show_default=True)
 @click.option("--seed", type=int, help="Of every choice.  [random]")
 @click.option("--faults", default=",".join(plan.FAULTS), show_default=True, help="Which, separated by commas.")
-@click.option("--engine", type=click.Choice(["meshd"]), default="meshd", show_default=True)
+@click.option("--engine", type=click.Choice(["meshd", "stock"]), default="meshd", show_default=True)
 @click.option("--rate", type=float, default=25.0, show_default=True, help="Submissions a second, of all clients.")
 @click.option("--clients", type=click.IntRange(1, 64), default=4, show_default=True)
 @click.option("--check-every", type=click.IntRange(1), default=50, show_default=True, help="Cycles between two checks.")

@@ -98,13 +98,16 @@ def judge(
 
 def _judge_listings(verdict: Verdict, acknowledged: Mapping[str, float], listed: Mapping[str, list[Listed]]) -> None:
     unfinished: set[str] = set()
+    missing: dict[str, list[str]] = {}
     for node, jobs in listed.items():
         ids = [job.id for job in jobs]
         there = set(ids)
-        verdict.lost += [f"{job} is not at {node}" for job in acknowledged if job not in there]
+        for job in acknowledged.keys() - there:
+            missing.setdefault(job, []).append(node)
         if len(there) < len(ids):
             verdict.doubled += [f"{job} is listed twice at {node}" for job in there if ids.count(job) > 1]
         unfinished |= {f"{job.id} is still {job.state}" for job in jobs if not job.is_final}
+    verdict.lost += [f"{job} is not at {', '.join(nodes)}" for job, nodes in sorted(missing.items())]
     verdict.stuck += sorted(unfinished)
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torture.api import Answered, NodeApi, Silence
 from torture.network import Network
-from torture.processes import NeverReady, Processes
+from torture.processes import Processes, wait_until
 
 FORM_S = 90.0
 ASK_S = 1.0
+STATUS_S = 10.0
 CPU_OFFERED = 8
 """More than the machine has: the jobs only wait, and the kills should find several of them at once."""
 
 
 class Meshd:
     name = "meshd"
-    shapes = ("plain", "rerun", "array", "wait", "fail")
+    shapes: tuple[str, ...] = ("plain", "rerun", "array", "wait", "fail")
 
     def __init__(self, network: Network, home: Path) -> None:
         self._network = network
@@ -46,7 +47,7 @@ class Meshd:
         for node in rest:
             processes.start(node, [*self.command(node), "--join", invite])
             wait_until(lambda node=node: processes.is_ready(node), FORM_S, f"{node} is not ready")  # type: ignore[misc]
-        wait_until(lambda: self.is_whole(self._network.nodes), FORM_S, "the mesh is not whole")
+        wait_until(lambda: not self.behind(self._network.nodes), FORM_S, "the mesh is not whole")
 
     def leader(self, nodes: Sequence[str]) -> str | None:
         """By the newest term that any of these knows."""
@@ -57,16 +58,22 @@ class Meshd:
         self._names.update({row["node"]: row["name"] for row in newest["nodes"]})
         return self._names.get(newest["leader"])
 
-    def is_whole(self, nodes: Sequence[str]) -> bool:
-        """All say that the mesh survives a failure, that everybody lives and that the same one leads."""
-        answers = [self.status(node, timeout_s=10) for node in nodes]
-        said = [answer for answer in answers if answer is not None]
-        return (
-            len(said) == len(nodes)
-            and len({(answer["leader"], answer["term"]) for answer in said}) == 1
-            and all(answer["failures_survived"] >= 1 for answer in said)
-            and all(row["health"] == "alive" for answer in said for row in answer["nodes"])
-        )
+    def behind(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Who is not yet as before the faults, and why; empty when the mesh is whole."""
+        said = {node: self.status(node, timeout_s=STATUS_S) for node in nodes}
+        agreed = Counter((each["leader"], each["term"]) for each in said.values() if each and each["leader"])
+        most = agreed.most_common(1)[0][0] if agreed else None
+        found = {}
+        for node, status in said.items():
+            if status is None:
+                found[node] = "does not answer"
+            elif (status["leader"], status["term"]) != most:
+                found[node] = f"follows {status['leader']} in term {status['term']}"
+            elif status["failures_survived"] < 1:
+                found[node] = f"says that no failure is survived: {status['advice']} {status['warnings']}"
+            elif away := [row["name"] for row in status["nodes"] if row["health"] != "alive"]:
+                found[node] = f"does not see alive: {', '.join(away)}"
+        return found
 
     def status(self, node: str, *, timeout_s: float = ASK_S) -> Mapping[str, Any] | None:
         try:
@@ -74,12 +81,3 @@ class Meshd:
         except (Silence, Answered):
             return None
         return found
-
-
-def wait_until(check: Callable[[], bool], within_s: float, otherwise: str, *, every_s: float = 0.05) -> None:
-    """Raises NeverReady."""
-    deadline = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > deadline:
-            raise NeverReady(f"{otherwise} after {within_s:.0f} s")
-        time.sleep(every_s)

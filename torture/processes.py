@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,8 @@ class Engine(Protocol):
     def command(self, node: str) -> Sequence[str]: ...
     def found(self, processes: Processes) -> None: ...
     def leader(self, nodes: Sequence[str]) -> str | None: ...
-    def is_whole(self, nodes: Sequence[str]) -> bool: ...
+    def socket(self, node: str) -> str: ...
+    def behind(self, nodes: Sequence[str]) -> dict[str, str]: ...
 
 
 class NeverReady(Exception):
@@ -122,3 +123,12 @@ class Processes:
     def stop(self) -> None:
         self.resume()
         self.kill([node for node in self.nodes if node in self._running])
+
+
+def wait_until(check: Callable[[], bool], within_s: float, otherwise: str, *, every_s: float = 0.05) -> None:
+    """Raises NeverReady."""
+    deadline = time.monotonic() + within_s
+    while not check():
+        if time.monotonic() > deadline:
+            raise NeverReady(f"{otherwise} after {within_s:.0f} s")
+        time.sleep(every_s)

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +22,10 @@ from torture.checker import Listed, Task, Verdict, judge
 from torture.clients import Load, Round
 from torture.faults import Faults
 from torture.history import History
-from torture.mesh import Meshd, wait_until
+from torture.mesh import Meshd
 from torture.network import Network
-from torture.processes import NeverReady, Processes
+from torture.processes import Engine, NeverReady, Processes, wait_until
+from torture.stock_mesh import Stock
 
 COME_BACK_S = 60.0
 """A node that was started and is not ready by then, faults being over, never came back."""
@@ -37,6 +39,7 @@ RESTARTS_MAX = 5
 """Of a node that ended by itself, before it is ready: a service manager would start it again, and give up too."""
 
 Say = Callable[[str], None]
+ENGINES: dict[str, Callable[[Network, Path], Engine]] = {"meshd": Meshd, "stock": Stock}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Torture:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # agents start in a third of the time with compiled modules
         environment["PYTHONPATH"] = f"{root}:{root / 'cli'}"
         self._processes = Processes(network, options.home, environment)
-        self._engine = Meshd(network, options.home)
+        self._engine: Engine = ENGINES[options.engine](network, options.home)
         self._faults = Faults(network, self._processes, options.home)
         self._history = History(options.home / "history.jsonl")
         self._load = Load(
@@ -116,7 +119,7 @@ class Torture:
         nodes = self._network.nodes
         begun_s = time.monotonic()
         if self._options.is_calm:
-            self._wait(lambda: self._engine.is_whole(nodes), WHOLE_S, "the mesh is not whole")
+            self._wait(lambda: not self._engine.behind(nodes), WHOLE_S, "the mesh is not whole")
         rng = Random(cycle.picks + 3)  # noqa: S311
         what = self._faults.begin(cycle, self._engine.leader(nodes))
         weather_ends_s = time.monotonic() + (cycle.weather_s if cycle.weather else 0)
@@ -198,17 +201,22 @@ class Torture:
         self._load.stop()
         self._faults.end()
         self._wait(self._all_ready, COME_BACK_S, "not all are back")
-        self._wait(lambda: self._engine.is_whole(nodes), WHOLE_S, "the mesh is not whole")
+        with suppress(NeverReady):
+            wait_until(lambda: not self._engine.behind(nodes), WHOLE_S, "the mesh is not whole")
+        behind = self._engine.behind(nodes)
+        self._troubles += [f"{node} {why} {WHOLE_S:.0f} s after the faults" for node, why in behind.items()]
         round_ = self._load.round
         ops = self._history.take()
-        sockets = {node: self._engine.socket(node) for node in nodes if self._processes.is_running(node)}
         listed: dict[str, list[Listed]] = {}
         tasks: list[Task] = []
-        try:
-            after.wait_finished(NodeApi(next(iter(sockets.values()))), round_.name, FINISH_S)
-            listed, tasks = after.gather(sockets, round_.name, [job for job, kind in round_.kinds.items() if kind])
-        except after.Unanswered as error:
-            self._troubles.append(f"after the faults: {error}")
+        # Who is behind is stuck, and not asked what it has.
+        if sockets := {node: self._engine.socket(node) for node in nodes if node not in behind}:
+            try:
+                after.wait_finished(NodeApi(next(iter(sockets.values()))), round_.name, FINISH_S)
+                traced = [job for job, kind in round_.kinds.items() if kind]
+                listed, tasks = after.gather(sockets, round_.name, traced)
+            except after.Unanswered as error:
+                self._troubles.append(f"after the faults: {error}")
         verdict = judge(
             ops, listed=listed, tasks=tasks, traces=after.read_traces(round_.traces), kinds=round_.kinds, absent=self._troubles
         )  # fmt: skip
