@@ -3,7 +3,7 @@
     lost      acknowledged and not there, at any node; or a read, begun after the acknowledgement, that did not
               find it; or done, although no attempt ran to its end
     doubled   made twice by one id; finished in two ways; one attempt begun twice; an `on_lost: fail` task begun
-              twice; two attempts of an `on_lost: wait` task at a time
+              twice; two attempts of an `on_lost: wait` task at a time; two leaders in one term
     stuck     a job that did not finish, and a node that did not come back, once the faults had stopped
 
 Traces are lines that attempts append to one file, so that their order needs no clock.
@@ -11,7 +11,7 @@ Traces are lines that attempts append to one file, so that their order needs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -76,9 +76,11 @@ def judge(
     tasks: Iterable[Task],
     traces: Iterable[Trace],
     kinds: Mapping[str, str],
-    absent: Iterable[str],
+    absent: Iterable[str] = (),
+    reigns: Mapping[int, Collection[str]] | None = None,
 ) -> Verdict:
-    """`listed` by the node that was asked, `kinds` by job what its `on_lost` is ("" leaves no trace), `absent` nodes."""
+    """`listed` by the node that was asked; `kinds` by job what its `on_lost` is ("" leaves no trace); nodes that are
+    `absent`, with the reason; `reigns` by term who was said to lead."""
     ops = list(ops)
     verdict = Verdict()
     acknowledged: dict[str, float] = {}
@@ -87,7 +89,12 @@ def judge(
             acknowledged[op.job] = min(op.ended_s, acknowledged.get(op.job, op.ended_s))
     verdict.acknowledged = len(acknowledged)
     verdict.refused = [f"{op.job} at {op.node}: {op.error}" for op in ops if op.result == "refused"]
-    verdict.stuck = [f"{node} did not come back" for node in absent]
+    verdict.stuck = list(absent)
+    verdict.doubled = [
+        f"term {term} had {len(leaders)} leaders: {', '.join(sorted(leaders))}"
+        for term, leaders in sorted((reigns or {}).items())
+        if len(leaders) > 1
+    ]
     _judge_listings(verdict, acknowledged, {node: list(jobs) for node, jobs in listed.items()})
     _judge_answers(verdict, acknowledged, ops)
     tasks = list(tasks)

@@ -46,9 +46,10 @@ class Faults:
                 for node in nodes:
                     self._network.lose(node, percent)
                 return f"{percent} % of all packets dropped"
-            case Weather.PAUSE:
-                self._processes.pause(one)
-                return f"{one} is stopped"
+            case Weather.PAUSE | Weather.PAUSE_LEADER:
+                target = leader if leader is not None and cycle.weather is Weather.PAUSE_LEADER else one
+                self._processes.pause(target)
+                return f"{target} is stopped for {cycle.weather_s:.0f} s"
             case Weather.CLOCK:
                 jump_s = rng.choice(JUMPS_S)
                 self._set_clock(one, jump_s)

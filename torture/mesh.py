@@ -28,6 +28,7 @@ class Meshd:
         self._home = home
         self._apis = {node: NodeApi(self.socket(node)) for node in network.nodes}
         self._names: dict[str, str] = {}
+        self.reigns: dict[int, set[str]] = {}
 
     def socket(self, node: str) -> str:
         return str(self._home / node / "api.sock")
@@ -80,4 +81,6 @@ class Meshd:
             found: Mapping[str, Any] = self._apis[node].get("/v1/cluster", timeout_s=timeout_s)
         except (Silence, Answered):
             return None
+        if found["leader"]:
+            self.reigns.setdefault(int(found["term"]), set()).add(found["leader"])
         return found

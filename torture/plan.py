@@ -1,8 +1,9 @@
 """What is done to the mesh, and when: every choice of a run follows from its seed.
 
-A cycle kills -9: the leader, one node, a minority or all at once. Some cycles have weather
-besides, a fault of the network, of a process or of a clock, which begins before the kill;
-the kill falls into it or comes after it. So the number of cycles is that of kill cycles.
+A cycle kills -9: the leader, a follower, any node, a minority or all at once. Some cycles
+have weather besides, a fault of the network, of a process or of a clock, which begins before
+the kill; the kill falls into it or comes after it. So the number of cycles is that of kill
+cycles. A drill is one kind of fault again and again, each time on a mesh that is whole.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from random import Random
 
 class Kill(StrEnum):
     LEADER = "kill-leader"
+    FOLLOWER = "kill-follower"
     NODE = "kill-node"
     MINORITY = "kill-minority"
     ALL = "kill-all"
@@ -31,6 +33,7 @@ class Weather(StrEnum):
     LOSSY = "lossy"
     PAUSE = "pause"
     """SIGSTOP, then SIGCONT."""
+    PAUSE_LEADER = "pause-leader"
     CLOCK = "clock"
     """One node's wall clock jumps."""
 
@@ -38,10 +41,10 @@ class Weather(StrEnum):
 PARTITIONS = frozenset({Weather.PARTITION, Weather.ONE_WAY, Weather.BRIDGE})
 FAULTS: tuple[str, ...] = (*(each.value for each in Kill), *(each.value for each in Weather))
 
-KILL_WEIGHTS = {Kill.LEADER: 4, Kill.NODE: 4, Kill.MINORITY: 1, Kill.ALL: 1}
+KILL_WEIGHTS = {Kill.LEADER: 4, Kill.FOLLOWER: 1, Kill.NODE: 3, Kill.MINORITY: 1, Kill.ALL: 1}
 WEATHER_WEIGHTS = {
     Weather.PARTITION: 4, Weather.ONE_WAY: 4, Weather.BRIDGE: 4,
-    Weather.SLOW: 2, Weather.LOSSY: 2, Weather.PAUSE: 2, Weather.CLOCK: 1,
+    Weather.SLOW: 2, Weather.LOSSY: 2, Weather.PAUSE: 1, Weather.PAUSE_LEADER: 1, Weather.CLOCK: 1,
 }  # fmt: skip
 WEATHER_SHARE = 0.4
 """Of the cycles; with the weights above a fifth and more of all cycles cut the network."""
@@ -52,11 +55,16 @@ WEATHER_S = (0.5, 6.0)
 PAUSE_S = (1.0, 2.0, 3.0, 5.0, 12.0, 20.0)
 """SIGSTOP: under and over every timeout of the protocol (1 s contact, 10 s view, 12 s session)."""
 
+DRILLS = ("leader-kills", "follower-kills", "leader-pauses")
+DRILL_DOWN_S = 2.0
+"""Longer than an election: the mesh has to go on without the victim, not with its return."""
+DRILL_PAUSE_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
     number: int
-    kill: Kill
+    kill: Kill | None
     down_s: float
     weather: Weather | None
     weather_s: float
@@ -67,7 +75,7 @@ class Cycle:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        return (self.kill.value,) if self.weather is None else (self.kill.value, self.weather.value)
+        return tuple(fault.value for fault in (self.kill, self.weather) if fault is not None)
 
 
 def cycles(seed: int, count: int, faults: Collection[str] = FAULTS) -> Iterator[Cycle]:
@@ -80,8 +88,21 @@ def cycles(seed: int, count: int, faults: Collection[str] = FAULTS) -> Iterator[
         weather = None
         if weathers and rng.random() < WEATHER_SHARE:
             weather = rng.choices(weathers, [WEATHER_WEIGHTS[each] for each in weathers])[0]
-        seconds = rng.choice(PAUSE_S) if weather is Weather.PAUSE else rng.uniform(*WEATHER_S)
+        seconds = rng.choice(PAUSE_S) if weather in (Weather.PAUSE, Weather.PAUSE_LEADER) else rng.uniform(*WEATHER_S)
         yield Cycle(number, kill, rng.choice(DOWN_S), weather, seconds, rng.random() < 0.5, rng.getrandbits(32))
+
+
+def drill(name: str, count: int) -> Iterator[Cycle]:
+    for number in range(1, count + 1):
+        match name:
+            case "leader-kills":
+                yield Cycle(number, Kill.LEADER, DRILL_DOWN_S, None, 0.0, False, number)
+            case "follower-kills":
+                yield Cycle(number, Kill.FOLLOWER, DRILL_DOWN_S, None, 0.0, False, number)
+            case "leader-pauses":
+                yield Cycle(number, None, 0.0, Weather.PAUSE_LEADER, DRILL_PAUSE_S, False, number)
+            case _:
+                raise ValueError(name)
 
 
 def victims(cycle: Cycle, nodes: list[str], leader: str | None) -> list[str]:
@@ -90,12 +111,16 @@ def victims(cycle: Cycle, nodes: list[str], leader: str | None) -> list[str]:
     match cycle.kill:
         case Kill.LEADER:
             return [leader or rng.choice(nodes)]
+        case Kill.FOLLOWER:
+            return [rng.choice([node for node in nodes if node != leader])]
         case Kill.NODE:
             return [rng.choice(nodes)]
         case Kill.MINORITY:
             return rng.sample(nodes, (len(nodes) - 1) // 2)
         case Kill.ALL:
             return rng.sample(nodes, len(nodes))
+        case None:
+            return []
 
 
 def cuts(cycle: Cycle, nodes: list[str], leader: str | None) -> set[tuple[str, str]]:

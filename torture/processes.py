@@ -22,6 +22,8 @@ class Engine(Protocol):
 
     name: str
     shapes: tuple[str, ...]
+    reigns: dict[int, set[str]]
+    """By term, who was said to lead in it."""
 
     def command(self, node: str) -> Sequence[str]: ...
     def found(self, processes: Processes) -> None: ...
@@ -84,6 +86,9 @@ class Processes:
 
     def is_running(self, node: str) -> bool:
         return node in self._running and self._running[node].poll() is None
+
+    def is_answering(self, node: str) -> bool:
+        return node in self._ready and self.is_running(node) and node not in self.paused
 
     def state(self, node: str) -> str:
         if not self.is_running(node):

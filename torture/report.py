@@ -50,6 +50,10 @@ class Report(Struct):
     stuck: int
     refused: int
     ended_by_themselves: list[str]
+    client_calls: int
+    """Of `meshd.client`, knowing all nodes, in a drill."""
+    client_errors: list[str]
+    client_slowest_s: float
     violations: dict[str, list[str]]
     done: list[Done]
 
@@ -83,6 +87,9 @@ def make(
     load: str,
     seconds: float,
     ended: Sequence[str],
+    client_calls: int,
+    client_errors: Sequence[str],
+    client_slowest_s: float,
 ) -> Report:
     return Report(
         engine=engine,
@@ -101,6 +108,9 @@ def make(
         stuck=len(verdict.stuck),
         refused=len(verdict.refused),
         ended_by_themselves=list(ended),
+        client_calls=client_calls,
+        client_errors=list(client_errors),
+        client_slowest_s=round(client_slowest_s, 3),
         violations={name: getattr(verdict, name) for name in ("lost", "doubled", "stuck", "refused")},
         done=list(done),
     )
@@ -116,6 +126,12 @@ def table(report: Report) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     told = [f"{name}: {what}" for name, found in report.violations.items() for what in found[:SHOWN_MAX]]
     told += [f"ended by itself: {what}" for what in report.ended_by_themselves[:SHOWN_MAX]]
+    if report.client_calls:
+        told.append(
+            f"clients that know all nodes: {report.client_calls} calls, {len(report.client_errors)} errors, "
+            f"the slowest took {report.client_slowest_s:.2f} s"
+        )
+        told += report.client_errors[:SHOWN_MAX]
     return "\n".join([*lines, "", *told, *([""] if told else [])])
 
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,17 +24,22 @@ from torture.faults import Faults
 from torture.history import History
 from torture.mesh import Meshd
 from torture.network import Network
+from torture.observers import Observers
 from torture.processes import Engine, NeverReady, Processes, wait_until
 from torture.stock_mesh import Stock
 
-COME_BACK_S = 60.0
+COME_BACK_S = 120.0
 """A node that was started and is not ready by then, faults being over, never came back."""
-WHOLE_S = 60.0
+WHOLE_S = 120.0
+"""Far over what it takes (10 s), because machines that run this are often busy with more than this."""
 FINISH_S = 120.0
 """For what is left when the faults stop; a session of a lost node ends after 12 s, its tasks are held at most as long."""
 ROUND_ACKNOWLEDGED_MAX = 6_000
 """A mesh forgets finished jobs past 10,000: a check has to come before."""
 POLL_S = 0.02
+WATCH_EVERY_S = 0.25
+STEADY_S, STEADY_SHARE = 2.0, 0.5
+"""Before a drill strikes: so long, at least so much of the load that was asked for."""
 RESTARTS_MAX = 5
 """Of a node that ended by itself, before it is ready: a service manager would start it again, and give up too."""
 
@@ -51,11 +56,10 @@ class Options:
     home: Path
     faults: tuple[str, ...] = plan.FAULTS
     clients: int = 4
-    rate_s: float = 25.0
+    rate_s: float = 15.0
     check_every: int = 50
     keep_going: bool = False
-    is_calm: bool = False
-    """Each kill waits until the mesh is whole."""
+    drill: str = ""
 
 
 class Torture:
@@ -79,6 +83,7 @@ class Torture:
             rate_s=options.rate_s,
             shapes=self._engine.shapes,
         )
+        self.observers = Observers([self._engine.socket(node) for node in network.nodes])
         self._rounds = 0
         self._restarts = dict.fromkeys(network.nodes, 0)
         self._troubles: list[str] = []
@@ -95,7 +100,7 @@ class Torture:
             self._say(f"a mesh of {len(self._network.nodes)} stands")
             self._begin_round()
             since_check = 0
-            for cycle in plan.cycles(self._options.seed, self._options.cycles, self._options.faults):
+            for cycle in self._planned():
                 if self.is_stopping or (self._troubles and not self._options.keep_going):
                     break
                 self._perform(cycle)
@@ -110,41 +115,63 @@ class Torture:
             self._end_round()
         finally:
             self._load.stop()
+            self.observers.stop()
             self._history.close()
             self._processes.stop()
+
+    def _planned(self) -> Iterable[plan.Cycle]:
+        if self._options.drill:
+            return plan.drill(self._options.drill, self._options.cycles)
+        return plan.cycles(self._options.seed, self._options.cycles, self._options.faults)
 
     # --- a cycle ------------------------------------------------------------------------------------------------------
 
     def _perform(self, cycle: plan.Cycle) -> None:
         nodes = self._network.nodes
         begun_s = time.monotonic()
-        if self._options.is_calm:
-            self._wait(lambda: not self._engine.behind(nodes), WHOLE_S, "the mesh is not whole")
+        if self._options.drill:
+            self._wait(self._is_steady, WHOLE_S, "the mesh is not whole")
         rng = Random(cycle.picks + 3)  # noqa: S311
+        hit_s = time.monotonic()
         what = self._faults.begin(cycle, self._engine.leader(nodes))
-        weather_ends_s = time.monotonic() + (cycle.weather_s if cycle.weather else 0)
         if cycle.weather:
-            time.sleep(cycle.weather_s * (rng.random() if cycle.is_killed_within else 1.0))
+            self._watch_until(hit_s + cycle.weather_s * (rng.random() if cycle.is_killed_within else 1.0))
             if not cycle.is_killed_within:
                 self._faults.end()
-        victims = plan.victims(cycle, nodes, self._engine.leader(nodes))
-        killed_s = time.monotonic()
-        self._processes.kill(victims)
-        time.sleep(cycle.down_s)
-        for node in victims:
-            self._start(node)
+        victims = plan.victims(cycle, nodes, self._engine.leader(nodes) if cycle.kill else None)
+        if victims:
+            hit_s = time.monotonic()
+            self._processes.kill(victims)
+            self._watch_until(hit_s + cycle.down_s)
+            for node in victims:
+                self._start(node)
         if cycle.weather and cycle.is_killed_within:
-            self._tend_until(weather_ends_s)
+            self._watch_until(begun_s + cycle.weather_s)
             self._faults.end()
-        self._wait(lambda: self._all_ready() and bool(self._history.acknowledged_s(killed_s)), COME_BACK_S, "not all are back and writing")  # fmt: skip
-        times = [killed_s, *self._history.acknowledged_s(killed_s)]
-        silence_s = max((b - a for a, b in itertools.pairwise(times)), default=time.monotonic() - killed_s)
+        self._wait(lambda: self._all_ready() and bool(self._history.acknowledged_s(hit_s)), COME_BACK_S, "not all are back and writing")  # fmt: skip
+        times = [hit_s, *self._history.acknowledged_s(hit_s)]
+        silence_s = max((b - a for a, b in itertools.pairwise(times)), default=time.monotonic() - hit_s)
         done = report.Done.of(cycle, victims, what, silence_s, time.monotonic() - begun_s)
         self.done.append(done)
         self._say(
             f"{cycle.number:5} {done.seconds:5.1f} s  {' '.join(done.faults)} {','.join(victims)} "
             f"down {cycle.down_s:.1f} s, silence {silence_s:.2f} s {what}"
         )
+
+    def _is_steady(self) -> bool:
+        """Whole, and writing without a break."""
+        return (
+            not self._engine.behind(self._network.nodes)
+            and len(self._history.acknowledged_s(time.monotonic() - STEADY_S))
+            > STEADY_S * self._options.rate_s * STEADY_SHARE
+        )
+
+    def _watch_until(self, ends_s: float) -> None:
+        """Who leads is looked at meanwhile, so that two leaders in one term are seen."""
+        while (left_s := ends_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, WATCH_EVERY_S))
+            if ends_s - time.monotonic() > 0.1:
+                self._engine.leader([node for node in self._network.nodes if self._processes.is_answering(node)])
 
     def _start(self, node: str) -> None:
         environment = self._faults.clock_environment(node) if plan.Weather.CLOCK.value in self._options.faults else {}
@@ -173,11 +200,6 @@ class Torture:
             self._restarts[node] = 0
         return is_ready
 
-    def _tend_until(self, ends_s: float) -> None:
-        while (left_s := ends_s - time.monotonic()) > 0:
-            self._all_ready()
-            time.sleep(min(left_s, 0.1))
-
     def _wait(self, check: Callable[[], bool], within_s: float, otherwise: str) -> None:
         try:
             wait_until(check, within_s, otherwise, every_s=POLL_S)
@@ -193,12 +215,15 @@ class Torture:
         name = f"round{self._rounds}"
         self._load.round = Round(name, self._options.home / f"{name}.traces", {})
         self._load.start()
+        if self._options.drill and self._options.engine == "meshd":
+            self.observers.start()
 
     def _end_round(self) -> None:
         """Faults end, everybody comes back, everything finishes; then it is judged."""
         begun_s = time.monotonic()
         nodes = self._network.nodes
         self._load.stop()
+        self.observers.stop()
         self._faults.end()
         self._wait(self._all_ready, COME_BACK_S, "not all are back")
         with suppress(NeverReady):
@@ -218,9 +243,10 @@ class Torture:
             except after.Unanswered as error:
                 self._troubles.append(f"after the faults: {error}")
         verdict = judge(
-            ops, listed=listed, tasks=tasks, traces=after.read_traces(round_.traces), kinds=round_.kinds, absent=self._troubles
+            ops, listed=listed, tasks=tasks, traces=after.read_traces(round_.traces), kinds=round_.kinds, absent=self._troubles, reigns=self._engine.reigns
         )  # fmt: skip
         self._troubles = []
+        self._engine.reigns.clear()
         self.verdict.add(verdict)
         self._say(
             f"{round_.name}: {len(self.done)} cycles, {verdict.acknowledged} acknowledged, lost {len(verdict.lost)}, "
@@ -246,6 +272,9 @@ def torture(options: Options, say: Say, on_begun: Callable[[Torture], None]) -> 
         load="load average {:.1f} {:.1f} {:.1f}".format(*os.getloadavg()) + f" on {os.cpu_count()} cores",
         seconds=time.monotonic() - begun_s,
         ended=run.ended,
+        client_calls=run.observers.calls,
+        client_errors=run.observers.errors,
+        client_slowest_s=run.observers.slowest_s,
     )
 
 

@@ -26,7 +26,7 @@ from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, replicated
 ANSWER_S = 10.0
 RETRY_S = 0.5
 """Stock's own 5 s between two dials of a lost peer would make every cycle as long."""
-COMPACTION_ENTRIES, COMPACTION_S = 500, 10
+COMPACTION_ENTRIES, COMPACTION_S = 200, 5
 """Stock's own 5,000 and 300 s would hardly come up in a short run."""
 
 
@@ -40,10 +40,10 @@ class Jobs(SyncObj):  # type: ignore[misc]
         self.jobs: dict[str, str] = {}
 
     @replicated  # type: ignore[untyped-decorator]
-    def put(self, job: str, name: str) -> bool:
+    def put(self, job: str, spec: str) -> bool:
         """Whether it is new."""
         is_new = job not in self.jobs
-        self.jobs.setdefault(job, name)
+        self.jobs.setdefault(job, spec)
         return is_new
 
     @replicated  # type: ignore[untyped-decorator]
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         jobs = self.server.jobs
         try:
-            is_new = jobs.ask(jobs.put, body["id"], body["spec"]["name"])
+            is_new = jobs.ask(jobs.put, body["id"], json.dumps(body["spec"]))
         except Unknown as error:
             self._answer(503, {"error": str(error)})
         else:
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             ids = (
                 []
                 if is_unfinished_asked
-                else [job for job, name in list(jobs.jobs.items()) if name == query["name"][0]]
+                else [job for job, spec in list(jobs.jobs.items()) if json.loads(spec)["name"] == query["name"][0]]
             )
             self._answer(200, {"jobs": [{"id": job, "state": "done", "is_final": True} for job in ids], "next": None})
         else:

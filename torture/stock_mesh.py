@@ -21,6 +21,7 @@ class Stock:
         self._network = network
         self._home = home
         self._apis = {node: NodeApi(self.socket(node)) for node in network.nodes}
+        self.reigns: dict[int, set[str]] = {}
         self._names = {network.address(node): node for node in network.nodes}
 
     def socket(self, node: str) -> str:
@@ -53,4 +54,6 @@ class Stock:
             found: Mapping[str, Any] = self._apis[node].get("/v1/cluster", timeout_s=ASK_S)
         except (Silence, Answered):
             return None
+        if found["leader"]:
+            self.reigns.setdefault(int(found["term"]), set()).add(found["leader"])
         return found

@@ -6,7 +6,7 @@ import pytest
 
 from torture.checker import Listed, Task, Trace, Verdict, judge
 from torture.history import Op
-from torture.plan import FAULTS, Kill, Weather, both_ways, cuts, cycles, victims
+from torture.plan import DRILLS, FAULTS, Kill, Weather, both_ways, cuts, cycles, drill, victims
 
 NODES = ["node1", "node2", "node3", "node4", "node5"]
 
@@ -89,7 +89,11 @@ def test_a_job_that_does_not_finish_is_stuck():
 
 
 def test_a_node_that_does_not_come_back_is_stuck():
-    assert judge(**good() | {"absent": ["node5"]}).stuck == ["node5 did not come back"]
+    assert judge(**good() | {"absent": ["node5 is not ready"]}).stuck == ["node5 is not ready"]
+
+
+def test_two_leaders_in_one_term_are_found():
+    assert judge(**good() | {"reigns": {3: {"x"}, 4: {"y", "z"}}}).doubled == ["term 4 had 2 leaders: y, z"]
 
 
 def test_an_unacknowledged_job_may_be_there_or_not_but_has_to_finish():
@@ -103,7 +107,7 @@ def test_an_unacknowledged_job_may_be_there_or_not_but_has_to_finish():
 
 def test_a_seed_is_a_whole_run():
     assert list(cycles(7, 200)) == list(cycles(7, 200))
-    assert {fault for cycle in cycles(7, 200) for fault in cycle.faults} == set(FAULTS)
+    assert {fault for cycle in cycles(7, 400) for fault in cycle.faults} == set(FAULTS)
 
 
 def test_a_fifth_of_the_cycles_cut_the_network():
@@ -115,12 +119,19 @@ def test_only_the_faults_that_were_asked_for_happen():
     assert {fault for cycle in cycles(7, 50, ["kill-all", "slow"]) for fault in cycle.faults} == {"kill-all", "slow"}
 
 
+@pytest.mark.parametrize("name", DRILLS)
+def test_a_drill_is_one_fault_again_and_again(name):
+    assert len({cycle.faults for cycle in drill(name, 5)}) == 1 and len(list(drill(name, 5))) == 5
+
+
 def test_a_minority_is_less_than_half_and_the_leader_is_killed_where_there_is_one():
     for cycle in cycles(5, 100):
         found = victims(cycle, NODES, "node2")
         match cycle.kill:
             case Kill.LEADER:
                 assert found == ["node2"]
+            case Kill.FOLLOWER:
+                assert len(found) == 1 and found != ["node2"]
             case Kill.NODE:
                 assert len(found) == 1
             case Kill.MINORITY:
