@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from meshd import codec
+from meshd.errors import Corrupt, InvalidRequest
 from meshd.raft.messages import MEMBERSHIP, Entry, VoterId
 
 VOTERS_MAX = 9
@@ -16,6 +17,18 @@ _Reached = TypeVar("_Reached", int, float)
 
 def as_command(voters: Sequence[VoterId]) -> bytes:
     return MEMBERSHIP + codec.pack(tuple(voters))
+
+
+def voters_of(command: bytes) -> tuple[VoterId, ...] | None:
+    """The configuration that this entry brings; None for all other kinds. Raises InvalidRequest."""
+    if command[:1] != MEMBERSHIP:
+        return None
+    voters = codec.unpack(command[1:])
+    if not isinstance(voters, tuple) or not all(isinstance(voter, str) for voter in voters):
+        raise InvalidRequest("a configuration is a list of voters")
+    if not 1 <= len(voters) <= VOTERS_MAX or len(set(voters)) != len(voters):
+        raise InvalidRequest(f"a configuration names 1 to {VOTERS_MAX} voters, each once")
+    return voters
 
 
 class Configurations:
@@ -42,11 +55,13 @@ class Configurations:
     # --- as the log changes -------------------------------------------------------------------------------------------
 
     def note(self, entry: Entry) -> bool:
-        """Whether this entry is a configuration."""
-        if entry[0][:1] != MEMBERSHIP:
+        """Whether this entry is a configuration. Raises Corrupt: what a peer sends was looked at before it came here."""
+        try:
+            voters = voters_of(entry[0])
+        except InvalidRequest as error:
+            raise Corrupt(f"entry {entry[1]} of the log cannot be read: {error.message}") from error
+        if voters is None:
             return False
-        voters = codec.unpack(entry[0][1:])
-        assert isinstance(voters, tuple) and all(isinstance(voter, str) for voter in voters)
         self._known.append((entry[1], voters))
         return True
 

@@ -6,9 +6,12 @@ they truly contradict (F1), and never below what is committed: there the server 
 
 from __future__ import annotations
 
-from meshd.errors import Corrupt, PeerFault
+from collections.abc import Sequence
+
+from meshd.errors import Corrupt, InvalidRequest, PeerFault
+from meshd.raft.configurations import voters_of
 from meshd.raft.election import Elections
-from meshd.raft.messages import Append, Appended, VoterId
+from meshd.raft.messages import Append, Appended, Entry, VoterId
 from meshd.raft.pysyncobj_state import RaftState
 
 
@@ -21,6 +24,7 @@ class Following:
         raft = self._raft
         if any(e[1] != m.prev_index + k or not m.prev_term <= e[2] <= m.term for k, e in enumerate(m.entries, 1)):
             raise PeerFault(f"{peer} sent entries out of order after {m.prev_index}")
+        _check_configurations(peer, m.entries)
         if m.term < raft.term:
             raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0))
             return
@@ -67,3 +71,12 @@ class Following:
         if fresh:
             raft.received_s = raft.now()
         return True, prev_index + len(entries) + 1
+
+
+def _check_configurations(peer: VoterId, entries: Sequence[Entry]) -> None:
+    """Before anything changes: a configuration counts from the moment it is in the log. Raises PeerFault."""
+    try:
+        for command, _, _ in entries:
+            voters_of(command)
+    except InvalidRequest as error:
+        raise PeerFault(f"{peer} sent nonsense for a configuration: {error.message}") from error

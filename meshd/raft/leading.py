@@ -14,6 +14,7 @@ from meshd.errors import PeerFault
 from meshd.raft.agreement import Comparison
 from meshd.raft.configurations import VOTERS_MAX, as_command
 from meshd.raft.feeding import Feeder
+from meshd.raft.frames import FIRST_INDEX
 from meshd.raft.messages import NO_OP, Appended, Received, TimeoutNow, VoterId
 from meshd.raft.progress import Progress
 from meshd.raft.pysyncobj_state import RaftState
@@ -129,7 +130,8 @@ class Leadership:
                 progress.restart(m.next)
             progress.succeeded(m.next, self._raft.now())
         elif m.next and progress.transfer is None:
-            progress.refused(m.next)
+            # The first item of every log is the same: there is no snapshot that ends before it.
+            progress.refused(max(m.next, FIRST_INDEX + 1))
 
     def on_received(self, peer: VoterId, m: Received) -> None:
         progress = self._answered(peer, m)

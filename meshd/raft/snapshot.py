@@ -10,29 +10,34 @@ synced, before it replaces the one before it or the log that it covers (protocol
 from __future__ import annotations
 
 import struct
+from typing import Annotated
 
 from blake3 import blake3
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, PeerFault
+from meshd.raft.configurations import VOTERS_MAX
 from meshd.raft.disk import Disk
 from meshd.raft.frames import LocalHeader
-from meshd.raft.messages import SNAPSHOT_BYTES_MAX, VoterId
+from meshd.raft.messages import SNAPSHOT_BYTES_MAX, Number, VoterId
 
 _MAGIC = b"meshdsn1"
 _LENGTHS = struct.Struct("<II")
 _DIGEST_BYTES = 32
 _PREFIX = "snapshot-"
 
+INDEX_MAX = 2**48
+"""No mesh writes so much; the entries after it must have numbers that messages can carry."""
+
 
 class Image(Struct, frozen=True, array_like=True):
     """What a snapshot says, whoever holds it."""
 
     mesh: str
-    index: int
-    term: int
-    voters: tuple[VoterId, ...]
+    index: Annotated[int, Meta(ge=1, le=INDEX_MAX)]
+    term: Number
+    voters: Annotated[tuple[VoterId, ...], Meta(max_length=VOTERS_MAX)]
     """The configuration as of `index`."""
     state: bytes
 

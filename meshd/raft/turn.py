@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from meshd.errors import PeerFault
+from meshd.errors import Corrupt, MeshError, PeerFault
 from meshd.raft.agreement import Diverged
 from meshd.raft.arrival import Arrived
 from meshd.raft.disk import Disk
@@ -110,13 +110,13 @@ class Turns:
             data = bytes(arrived.data)
             image = unpack_image(data, digest=arrived.digest, mesh=self._mesh)
             restore = self._machine.unpack(image.state)
-        except PeerFault as error:
+        except (PeerFault, Corrupt) as error:  # nothing of it was written: the sender's fault, not this disk's
             self._finished = partial(self._refused, arrived, error)
         else:
             save(self._disk, Packed(image.index, image.term, data, arrived.digest), self._journal.header)
             self._finished = partial(self._received, image, restore)
 
-    def _refused(self, arrived: Arrived, error: PeerFault) -> None:
+    def _refused(self, arrived: Arrived, error: MeshError) -> None:
         self._server.report("raft.snapshot_refused", {"peer": arrived.peer, "why": str(error)})
         self._server.engine.discard_arrived()
 

@@ -7,11 +7,17 @@ from collections.abc import Callable
 import pytest
 from msgspec import Raw
 
+from fuzz.targets import raft
 from meshd import codec
+from meshd.errors import PeerFault
 from meshd.model import Array, BackendOffer, Needs, Offer, Resources
 from meshd.raft.commands import AnyAnswer, Batch, Claim, Rejected, RevokeToken, Stamped, Submit
+from meshd.raft.configurations import as_command
 from meshd.raft.machine import Machine
+from meshd.raft.messages import NO_OP, Append, Appended, Chunk, VoterId
 from meshd.raft.proposals import NESTING_MAX, is_readable
+from meshd.raft.server import Mail
+from meshd.raft.snapshot import Image, pack_image
 from meshd.views import GetMembers, MembersView
 from tests.scene import WALL_MS, A, B, Scene, job_id, spec
 
@@ -73,3 +79,46 @@ def test_nonsense_between_two_honest_commands_costs_only_itself() -> None:
     entry = codec.encode(Batch(0, WALL_MS, (honest, Stamped(B, Raw(b"\x93\xa5Joinx\x01\x02")), honest)))
     answers = [codec.decode(answer, AnyAnswer) for answer in scene.machine.apply(scene.index + 1, entry)]
     assert len(answers) == 3 and all(isinstance(answer, Rejected) for answer in answers)
+
+
+# --- a server that lies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [b"\x02", b"\x02\x05", b"\x02\x90", b"\x02\x91\x01", b"\x02\xc1", as_command((raft.B, raft.B)), as_command([VoterId(f"{k}/1") for k in range(10)])],
+)  # fmt: skip
+def test_a_configuration_that_is_none_is_the_senders_fault_and_changes_nothing(nonsense: bytes) -> None:
+    world = raft.World(is_alone=False)
+    entries = ((NO_OP, 2, 1), (nonsense, 3, 1))
+    with pytest.raises(PeerFault, match="configuration"):
+        world.server.engine.receive(raft.B, Append(1, 1, 100_000, 3, 1, 0, entries))
+    assert world.server.engine.last == 1 and world.server.engine.voters == (raft.ME, raft.B, raft.C)
+
+
+@pytest.mark.parametrize(
+    ("index", "state"),
+    [(5, b"\x90"), (5, b"nonsense"), (2**53, raft.empty_state())],
+    ids=["empty", "nonsense", "beyond"],
+)
+def test_a_snapshot_that_is_none_stops_nobody(index: int, state: bytes) -> None:
+    """It was taken for a damaged disk, and a number past all numbers made messages that no peer could read."""
+    world = raft.World(is_alone=False)
+    packed = pack_image(Image("mesh", index, 1, (), state))
+    chunk = Chunk(1, 1, 100_000, index, 1, len(packed.data), packed.digest, 0, packed.data)
+    world.links.inbox.append(Mail(raft.B, chunk))
+    world.turn()
+    assert world.server.engine.commit == 1 and world.server.engine.arrived is None
+
+
+def test_a_peer_that_wants_the_log_from_before_its_beginning_is_not_looked_up_again_and_again() -> None:
+    """There is no snapshot of that: the server asked its disk for one in every turn, without end."""
+    world = raft.World(is_alone=False)
+    for frame in raft.elected():
+        world.obey(frame)
+        world.turn()
+    assert world.server.engine.is_leader
+    world.links.inbox.append(Mail(raft.B, Appended(1, 1, 100_000, False, 1)))
+    for _ in world.turns.turn():
+        world.journal.commit()
+    assert world.turns.beside() is None
