@@ -63,7 +63,7 @@ LOADS = (
 )
 ROLES = ("leader", "follower")
 
-WORST = ("elections", "longest", "latest")
+WORST = ("elections", "longest")
 """Of these rows the worst round counts, of others the median."""
 
 BOUNDS: dict[str, tuple[str, float]] = {
@@ -72,7 +72,8 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "256 in flight, leader: commands/s": (">=", 15_000),
     "16 in flight, 100 items each, leader: items/s": (">=", 120_000),
     "elections": ("<=", 0),
-    "longest turn of a loop, CPU ms": ("<=", 50),
+    "longest turn of a loop, less the wait for a core: ms": ("<=", 50),
+    "longest wait for the interpreter: ms": ("<=", 50),
 }
 
 
@@ -107,9 +108,12 @@ class Server:
         figures: dict[str, Any] = json.loads(line)
         return figures
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
-        with_grace = self._process.poll() is None
-        if with_grace:
+        if self._process.poll() is None:
             self.tell("stop")
         try:
             self._process.wait(5)
@@ -160,9 +164,9 @@ def measure(contender: Contender, seconds: float, scratch: Path | None) -> dict[
         if not contender.is_ours:
             rows["applied entries cut from a log, times"] = sum(it["cuts"] for it in answers[-len(servers) :])
         if contender.is_ours:
-            rows["longest turn of a loop, ms"] = max(it["turn_ms"] for it in answers)
-            rows["longest turn of a loop, CPU ms"] = max(it["turn_cpu_ms"] for it in answers)
-            rows["latest after its timeout, ms"] = max(it["late_ms"] for it in answers)
+            rows["longest turn of a loop, wall: ms"] = max(it["wall_ms"] for it in answers)
+            rows["longest turn of a loop, less the wait for a core: ms"] = max(it["turn_ms"] for it in answers)
+            rows["longest wait for the interpreter: ms"] = max(it["late_ms"] for it in answers)
             for role in ROLES:
                 told = by_role[role].order("barrier", seconds=seconds)
                 rows[f"read barrier, {role}: p50 ms"] = statistics.median(told["took_ms"])

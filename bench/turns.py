@@ -1,48 +1,64 @@
 """How long a trio loop is away from its sockets and timers, and which task kept it.
 
 A turn is what happens between two polls of the operating system: every task that was ready takes one step. While it
-lasts no heartbeat is read or sent. Its CPU time is told beside: on a busy machine a turn is also long because
-another process has the core.
+lasts no heartbeat is read or sent. Three clocks tell it: the wall; the wall without the time in which the loop's
+thread stood in line for a core, which other processes had; and the thread's own CPU time. What is between the last
+two is a wait for the interpreter, held by another thread.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import trio
 
 PULSE_S = 0.005
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Longest:
-    turn_ms: float
-    turn_cpu_ms: float
-    """Of the loop's own thread in the turn that took most of it: independent of who else uses the machine."""
-    late_ms: float
-    """Beyond its timeout in a poll: another thread holds the interpreter, or another process the core."""
-    step: str
-    """The task with the longest single step, and its milliseconds of CPU time; empty when steps are not watched."""
+    """Each is the longest by itself, not all of one turn."""
+
+    wall_ms: float = 0.0
+    turn_ms: float = 0.0
+    """The wall, less the wait for a core: what the turn would take on a machine with a core to spare."""
+    cpu_ms: float = 0.0
+    late_ms: float = 0.0
+    """Beyond its timeout in a poll, less the wait for a core: another thread holds the interpreter."""
+    collector_ms: float = 0.0
+    """A pause for the garbage collector, wherever it struck."""
+    step: str = ""
+    """The task with the longest single step, when steps are watched."""
+    step_ms: float = 0.0
+    """CPU time of that step."""
+
+    def keep(self, **figures: float) -> None:
+        for name, value in figures.items():
+            setattr(self, name, max(getattr(self, name), value))
+
+    def with_(self, other: Longest) -> None:
+        """The longer ones of both."""
+        self.step = self.step if self.step_ms >= other.step_ms else other.step
+        self.keep(**{it.name: getattr(other, it.name) for it in fields(self) if it.name != "step"})
 
 
 class Turns(trio.abc.Instrument):
     """Add it to a loop, with `pulse` as a task, and ask `taken` now and then."""
 
     def __init__(self) -> None:
-        self._clear()
         self.is_pulsing = True
-        self._began = self._began_cpu = self._poll_began = self._poll_timeout = self._step_began = 0.0
-
-    def _clear(self) -> None:
-        self._turn = self._turn_cpu = self._late = self._step = 0.0
-        self._step_of = ""
+        self._longest = Longest()
+        self._stat: int | None = None
+        self._began = self._began_cpu = self._began_queued = 0.0
+        self._poll_began = self._poll_queued = self._step_began = self._collector_began = 0.0
+        gc.callbacks.append(self._collects)
 
     def taken(self) -> Longest:
         """The longest since this was last asked."""
-        step = f"{self._step_of}, {self._step * 1e3:.1f} ms" if self._step_of else ""
-        longest = Longest(self._turn * 1e3, self._turn_cpu * 1e3, self._late * 1e3, step)
-        self._clear()
+        longest, self._longest = self._longest, Longest()
         return longest
 
     async def pulse(self) -> None:
@@ -51,16 +67,33 @@ class Turns(trio.abc.Instrument):
             await trio.sleep(PULSE_S)
 
     def before_io_wait(self, timeout: float) -> None:
-        now, cpu = time.perf_counter(), time.thread_time()
+        now, cpu, queued = time.perf_counter(), time.thread_time(), self._queued()
         if self._began:
-            self._turn = max(self._turn, now - self._began)
-            self._turn_cpu = max(self._turn_cpu, cpu - self._began_cpu)
-        self._poll_began, self._poll_timeout = now, timeout
+            wall = now - self._began
+            self._longest.keep(
+                wall_ms=wall * 1e3,
+                turn_ms=(wall - (queued - self._began_queued)) * 1e3,
+                cpu_ms=(cpu - self._began_cpu) * 1e3,
+            )
+        self._poll_began, self._poll_queued = now, queued
 
     def after_io_wait(self, timeout: float) -> None:
-        self._began, self._began_cpu = time.perf_counter(), time.thread_time()
+        self._began, self._began_cpu, self._began_queued = time.perf_counter(), time.thread_time(), self._queued()
         if self._poll_began:
-            self._late = max(self._late, self._began - self._poll_began - self._poll_timeout)
+            waited = self._began - self._poll_began - timeout
+            self._longest.keep(late_ms=(waited - (self._began_queued - self._poll_queued)) * 1e3)
+
+    def _queued(self) -> float:
+        """Seconds for which this thread was ready and had no core."""
+        if self._stat is None:
+            self._stat = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        return int(os.pread(self._stat, 64, 0).split()[1]) / 1e9
+
+    def _collects(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._collector_began = time.thread_time()
+        else:
+            self._longest.keep(collector_ms=(time.thread_time() - self._collector_began) * 1e3)
 
 
 class Steps(Turns):
@@ -70,6 +103,6 @@ class Steps(Turns):
         self._step_began = time.thread_time()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        took = time.thread_time() - self._step_began
-        if took > self._step:
-            self._step, self._step_of = took, task.name.removeprefix("meshd.")
+        step_ms = (time.thread_time() - self._step_began) * 1e3
+        if step_ms > self._longest.step_ms:
+            self._longest.step_ms, self._longest.step = step_ms, task.name.removeprefix("meshd.")

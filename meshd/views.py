@@ -29,7 +29,7 @@ PAGE_MAX = 1000
 """Rows in one answer."""
 
 
-class Query(Struct, frozen=True, array_like=True, tag=True):
+class Query(Struct, frozen=True, gc=False, array_like=True, tag=True):
     """Base of all queries."""
 
 
@@ -92,7 +92,7 @@ class GetSummary(Query, frozen=True, array_like=True, tag=True):
 AnyQuery = GetJob | ListJobs | ListTasks | GetMembers | GetTokens | CheckToken | GetInvites | Explain | GetSummary
 
 
-class Counts(Struct, frozen=True):
+class Counts(Struct, frozen=True, gc=False):
     """Tasks by state."""
 
     waiting: int = 0
@@ -107,7 +107,7 @@ class Counts(Struct, frozen=True):
     skipped: int = 0
 
 
-class JobView(Struct, frozen=True):
+class JobView(Struct, frozen=True, gc=False):
     id: JobId
     name: str
     state: TaskState
@@ -128,7 +128,7 @@ class JobView(Struct, frozen=True):
     """For people: why the whole job is held."""
 
 
-class TaskView(Struct, frozen=True):
+class TaskView(Struct, frozen=True, gc=False):
     job: JobId
     task: int
     state: TaskState
@@ -142,20 +142,20 @@ class TaskView(Struct, frozen=True):
     """For people: why it waits, is held, was timed out …"""
 
 
-class JobPage(Struct, frozen=True):
+class JobPage(Struct, frozen=True, gc=False):
     jobs: tuple[JobView, ...]
     next: JobId | None
     position: int
 
 
-class TaskPage(Struct, frozen=True):
+class TaskPage(Struct, frozen=True, gc=False):
     tasks: tuple[TaskView, ...]
     next: int | None
     """Start of the next page."""
     position: int
 
 
-class MemberView(Struct, frozen=True):
+class MemberView(Struct, frozen=True, gc=False):
     member: Member
     session: str
     """live | ended | none"""
@@ -167,7 +167,7 @@ class MemberView(Struct, frozen=True):
     """At most PAGE_MAX."""
 
 
-class MembersView(Struct, frozen=True):
+class MembersView(Struct, frozen=True, gc=False):
     mesh: str
     members: tuple[MemberView, ...]
     revoked: tuple[NodeId, ...]
@@ -175,28 +175,28 @@ class MembersView(Struct, frozen=True):
     wall_ms: int
 
 
-class TokenView(Struct, frozen=True):
+class TokenView(Struct, frozen=True, gc=False):
     name: str
     role: str
     created_wall_ms: int
 
 
-class TokensView(Struct, frozen=True):
+class TokensView(Struct, frozen=True, gc=False):
     tokens: tuple[TokenView, ...]
 
 
-class InviteView(Struct, frozen=True):
+class InviteView(Struct, frozen=True, gc=False):
     secret_hash: str
     roles: tuple[Role, ...]
     uses_left: int
     expires_wall_ms: int
 
 
-class InvitesView(Struct, frozen=True):
+class InvitesView(Struct, frozen=True, gc=False):
     invites: tuple[InviteView, ...]
 
 
-class Lack(Struct, frozen=True):
+class Lack(Struct, frozen=True, gc=False):
     """Why one node does not take the task now. `is_permanent`: waiting will not help."""
 
     node: NodeId
@@ -205,7 +205,7 @@ class Lack(Struct, frozen=True):
     is_permanent: bool
 
 
-class Explanation(Struct, frozen=True):
+class Explanation(Struct, frozen=True, gc=False):
     job: JobId
     task: int
     state: TaskState
@@ -215,7 +215,7 @@ class Explanation(Struct, frozen=True):
     """Some member could run it as it is now, once it is free."""
 
 
-class Summary(Struct, frozen=True):
+class Summary(Struct, frozen=True, gc=False):
     jobs: int
     live_jobs: int
     counts: Counts
@@ -228,19 +228,19 @@ class Summary(Struct, frozen=True):
 # --- what nodes know beyond the log: blobs, health, events ---
 
 
-class BlobView(Struct, frozen=True):
+class BlobView(Struct, frozen=True, gc=False):
     hash: str
     size: int
     holders: tuple[NodeId, ...] = ()
     """Who has it, as far as the node asked knows; sorted."""
 
 
-class BlobList(Struct, frozen=True):
+class BlobList(Struct, frozen=True, gc=False):
     node: NodeId
     blobs: tuple[BlobView, ...]
 
 
-class EventView(Struct, frozen=True, omit_defaults=True):
+class EventView(Struct, frozen=True, gc=False, omit_defaults=True):
     """Something that happened. `kind`: job.submitted, job.changed, job.ended, node.joined, node.changed, node.left,
     node.alive, node.suspect, node.dead, session.opened, session.ended."""
 
@@ -255,7 +255,7 @@ class EventView(Struct, frozen=True, omit_defaults=True):
     message: str = ""
 
 
-class DrainView(Struct, frozen=True):
+class DrainView(Struct, frozen=True, gc=False):
     """How far a drain has come. `phase`: draining | handing_over | moving_blobs | safe."""
 
     node: NodeId
@@ -267,7 +267,7 @@ class DrainView(Struct, frozen=True):
     """Nothing is lost if the node stops now."""
 
 
-class NodeStatus(Struct, frozen=True):
+class NodeStatus(Struct, frozen=True, gc=False):
     node: NodeId
     name: str
     health: str
@@ -285,7 +285,7 @@ class NodeStatus(Struct, frozen=True):
     """Milliseconds ago."""
 
 
-class ClusterStatus(Struct, frozen=True):
+class ClusterStatus(Struct, frozen=True, gc=False):
     mesh: str
     me: NodeId
     position: int

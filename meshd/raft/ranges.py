@@ -1,17 +1,21 @@
 """Sets of task numbers as sorted, disjoint, half-open ranges: a million waiting tasks are two integers.
 
-The bounds lie in one flat array `[start, stop, start, stop, …]`. A number is in the
+The bounds lie in one flat sequence `start, stop, start, stop, …`. A number is in the
 set when an odd number of bounds is at or below it, which makes membership, adding
-and removing one bisection and one slice each.
+and removing one bisection and one slice each. Few bounds are a tuple, many an array:
+an array can be cut without copying it, but the garbage collector looks at every one.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from msgspec import Struct, field
+from msgspec import Struct
+
+TUPLE_BOUNDS_MAX = 16
+"""Nearly all jobs have fewer: one range of waiting tasks, one of done ones."""
 
 
 class Ranges(Struct, eq=False, gc=False):
@@ -20,7 +24,8 @@ class Ranges(Struct, eq=False, gc=False):
     A struct only so that the collector does not look at it: every live job has one.
     """
 
-    _bounds: array[int] = field(default_factory=lambda: array("q"))
+    _bounds: Sequence[int] = ()
+    """A tuple up to TUPLE_BOUNDS_MAX, an array beyond."""
     _size: int = 0
 
     @classmethod
@@ -41,7 +46,7 @@ class Ranges(Struct, eq=False, gc=False):
         return bool(bisect_right(self._bounds, number) & 1)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ranges) and self._bounds == other._bounds
+        return isinstance(other, Ranges) and self.packed() == other.packed()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -70,12 +75,12 @@ class Ranges(Struct, eq=False, gc=False):
 
     def packed(self) -> bytes:
         """An immutable copy; `unpacked` reads it."""
-        return self._bounds.tobytes()
+        return array("q", self._bounds).tobytes()
 
     @classmethod
     def unpacked(cls, data: bytes) -> Ranges:
         bounds = array("q", data)
-        return cls(bounds, sum(bounds[1::2]) - sum(bounds[::2]))
+        return cls(_kept(bounds), sum(bounds[1::2]) - sum(bounds[::2]))
 
     def _replace(self, start: int, stop: int, *, keeps: int) -> None:
         """Cut [start, stop) out and put a bound where the parity `keeps` says that one is needed."""
@@ -89,5 +94,12 @@ class Ranges(Struct, eq=False, gc=False):
             patch.append(start)
         if high & 1 == keeps:
             patch.append(stop)
+        if not isinstance(bounds, array):
+            bounds = array("q", bounds)
         bounds[low:high] = patch
+        self._bounds = _kept(bounds)
         self._size += -inside if keeps else stop - start - inside
+
+
+def _kept(bounds: array[int]) -> Sequence[int]:
+    return bounds if len(bounds) > TUPLE_BOUNDS_MAX else tuple(bounds)
