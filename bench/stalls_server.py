@@ -176,10 +176,7 @@ async def serve(config: dict[str, Any], turns: Steps) -> None:
                     await server.ask_everything()
                 case "collect":
                     gc.collect()
-                    if os.environ.get("BENCH_DEBUG"):
-                        from collections import Counter
 
-                        print(Counter(type(x).__name__ for x in gc.get_objects()).most_common(20), file=sys.stderr)
                     await trio.lowlevel.checkpoint()
                 case "tell":
                     pass

@@ -41,6 +41,12 @@ class Agenda(Generic[K]):
     def drop(self, key: K) -> None:
         self._ranks.pop(key, None)
 
+    def take_apart(self) -> None:
+        """Free the keys one after the other."""
+        self._ranks.clear()
+        while self._heap:
+            self._heap.pop()
+
     def first(self) -> tuple[int, K] | None:
         """(rank, key) of what comes first, still in the agenda."""
         heap, ranks = self._heap, self._ranks

@@ -70,6 +70,12 @@ class SeenIds:
         while self._oldest and date_ms_of(self._oldest[0]) < wall_ms - PAST_MS:
             self._seen.discard(heappop(self._oldest))
 
+    def take_apart(self) -> None:
+        """Free the ids one after the other: a million at once take a while."""
+        self._oldest.clear()
+        while self._seen:
+            self._seen.pop()
+
     def captured(self) -> list[int]:
         return self._oldest.copy()
 

@@ -11,6 +11,7 @@ and an exception would stop every voter at once. Rules live in `members`, `sessi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, assert_never
 
@@ -110,11 +111,19 @@ class Machine:
         """The state as it is now; the returned function packs it, in any thread, while `apply` goes on."""
         return snapshot_state.capture(self._moment, self._members, self._matching, self._queue, self._digest)
 
-    def unpack(self, data: bytes) -> Callable[[], None]:
-        """What was captured, in any thread, while `apply` goes on; the returned function makes it the state at once. Raises Corrupt."""
+    def unpack(self, data: bytes) -> Callable[[], Callable[[], None]]:
+        """What was captured, in any thread, while `apply` goes on; the returned function makes it the state at once. Raises Corrupt.
+
+        That one returns what takes the replaced state apart, again for any thread.
+        """
         fresh = Machine()
         fresh._digest = snapshot_state.restore(data, fresh._moment, fresh._members, fresh._matching, fresh._queue)
-        return lambda: self.__dict__.update(fresh.__dict__)
+
+        def replace() -> Callable[[], None]:
+            self.__dict__, fresh.__dict__ = fresh.__dict__, self.__dict__
+            return partial(snapshot_state.take_apart, fresh._matching, fresh._queue)
+
+        return replace
 
     def restore(self, data: bytes) -> None:
         """Become what was captured. Raises Corrupt, and is then as it was."""

@@ -170,6 +170,11 @@ class Matching:
         self._gained.clear()
         self._woken.clear()
 
+    def take_apart(self) -> None:
+        """Free what stands in line, one job's number after the other."""
+        for kind in self._kinds.values():
+            kind.line.take_apart()
+
     # --- pairs
 
     def next_pair(self) -> tuple[int, Node] | None:

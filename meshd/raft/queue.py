@@ -100,6 +100,17 @@ class Queue:
         """The newest one given."""
         return (len(self.lineage) << RECOVERY_SHIFT) + self.leases_made
 
+    def take_apart(self) -> None:
+        """Free everything, the jobs last and one after the other: freed at once they hold the interpreter for 0.1 s."""
+        # Whatever else refers to the jobs goes first: that is quick, since it frees none of them.
+        self._by_number.clear()
+        self.ordered.clear()
+        self.seen.take_apart()
+        while self.names:
+            self.names.popitem()
+        while self.jobs:
+            self.jobs.popitem()
+
     # --- what users ask for
 
     def submit(self, command: Submit) -> Submitted:

@@ -50,6 +50,10 @@ NEVER_MS = 1 << 40
 DISPUTED = "the voters' states differ and none has a majority; see `mesh cluster status`"
 
 
+Restore = Callable[[], Callable[[], None] | None]
+"""Puts an unpacked state in place. What it returns, if anything, takes the replaced one apart, in a thread: it may be large."""
+
+
 class StateMachine(Protocol):
     """What is replicated."""
 
@@ -70,7 +74,7 @@ class StateMachine(Protocol):
         """Cheap and consistent; the packer it returns may run in a thread."""
         ...
 
-    def unpack(self, data: bytes) -> Callable[[], None]:
+    def unpack(self, data: bytes) -> Restore:
         """Touches nothing of the present state, and may run in a thread; the function it returns replaces it, at once."""
         ...
 

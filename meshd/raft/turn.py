@@ -16,7 +16,7 @@ from meshd.raft.agreement import Diverged
 from meshd.raft.arrival import Arrived
 from meshd.raft.disk import Disk
 from meshd.raft.journal import Journal
-from meshd.raft.server import Capture, Server, StateMachine
+from meshd.raft.server import Capture, Restore, Server, StateMachine
 from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_aside, unpack_image
 
 Work = Callable[[], None]
@@ -40,6 +40,7 @@ class Turns:
         self._release_to: int | None = None
         self._packed: Packed | None = None
         self._is_packed_wanted = False
+        self._replaced: Work | None = None
 
     def turn(self) -> Iterator[Work]:
         """One turn. Do each work that it yields before it goes on; nothing else may use the journal meanwhile."""
@@ -84,6 +85,8 @@ class Turns:
         work: Work
         if (arrived := self._server.engine.arrived) is not None:
             work = partial(self._receive, arrived)
+        elif self._replaced is not None:
+            work, self._replaced = self._replaced, None
         elif self._is_packed_wanted:
             work = self._load
         elif (capture := self._server.capture()) is not None:
@@ -120,10 +123,14 @@ class Turns:
         self._server.report("raft.snapshot_refused", {"peer": arrived.peer, "why": str(error)})
         self._server.engine.discard_arrived()
 
-    def _received(self, image: Image, restore: Callable[[], None]) -> None:
+    def _received(self, image: Image, restore: Restore) -> None:
         self._server.report("raft.snapshot_received", {"index": image.index})
         self._packed = None
-        self._server.install(image, restore)
+
+        def replace() -> None:
+            self._replaced = restore()
+
+        self._server.install(image, replace)
         self._release_to = self._server.saved_index
 
     def _save(self, capture: Capture) -> None:
