@@ -152,6 +152,7 @@ async def serve(config: dict[str, Any], turns: Steps) -> None:
         await nursery.start(server.log.serve)
         with suppress(Unavailable):
             await server.has_formed(config["jobs"])
+        gc.freeze()  # as the agent does when it is ready
 
         def say(*, is_look: bool = False) -> None:
             role = "leader" if server.log.leader == server.me else "follower"
@@ -176,7 +177,6 @@ async def serve(config: dict[str, Any], turns: Steps) -> None:
                     await server.ask_everything()
                 case "collect":
                     gc.collect()
-
                     await trio.lowlevel.checkpoint()
                 case "tell":
                     pass

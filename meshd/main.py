@@ -108,6 +108,8 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
             async with trio.open_nursery() as agents:
                 run = partial(daemon.run, settings, invite=invite, may_found=not is_resume, stop=stop)
                 await _announce(await agents.start(run), settings.home)
+                # The queue's tables were just read in; they stay, and to look through 100,000 jobs takes 20 ms.
+                gc.freeze()
             signals.cancel_scope.cancel()
 
     _freeze_modules()
