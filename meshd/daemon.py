@@ -148,7 +148,12 @@ async def run(
             raise StartRefused(mesh_file.refused, hint=REJOIN_HINT)
         epochs = await trio.to_thread.run_sync(open_epochs, home, mesh_file.mesh)
         daemon = _Daemon(config, home, key, mesh_file, epochs, settings or RaftSettings(), stop)
-        await daemon.run(is_founded, task_status)
+        try:
+            await daemon.run(is_founded, task_status)
+        finally:
+            if daemon.server_log is not None and (why := daemon.server_log.why_refused):
+                # Its start counter rises with each start: tried often enough, an older copy would pass for the newest.
+                home.write_mesh(replace(daemon.mesh_file, refused=why))
     finally:
         home.close()
 

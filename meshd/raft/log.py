@@ -19,9 +19,10 @@ import trio
 from msgspec import Struct
 
 from meshd import codec
-from meshd.errors import InvalidRequest, MeshError, TooLarge, Unavailable
+from meshd.errors import InvalidRequest, MeshError, StartRefused, TooLarge, Unavailable
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
+from meshd.raft.acquaintances import load_acquaintances, save_acquaintances
 from meshd.raft.disk import DirectoryDisk, Disk
 from meshd.raft.journal import Journal
 from meshd.raft.lineage import Lineage
@@ -37,6 +38,8 @@ from meshd.raft.wire import Greeting, Wire
 RETRY_S = 0.05
 """Between tries while nobody leads, unless something changes sooner."""
 HAND_OVER_S = 3.0
+REMEMBER_S = 2.0
+"""What is remembered of other servers is written down no more often: they start and elect rarely."""
 
 log = structlog.get_logger()
 
@@ -155,6 +158,8 @@ class ServerLog:
         self._moved = trio.Event()
         self._told: tuple[int, bool, VoterId | None] = (0, False, None)
         self._failure: MeshError | None = None
+        self.why_refused = ""
+        """A peer remembers a later life of this journal, which must never speak again; empty when none does."""
 
     # --- what the node asks -------------------------------------------------------------------------------------------
 
@@ -310,13 +315,15 @@ class ServerLog:
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled. Raises Corrupt or StartRefused at start, Corrupt when the disk fails later."""
         image = await trio.to_thread.run_sync(self._open)
-        header = self._journal.header
+        self._durable_term = self._journal.getCurrentTerm()
         try:
             self._wire = Wire(
                 self._transport,
-                Greeting(self._mesh, self._lineage, header.incarnation, header.start, header.random),
+                self._greeting,
                 self._random,
                 self._woken_by_wire,
+                acquaintances=self._acquaintances,
+                on_refused=self._was_refused,
             )
             self._server = server = Server(
                 node=self._me,
@@ -337,6 +344,7 @@ class ServerLog:
             self._told = (server.engine.applied, False, None)
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self._wire.serve)
+                self._nursery.start_soon(self._keep_acquaintances)
                 task_status.started()
                 self._failure = await self._run(server)
                 self._nursery.cancel_scope.cancel()
@@ -363,7 +371,35 @@ class ServerLog:
         )
         if image is not None:
             self._machine.unpack(image.state)()
+        self._acquaintances = load_acquaintances(self._disk)
         return image
+
+    def _greeting(self) -> Greeting:
+        header = self._journal.header
+        return Greeting(
+            self._mesh, self._lineage, header.incarnation, header.start, header.random, self._durable_term,
+            header.is_in_doubt,
+        )  # fmt: skip
+
+    def _was_refused(self, peer: NodeId, why: str) -> None:
+        self.why_refused = f"this directory is an older copy: server {peer} remembers that {why}"
+        self._failure = StartRefused(
+            self.why_refused, hint="`meshd rejoin` lets this server join again, as the same node"
+        )
+        self._woken.set()
+
+    async def _keep_acquaintances(self) -> None:
+        """Write down what is remembered of others, not too often, and never in the way of a turn."""
+        saved = self._acquaintances.changes
+        while True:
+            await trio.sleep(REMEMBER_S)
+            if self._acquaintances.changes == saved:
+                continue
+            saved, packed = self._acquaintances.changes, self._acquaintances.packed()
+            try:
+                await trio.to_thread.run_sync(save_acquaintances, self._disk, packed)
+            except OSError as error:
+                log.warning("raft.acquaintances_not_saved", error=str(error))
 
     async def _run(self, server: Server) -> MeshError:
         """Turn until something fails that nobody here can repair."""
@@ -384,6 +420,9 @@ class ServerLog:
     async def _turn(self, server: Server) -> None:
         for work in self._turns.turn():
             await trio.to_thread.run_sync(work, limiter=self._disk_turn)
+            if not self._journal.is_vote_staged:
+                # Before anything leaves that is said in it: peers remember what they hear.
+                self._durable_term = self._journal.getCurrentTerm()
         if (beside := self._turns.beside()) is not None:
             self._nursery.start_soon(self._do_beside, beside)
         self._tell(server)

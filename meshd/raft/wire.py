@@ -23,8 +23,21 @@ from meshd import codec
 from meshd.errors import MeshError, PeerFault, Unavailable
 from meshd.model import NodeId, ShortText
 from meshd.ports import Stream, Transport
+from meshd.raft.acquaintances import Acquaintances, Seen
 from meshd.raft.lineage import RECOVERIES_MAX, name_of
-from meshd.raft.messages import AnyMessage, Number, VoterId, voter_id
+from meshd.raft.messages import (
+    AnyMessage,
+    Append,
+    Appended,
+    Chunk,
+    Number,
+    Received,
+    TimeoutNow,
+    Vote,
+    Voted,
+    VoterId,
+    voter_id,
+)
 from meshd.raft.server import Down, Incident, Mail, Up
 
 PROTOCOL = "/meshd/raft/1"
@@ -44,7 +57,7 @@ REDIAL_S_MIN, REDIAL_S_MAX = 0.05, 3.0
 log = structlog.get_logger()
 
 
-class Greeting(Struct, frozen=True, array_like=True):
+class Greeting(Struct, frozen=True, array_like=True, tag=True):
     """Which log this end speaks for, and which opening of it."""
 
     mesh: ShortText
@@ -52,6 +65,20 @@ class Greeting(Struct, frozen=True, array_like=True):
     incarnation: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[0-9a-f]+$")]
     start: Number
     random: ShortText
+    term: Number = 0
+    """The newest that is on its disk."""
+    is_in_doubt: bool = False
+    """It may have lost the end of its log, and terms with it: its votes do not count now."""
+
+
+class Refused(Struct, frozen=True, array_like=True, tag=True):
+    """In place of a greeting or of the first message: who reads it speaks with an older copy of its journal."""
+
+    why: ShortText
+
+
+_Hello = Greeting | Refused
+_Frame = AnyMessage | Refused
 
 
 @dataclass(slots=True)
@@ -68,12 +95,23 @@ class _Link:
 class Wire:
     """Own it with `serve`; read `take`, send with `send` and `flush`, name whom to reach with `reach`."""
 
-    def __init__(self, transport: Transport, greeting: Greeting, random: Random, wake: Callable[[], None]) -> None:
-        """`wake` is called when there is something to take."""
+    def __init__(
+        self,
+        transport: Transport,
+        greeting: Callable[[], Greeting],
+        random: Random,
+        wake: Callable[[], None],
+        *,
+        acquaintances: Acquaintances,
+        on_refused: Callable[[NodeId, str], None],
+    ) -> None:
+        """`wake` is called when there is something to take, `on_refused` when a peer takes this journal for an older copy."""
         self._transport = transport
         self._greeting = greeting
         self._random = random
         self._wake = wake
+        self._acquaintances = acquaintances
+        self._on_refused = on_refused
         self._inbox: deque[Incident] = deque()
         self._inbox_bytes = 0
         self._has_room = trio.Event()
@@ -161,9 +199,14 @@ class Wire:
         stream = await self._transport.open_stream(node, PROTOCOL, timeout_s=DIAL_S)
         try:
             with trio.move_on_after(GREETING_S) as patience:
-                await stream.write(_framed(codec.encode(self._greeting)))
+                await stream.write(_framed(codec.encode(self._greeting())))
                 frames = _Frames(stream)
-                peer = self._greeted(node, await frames.next(GREETING_BYTES_MAX))
+                try:
+                    peer = self._greeted(node, await frames.next(GREETING_BYTES_MAX))
+                except _OlderCopy as copy:
+                    # It may never dial this server: told here as well.
+                    await stream.write(_framed(codec.encode(Refused(copy.message))))
+                    raise
             if patience.cancelled_caught:
                 raise PeerFault(f"{node} did not greet within {GREETING_S:g} s")
             link = self._links[node] = _Link(peer)
@@ -202,20 +245,32 @@ class Wire:
         node = stream.peer
         with trio.fail_after(GREETING_S):
             frames = _Frames(stream)
-            peer = self._greeted(node, await frames.next(GREETING_BYTES_MAX))
-            await stream.write(_framed(codec.encode(self._greeting)))
+            try:
+                peer = self._greeted(node, await frames.next(GREETING_BYTES_MAX))
+            except _OlderCopy as copy:
+                await stream.write(_framed(codec.encode(Refused(copy.message))))
+                raise
+            await stream.write(_framed(codec.encode(self._greeting())))
         if (older := self._inward.pop(node, None)) is not None:
             older.cancel()
         scope = self._inward[node] = trio.CancelScope()
         self._dial_wanted()
         try:
             with scope, suppress(Unavailable):
+                term = 0
                 while True:
                     body = await frames.next(codec.FRAME_BYTES_MAX)
                     if scope.cancel_called:
                         return
+                    message = codec.decode(body, _Frame)
+                    if isinstance(message, Refused):
+                        self._on_refused(node, message.why)
+                        return
+                    if (spoken := spoken_term(message)) > term:
+                        term = spoken
+                        self._acquaintances.spoke(peer, term)
                     self._inbox_bytes += len(body)
-                    self._put(Mail(peer, codec.decode(body, AnyMessage), len(body)))
+                    self._put(Mail(peer, message, len(body)))
                     while self._inbox_bytes > INBOX_BYTES_MAX:
                         self._has_room = trio.Event()
                         await self._has_room.wait()
@@ -225,14 +280,41 @@ class Wire:
                 self._dial_wanted()
 
     def _greeted(self, node: NodeId, body: bytes) -> VoterId:
-        greeting: Greeting = codec.decode(body, Greeting)
-        if (greeting.mesh, greeting.lineage) != (self._greeting.mesh, self._greeting.lineage):
+        """Who it is. Raises PeerFault for one of another log, _OlderCopy when it is not what is remembered of it."""
+        greeting: Greeting | Refused = codec.decode(body, _Hello)
+        if isinstance(greeting, Refused):
+            self._on_refused(node, greeting.why)
+            raise PeerFault(f"{node} refuses this server's journal: {greeting.why}")
+        ours = self._greeting()
+        if (greeting.mesh, greeting.lineage) != (ours.mesh, ours.lineage):
             raise PeerFault(f"{node} speaks for mesh {greeting.mesh}, recovery {name_of(greeting.lineage)}")
-        return voter_id(node, greeting.incarnation)
+        voter = voter_id(node, greeting.incarnation)
+        seen = Seen(voter, greeting.start, greeting.random, greeting.term)
+        if why := self._acquaintances.why_older(seen, is_in_doubt=greeting.is_in_doubt):
+            raise _OlderCopy(why)
+        self._acquaintances.greeted(seen)
+        return voter
 
     def _put(self, incident: Incident) -> None:
         self._inbox.append(incident)
         self._wake()
+
+
+class _OlderCopy(PeerFault):
+    """The message says what shows it."""
+
+
+def spoken_term(message: AnyMessage) -> int:
+    """The term that its sender was in, and had on its disk before it said so; 0 where it says nothing of that."""
+    match message:
+        case Vote(is_trial=True):
+            return 0  # asks about a term that it is not in yet
+        case Vote(term=term) | Voted(term=term) | Append(term=term) | Appended(term=term):
+            return term
+        case Chunk(term=term) | Received(term=term) | TimeoutNow(term=term):
+            return term
+        case _:
+            return 0
 
 
 class _Frames:

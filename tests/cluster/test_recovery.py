@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import subprocess
 import sys
 
@@ -70,3 +72,34 @@ def test_two_of_three_servers_gone_for_good_the_third_goes_on_and_a_discarded_on
         assert client.wait(client.submit({"run": {"args": ["true"]}}), timeout_s=20).state.value == "done"
         with mesh.client("node2") as there:
             assert there.job(done[0]).state.value == "done"
+
+
+def test_an_older_copy_of_a_servers_directory_is_refused_and_stays_refused_until_it_rejoins(make_mesh):
+    mesh = make_mesh("node1", "node2", "node3")
+    mesh.kill("node3")
+    shutil.copytree(
+        mesh.home("node3"), mesh.directory / "backup", symlinks=True, ignore=shutil.ignore_patterns("*.sock")
+    )
+    mesh.start("node3")
+    mesh.wait_survives(1)
+    with mesh.client("node1") as client:
+        job = client.submit(FENCE)
+        assert client.wait(job, timeout_s=30).state.value == "done"
+    mesh.kill("node3")
+    shutil.rmtree(mesh.home("node3"))
+    (mesh.directory / "backup").rename(mesh.home("node3"))
+
+    # Ready or not: it ends as soon as it meets a peer that remembers, and after that at once.
+    with contextlib.suppress(StartRefused):
+        mesh.start("node3")
+    eventually(lambda: mesh.agents["node3"].poll() is not None, within_s=15)
+    assert mesh.agents["node3"].returncode == 1
+    with pytest.raises(StartRefused, match=r"older copy(?s:.*)meshd rejoin"):
+        mesh.start("node3")
+
+    assert meshd(mesh, "node3", "rejoin").returncode == 0
+    mesh.start("node3")
+    with mesh.client("node3") as client:
+        # The old incarnation has to be silent for 12 s before the new one takes its place.
+        eventually(lambda: client.cluster().failures_survived == 1 and len(client.cluster().voters) == 3, within_s=40)
+        assert client.job(job).state.value == "done"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from meshd.errors import Corrupt, InvalidRequest, StartRefused, TooLarge, Unavai
 from meshd.model import NodeId
 from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.ports import Committed, NotCommitted, ProposeResult, Unknown
+from meshd.raft.acquaintances import Seen, unpack_acquaintances
 from meshd.raft.agreement import Diverged
 from meshd.raft.commands import Batch
 from meshd.raft.log import ServerLog
+from meshd.raft.messages import voter_id
 from meshd.raft.settings import RaftSettings
 from meshd.raft.wire import PROTOCOL
 
@@ -74,6 +77,7 @@ class Mesh:
         self.transports: dict[NodeId, MemoryTransport] = {}
         self.leaderships: list[tuple[NodeId, bool]] = []
         self.diverged: list[NodeId] = []
+        self.refused: dict[NodeId, str] = {}
         self._nursery = nursery
         self._scopes: dict[NodeId, trio.CancelScope] = {}
         self._done: dict[NodeId, trio.Event] = {}
@@ -99,6 +103,8 @@ class Mesh:
                     task_status.started()
             except* Diverged:
                 self.diverged.append(node)
+            except* StartRefused:
+                self.refused[node] = log.why_refused
         self._done[node].set()
 
     def log(self, node: NodeId, transport: MemoryTransport) -> ServerLog:
@@ -431,3 +437,32 @@ async def test_a_disk_that_fails_stops_the_server(tmp_path: Path, monkeypatch: p
             monkeypatch.setattr("os.fdatasync", fail)
             assert isinstance(await log.propose(NodeId("a"), codec.encode("x"), timeout_s=9), Unknown)
             assert isinstance(await log.propose(NodeId("a"), codec.encode("x"), timeout_s=0.1), NotCommitted)
+
+
+async def test_an_older_copy_of_a_directory_is_refused_by_whoever_remembers_also_after_all_have_restarted(
+    tmp_path: Path,
+) -> None:
+    async with meshed(tmp_path / "mesh", "a", "b", "c") as mesh:
+        leader = await mesh.formed(3)
+        victim = next(node for node in mesh.logs if node != leader)
+        await mesh.stop(victim)
+        shutil.copytree(tmp_path / "mesh" / victim, tmp_path / "backup")
+        await mesh.start(victim)
+        await mesh.formed(3)
+        row = next(row for row in mesh.logs[victim].status().servers if row.node == victim)
+        copy = Seen(voter_id(victim, row.incarnation), 2, "another", 99)
+
+        def is_written_down(node: str) -> bool:
+            path = tmp_path / "mesh" / node / "acquaintances"
+            return path.exists() and bool(unpack_acquaintances(path.read_bytes()).why_older(copy))
+
+        await until(lambda: all(is_written_down(node) for node in mesh.logs if node != victim), "written down")
+        await mesh.stop(*mesh.logs)
+
+        shutil.rmtree(tmp_path / "mesh" / victim)
+        shutil.copytree(tmp_path / "backup", tmp_path / "mesh" / victim)
+        await mesh.start(*sorted({"a", "b", "c"} - {victim}))
+        await mesh.start(victim)
+        await until(lambda: victim in mesh.refused, "the copy is refused")
+        assert "its start 2 was another one" in mesh.refused[victim]
+        assert isinstance(await mesh.propose(next(iter({"a", "b", "c"} - {victim})), "goes on"), Committed)
