@@ -35,12 +35,15 @@ LEADER_P95_S = 2.0
 @click.option("--engine", type=click.Choice(["meshd", "stock"]), default="meshd", show_default=True)
 @click.option("--rate", type=float, default=15.0, show_default=True, help="Submissions a second, of all clients.")
 @click.option("--clients", type=click.IntRange(1, 64), default=4, show_default=True)
+@click.option(
+    "--payload", type=click.IntRange(0, 3000), default=0, show_default=True, help="Bytes more in most submissions."
+)
 @click.option("--check-every", type=click.IntRange(1), default=50, show_default=True, help="Cycles between two checks.")
 @click.option("--keep-going", is_flag=True, help="Go on after a check that failed.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Where the results go.  [build/torture]")
 def main(
     cycles: int, nodes: str, seed: int | None, faults: str, drill: str | None, engine: str, rate: float, clients: int,
-    check_every: int, keep_going: bool, out: Path,
+    payload: int, check_every: int, keep_going: bool, out: Path,
 ) -> None:  # fmt: skip
     """Attack a mesh of real agents under load; end with one line and exit 1 if anything was lost, doubled or stuck."""
     chosen = tuple(fault for fault in faults.split(",") if fault)
@@ -55,7 +58,7 @@ def main(
     home = Path(tempfile.mkdtemp(prefix="torture-", dir=SCRATCH))
     options = Options(
         cycles, int(nodes), seed, engine, home, chosen, clients=clients, rate_s=rate, check_every=check_every,
-        keep_going=keep_going, drill=drill or "",
+        keep_going=keep_going, payload_bytes=payload, drill=drill or "",
     )  # fmt: skip
     click.echo(f"seed {seed}, {nodes} nodes of {engine}, {drill or ', '.join(chosen)}; everything in {home}")
     begun_s = time.monotonic()

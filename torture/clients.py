@@ -37,10 +37,13 @@ class Round:
     traces: Path
     kinds: dict[str, str]
     """By job: its `on_lost`, "" when it leaves no traces. Set before the job is sent."""
+    payload_bytes: int = 0
+    """That a `plain` job carries besides."""
 
     def document(self, shape: str) -> dict[str, Any]:
         if shape == "plain":
-            return {"name": self.name, "run": {"args": ["true"]}}
+            padding = ["x" * self.payload_bytes] if self.payload_bytes else []
+            return {"name": self.name, "run": {"args": ["true", *padding]}}
         line = '"$MESHD_JOB $MESHD_TASK $MESHD_ATTEMPT $MESHD_FENCE'
         pause = {"rerun": "", "array": "", "wait": "sleep 0.5; ", "fail": "sleep 0.2; "}[shape]
         script = f'echo {line} begin" >> {self.traces}; {pause}echo {line} end" >> {self.traces}'

@@ -6,9 +6,10 @@ from pathlib import Path
 from random import Random
 from typing import assert_never
 
+from torture.membership import Membership
 from torture.network import Network
 from torture.plan import Cycle, Weather, cuts
-from torture.processes import Processes
+from torture.processes import Engine, Processes
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 LOSS_PERCENT = (2, 10, 30)
@@ -19,14 +20,19 @@ JUMPS_S = (-86_400, -600, -3, 3, 20, 600, 86_400, 20 * 365 * 86_400)
 
 
 class Faults:
-    def __init__(self, network: Network, processes: Processes, home: Path) -> None:
+    def __init__(
+        self, network: Network, processes: Processes, engine: Engine, home: Path, *, are_clocks_moved: bool
+    ) -> None:
         self._network = network
         self._processes = processes
+        self._engine = engine
         self._home = home
+        self._are_clocks_moved = are_clocks_moved
+        self._membership = Membership(network.nodes, home, engine.socket)
         self._moved: set[str] = set()
 
     def begin(self, cycle: Cycle, leader: str | None) -> str:
-        """Returns what it is, for people."""
+        """Returns what it is, for people. Raises Undecided."""
         nodes = self._network.nodes
         rng = Random(cycle.picks + 2)  # noqa: S311
         one = leader if leader is not None and rng.random() < 0.5 else rng.choice(nodes)
@@ -54,18 +60,28 @@ class Faults:
                 jump_s = rng.choice(JUMPS_S)
                 self._set_clock(one, jump_s)
                 return f"the clock of {one} jumps by {jump_s} s"
+            case Weather.DRAIN:
+                self._membership.drain(one)
+                return f"{one} is drained"
+            case Weather.REPLACE:
+                self._membership.replace(one, self._processes, self._engine.command(one), self.environment(one))
+                return f"{one} is removed, and another joins"
             case _:
                 assert_never(cycle.weather)
 
     def end(self) -> None:
+        """Raises Undecided."""
         self._network.heal()
         self._processes.resume()
         for node in sorted(self._moved):
             self._set_clock(node, 0)
         self._moved.clear()
+        self._membership.take_back()
 
-    def clock_environment(self, node: str) -> dict[str, str]:
-        """For an agent whose wall clock can be moved while it runs. Its other clocks are the machine's."""
+    def environment(self, node: str) -> dict[str, str]:
+        """Of an agent whose wall clock can be moved while it runs. Its other clocks are the machine's."""
+        if not self._are_clocks_moved:
+            return {}
         self._set_clock(node, 0)
         return {
             "LD_PRELOAD": str(FAKETIME),

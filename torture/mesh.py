@@ -21,6 +21,7 @@ CPU_OFFERED = 8
 
 class Meshd:
     name = "meshd"
+    cannot: frozenset[str] = frozenset()
     shapes: tuple[str, ...] = ("plain", "rerun", "array", "wait", "fail")
 
     def __init__(self, network: Network, home: Path) -> None:

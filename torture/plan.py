@@ -36,6 +36,10 @@ class Weather(StrEnum):
     PAUSE_LEADER = "pause-leader"
     CLOCK = "clock"
     """One node's wall clock jumps."""
+    DRAIN = "drain"
+    """A node is drained, gives up its seat, and is taken back."""
+    REPLACE = "replace"
+    """A node is removed for good, and a new one joins in its place."""
 
 
 PARTITIONS = frozenset({Weather.PARTITION, Weather.ONE_WAY, Weather.BRIDGE})
@@ -45,6 +49,7 @@ KILL_WEIGHTS = {Kill.LEADER: 4, Kill.FOLLOWER: 1, Kill.NODE: 3, Kill.MINORITY: 1
 WEATHER_WEIGHTS = {
     Weather.PARTITION: 4, Weather.ONE_WAY: 4, Weather.BRIDGE: 4,
     Weather.SLOW: 2, Weather.LOSSY: 2, Weather.PAUSE: 1, Weather.PAUSE_LEADER: 1, Weather.CLOCK: 1,
+    Weather.DRAIN: 1, Weather.REPLACE: 1,
 }  # fmt: skip
 WEATHER_SHARE = 0.4
 """Of the cycles; with the weights above a fifth and more of all cycles cut the network."""

@@ -22,6 +22,8 @@ class Engine(Protocol):
 
     name: str
     shapes: tuple[str, ...]
+    cannot: frozenset[str]
+    """Faults that mean nothing to it."""
     reigns: dict[int, set[str]]
     """By term, who was said to lead in it."""
 

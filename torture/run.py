@@ -22,6 +22,7 @@ from torture.checker import Listed, Task, Verdict, judge
 from torture.clients import Load, Round
 from torture.faults import Faults
 from torture.history import History
+from torture.membership import Undecided
 from torture.mesh import Meshd
 from torture.network import Network
 from torture.observers import Observers
@@ -59,6 +60,7 @@ class Options:
     rate_s: float = 15.0
     check_every: int = 50
     keep_going: bool = False
+    payload_bytes: int = 0
     drill: str = ""
 
 
@@ -73,7 +75,9 @@ class Torture:
         environment["PYTHONPATH"] = f"{root}:{root / 'cli'}"
         self._processes = Processes(network, options.home, environment)
         self._engine: Engine = ENGINES[options.engine](network, options.home)
-        self._faults = Faults(network, self._processes, options.home)
+        self._planned_faults = [fault for fault in options.faults if fault not in self._engine.cannot]
+        are_clocks_moved = plan.Weather.CLOCK.value in self._planned_faults
+        self._faults = Faults(network, self._processes, self._engine, options.home, are_clocks_moved=are_clocks_moved)
         self._history = History(options.home / "history.jsonl")
         self._load = Load(
             {node: self._engine.socket(node) for node in network.nodes},
@@ -122,7 +126,7 @@ class Torture:
     def _planned(self) -> Iterable[plan.Cycle]:
         if self._options.drill:
             return plan.drill(self._options.drill, self._options.cycles)
-        return plan.cycles(self._options.seed, self._options.cycles, self._options.faults)
+        return plan.cycles(self._options.seed, self._options.cycles, self._planned_faults)
 
     # --- a cycle ------------------------------------------------------------------------------------------------------
 
@@ -133,11 +137,11 @@ class Torture:
             self._wait(self._is_steady, WHOLE_S, "the mesh is not whole")
         rng = Random(cycle.picks + 3)  # noqa: S311
         hit_s = time.monotonic()
-        what = self._faults.begin(cycle, self._engine.leader(nodes))
+        what = self._begin(cycle)
         if cycle.weather:
             self._watch_until(hit_s + cycle.weather_s * (rng.random() if cycle.is_killed_within else 1.0))
             if not cycle.is_killed_within:
-                self._faults.end()
+                self._end_faults()
         victims = plan.victims(cycle, nodes, self._engine.leader(nodes) if cycle.kill else None)
         if victims:
             hit_s = time.monotonic()
@@ -147,7 +151,7 @@ class Torture:
                 self._start(node)
         if cycle.weather and cycle.is_killed_within:
             self._watch_until(begun_s + cycle.weather_s)
-            self._faults.end()
+            self._end_faults()
         self._wait(lambda: self._all_ready() and bool(self._history.acknowledged_s(hit_s)), COME_BACK_S, "not all are back and writing")  # fmt: skip
         times = [hit_s, *self._history.acknowledged_s(hit_s)]
         silence_s = max((b - a for a, b in itertools.pairwise(times)), default=time.monotonic() - hit_s)
@@ -157,6 +161,20 @@ class Torture:
             f"{cycle.number:5} {done.seconds:5.1f} s  {' '.join(done.faults)} {','.join(victims)} "
             f"down {cycle.down_s:.1f} s, silence {silence_s:.2f} s {what}"
         )
+
+    def _begin(self, cycle: plan.Cycle) -> str:
+        try:
+            return self._faults.begin(cycle, self._engine.leader(self._network.nodes) if cycle.weather else None)
+        except Undecided as error:
+            self._troubles.append(str(error))
+            return str(error)
+
+    def _end_faults(self) -> None:
+        try:
+            self._faults.end()
+        except Undecided as error:
+            self._troubles.append(str(error))
+            self._say(f"      {error}")
 
     def _is_steady(self) -> bool:
         """Whole, and writing without a break."""
@@ -174,8 +192,7 @@ class Torture:
                 self._engine.leader([node for node in self._network.nodes if self._processes.is_answering(node)])
 
     def _start(self, node: str) -> None:
-        environment = self._faults.clock_environment(node) if plan.Weather.CLOCK.value in self._options.faults else {}
-        self._processes.start(node, self._engine.command(node), environment)
+        self._processes.start(node, self._engine.command(node), self._faults.environment(node))
 
     def _all_ready(self) -> bool:
         return not [node for node in self._network.nodes if not self._is_ready(node)]
@@ -213,7 +230,7 @@ class Torture:
     def _begin_round(self) -> None:
         self._rounds += 1
         name = f"round{self._rounds}"
-        self._load.round = Round(name, self._options.home / f"{name}.traces", {})
+        self._load.round = Round(name, self._options.home / f"{name}.traces", {}, self._options.payload_bytes)
         self._load.start()
         if self._options.drill and self._options.engine == "meshd":
             self.observers.start()
@@ -224,7 +241,7 @@ class Torture:
         nodes = self._network.nodes
         self._load.stop()
         self.observers.stop()
-        self._faults.end()
+        self._end_faults()
         self._wait(self._all_ready, COME_BACK_S, "not all are back")
         with suppress(NeverReady):
             wait_until(lambda: not self._engine.behind(nodes), WHOLE_S, "the mesh is not whole")

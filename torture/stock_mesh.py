@@ -15,6 +15,7 @@ from torture.processes import Processes, wait_until
 
 class Stock:
     name = "stock"
+    cannot = frozenset({"clock", "drain", "replace"})
     shapes: tuple[str, ...] = ("plain",)
 
     def __init__(self, network: Network, home: Path) -> None:

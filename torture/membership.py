@@ -1,0 +1,83 @@
+"""Voters that come and go: a node is drained and taken back, or removed for good and replaced by a new one.
+
+What an operator does by hand, and is told to repeat while the mesh cannot decide.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from meshd.client import Client
+from meshd.errors import Conflict, MeshError, NotFound, Unavailable
+from torture.processes import Processes
+
+PATIENCE_S = 60.0
+"""For one decision, other nodes being killed meanwhile by nobody."""
+HAND_OVER_MS = 1000
+"""A drained node's jobs are handed over after this."""
+
+
+class Undecided(Exception):
+    """The mesh did not take an operator's decision in time."""
+
+
+class Membership:
+    def __init__(self, nodes: Sequence[str], home: Path, socket: Callable[[str], str]) -> None:
+        self._nodes = list(nodes)
+        self._home = home
+        self._socket = socket
+        self._draining = ""
+        self._gone = 0
+
+    def drain(self, node: str) -> None:
+        """Begins it; the mark is in the replicated state, so that it goes on whatever becomes of who asked."""
+        self._draining = node
+
+        def watch() -> None:
+            with suppress(MeshError), self._client(node) as client:
+                for _ in client.drain(node, deadline_ms=HAND_OVER_MS):
+                    if self._draining != node:
+                        return
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def take_back(self) -> None:
+        """Raises Undecided."""
+        node, self._draining = self._draining, ""
+        if node:
+            self._decide(node, f"{node} takes work again", lambda client: client.undrain(node))
+
+    def replace(self, node: str, processes: Processes, command: Sequence[str], environment: dict[str, str]) -> None:
+        """Kill it, remove it, and start another under its name and address. Raises Undecided."""
+        processes.kill([node])
+
+        def remove(client: Client) -> None:
+            # A resend finds it gone.
+            with suppress(NotFound):
+                client.remove_node(node)
+
+        self._decide(node, f"{node} is removed", remove)
+        self._gone += 1
+        (self._home / node).rename(self._home / f"{node}-removed{self._gone}")
+        invites: list[str] = []
+        self._decide(node, "an invite is made", lambda client: invites.append(client.invite()))
+        processes.start(node, [*command, "--join", invites[0]], environment)
+
+    def _decide(self, about: str, what: str, ask: Callable[[Client], None]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                with self._client(about) as client:
+                    return ask(client)
+            except (Unavailable, Conflict) as error:
+                if time.monotonic() > deadline:
+                    raise Undecided(f"not within {PATIENCE_S:.0f} s: {what}: {error}") from error
+                time.sleep(0.2)
+
+    def _client(self, about: str) -> Client:
+        """Of all nodes but the one that it is about."""
+        return Client([f"unix:{self._socket(node)}" for node in self._nodes if node != about])
