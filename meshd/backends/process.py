@@ -17,11 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 import trio
+from msgspec import Struct
 
 from meshd.backends.child import Child, Link
 from meshd.backends.limits import file_bytes_max, refuse_strings
+from meshd.backends.outcomes import outcome_of
 from meshd.backends.spawner import kill_strays
 from meshd.errors import TooLarge
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
@@ -107,10 +110,15 @@ class _Spawner:
 
     async def _read(self) -> None:
         while (frame := await self._link.receive()) is not None:
-            answer = json.loads(frame)
-            waiter = self.waiting.get(answer["id"])
+            try:
+                spawned, outcome = _parse(frame)
+            except ValueError as error:
+                log.warning("process.spawner_broken", pid=self.child.pid, why=str(error))
+                self.child.kill()
+                break
+            waiter = self.waiting.get(spawned)
             if waiter is not None:
-                waiter.resolve(_outcome(answer))
+                waiter.resolve(outcome)
         # It has died, or `end` has closed our socket: then it cleans up and exits.
         with trio.CancelScope(shield=True):
             with trio.move_on_after(LATE_S):
@@ -271,5 +279,21 @@ def _request(spawned: int, execution: Execution, leash_s: float | None) -> dict[
     }
 
 
-def _outcome(answer: dict[str, Any]) -> Outcome:
-    return Outcome(EndReason(answer["reason"]), answer["exit_code"], answer["message"], run_ms=answer["run_ms"])
+class _Answer(Struct):
+    """As `spawned.describe` makes them."""
+
+    id: int
+    reason: str
+    exit_code: int | None
+    message: str
+    run_ms: int
+
+
+def _parse(frame: bytes) -> tuple[int, Outcome]:
+    """Which command ended, and how. Raises ValueError."""
+    try:
+        answer = msgspec.json.decode(frame, type=_Answer)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(f"no answer: {error}") from error
+    outcome = outcome_of(reason=answer.reason, exit_code=answer.exit_code, message=answer.message, run_ms=answer.run_ms)
+    return answer.id, outcome

@@ -20,6 +20,7 @@ import trio
 from meshd import codec
 from meshd.backends.child import Child, Link
 from meshd.backends.limits import file_bytes_max, refuse_strings
+from meshd.backends.outcomes import outcome_of
 from meshd.backends.wasm_messages import Ended, Task
 from meshd.errors import InvalidRequest, TooLarge
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
@@ -131,7 +132,9 @@ class _Runner:
         try:
             (fields,) = codec.unpack(frame)
             ended = Ended(*fields)
-            outcome = Outcome(EndReason(ended.reason), ended.exit_code, ended.message, run_ms=ended.run_ms)
+            outcome = outcome_of(
+                reason=ended.reason, exit_code=ended.exit_code, message=ended.message, run_ms=ended.run_ms
+            )
         except (InvalidRequest, ValueError, TypeError) as error:
             raise RunnerLost(f"the runner answered nonsense: {error}") from error
         if ended.id != task_id:
