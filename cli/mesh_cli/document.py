@@ -119,17 +119,22 @@ def _read_file(name: str) -> tuple[dict[str, Any], Path]:
             data, base = file.read(FILE_BYTES_MAX + 1), path.resolve().parent
     if len(data) > FILE_BYTES_MAX:
         raise InvalidRequest(f"job file {name} is over {FILE_BYTES_MAX} bytes", hint="long lists go into a file of their own: array.each_line")  # fmt: skip
+    return parse_file(data, name), base
+
+
+def parse_file(data: bytes, name: str) -> dict[str, Any]:
+    """What a job file says, as YAML or JSON. Raises InvalidRequest."""
     import yaml
 
     try:
         document = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as error:
+    except Exception as error:  # its constructors raise whatever their own calls do: KeyError, AttributeError, …
         where = getattr(error, "problem_mark", None)
         place = f", line {where.line + 1}" if where else ""
         raise InvalidRequest(f"job file {name}{place}: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(document, dict):
         raise InvalidRequest(f"job file {name} is not a mapping", hint="it begins like `run: {args: [echo, hello]}`")
-    return document, base
+    return document
 
 
 def _set_command(run: dict[str, Any], command: list[str], backends: tuple[str, ...]) -> None:
