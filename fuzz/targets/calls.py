@@ -17,6 +17,7 @@ from fuzz.world import PEER, GivenStream, GivenTransport
 from meshd import certificates, codec
 from meshd.certificates import Greeting
 from meshd.directory import Directory
+from meshd.epochs import EpochFile, Epochs
 from meshd.errors import MeshError
 from meshd.greetings import Greetings
 from meshd.model import Certificate, NodeId, Role
@@ -51,7 +52,11 @@ async def _both_ways(pieces: list[bytes]) -> None:
     transport = GivenTransport(me, [GivenStream(pieces)])
     directory = Directory(me, _MESH, _MESH_KEY.public_bytes, verify, [])
     greetings = Greetings(
-        directory=directory, greeting=lambda: _greeting(me), hears=lambda peer: False, wall_ms=lambda: 1_800_000_000_000
+        directory=directory,
+        greeting=lambda: _greeting(me),
+        hears=lambda peer: False,
+        wall_ms=lambda: 1_800_000_000_000,
+        meet_epoch=Epochs(_MESH, _MESH_KEY.public_bytes, verify, EpochFile(), on_news=lambda: None).meet,
     )
     rpc = StreamRpc(transport, greeting=greetings.ours, admit=greetings.admit)  # type: ignore[arg-type]
 

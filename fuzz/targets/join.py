@@ -18,7 +18,7 @@ from meshd.founding import join_mesh
 from meshd.home import KnownPeer, MeshFile
 from meshd.invites import SECRET_BYTES, Door, Invite
 from meshd.join import JoinDesk, JoinRequest, Refusal, Welcome
-from meshd.model import Certificate, Member, NodeId, Role
+from meshd.model import Certificate, EpochCertificate, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
 from meshd.raft.commands import AnyAnswer, Join, Joined
 
@@ -50,7 +50,7 @@ async def _answer(pieces: list[bytes]) -> None:
 
     desk = JoinDesk(
         mesh=_MESH, public_key=_MESH_KEY.public_bytes, ca_pem=_CA_PEM, propose=propose, certify=certify,
-        members=lambda: (KnownPeer(PEER, "p", ()),), wall_ms=lambda: 1_800_000_000_000,
+        members=lambda: (KnownPeer(PEER, "p", ()),), wall_ms=lambda: 1_800_000_000_000, epoch=lambda: EpochCertificate(),
     )  # fmt: skip
     stream = GivenStream(pieces)
     await desk.answer(stream)
@@ -63,6 +63,9 @@ class _Home:
 
     def write_peers(self, peers: tuple[KnownPeer, ...]) -> None:
         codec.encode(peers)
+
+    def write_epochs(self, epochs: object) -> None:
+        codec.encode(epochs)
 
     def write_mesh(self, mesh: MeshFile) -> None:
         codec.encode(mesh)

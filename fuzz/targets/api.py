@@ -1,0 +1,106 @@
+"""Requests of somebody who may do everything: each endpoint's path, query and JSON body.
+
+May be raised: nothing; the answer is never 500. A frame is an endpoint's number, then path parameter, query and body,
+each behind a zero byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from urllib.parse import quote_from_bytes
+
+import msgspec
+
+from fuzz import world
+from fuzz.inputs import join, split
+from fuzz.targets.http import Client, serve
+from meshd.api.app import ENDPOINTS
+
+FRAMED = True
+
+
+def fuzz(data: bytes) -> None:
+    requests = [_request(frame) for frame in split(data) if frame]
+    if requests:
+        client = Client([*requests, b"GET /v1/health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"])
+        world.run(lambda: serve(client, user="root"))
+        answer = bytes(client.answer)
+        assert b"HTTP/1.1 500" not in answer, answer[answer.index(b"HTTP/1.1 500") :][:600]
+
+
+def _request(frame: bytes) -> bytes:
+    endpoint = _endpoints()[frame[0] % len(_endpoints())]
+    parameter, _, rest = frame[1:].partition(b"\0")
+    query, _, body = rest.partition(b"\0")
+    path = endpoint.path
+    for name in ("job", "task", "node", "hash", "name", "stream", "path"):
+        path = path.replace("{" + name + "}", quote_from_bytes(parameter, safe=""))
+    target = f"{path}?{quote_from_bytes(query, safe='=&%')}"
+    head = f"{endpoint.method} {target} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode("ascii") + body
+
+
+@cache
+def _endpoints():
+    # A stream of events has no end of its own.
+    return [endpoint for endpoint in ENDPOINTS if endpoint.path not in ("/v1/events",)]
+
+
+def seeds() -> Iterator[bytes]:
+    def frame(number: int, parameter: str = "", query: str = "", body: object = None) -> bytes:
+        data = body if isinstance(body, bytes) else b"" if body is None else msgspec.json.encode(body)
+        return bytes([number]) + parameter.encode() + b"\0" + query.encode() + b"\0" + data
+
+    endpoints = _endpoints()
+    for number, endpoint in enumerate(endpoints):
+        yield join([frame(number, parameter) for parameter in ("last", "self", "0", "a" * 64, "x\r\n", "\0")])
+        if endpoint.path == "/v1/jobs" and endpoint.method == "POST":
+            for spec in (
+                {"run": {"args": ["echo", "hi"]}}, {"run": {"args": ["hang"]}, "array": 3, "needs": {"labels": "a in (b)"}},
+                {"run": {"module": "blob:" + "a" * 64}}, {"run": {"args": ["x"], "stdin": "job:last"}, "inputs": {"d": "tree:" + "a" * 64}},
+                {"run": {"args": ["x"]}, "array": {"each_line": "blob:" + "b" * 64}, "retry": {"attempts": 3, "backoff": "1s..2s"}},
+                5, None, [], {"run": 7}, "run",
+            ):  # fmt: skip
+                yield join([frame(number, body={"spec": spec})])
+            for nonsense in (
+                b"{",
+                b'{"spec":' + b"[" * 3000,
+                b'{"spec":{"run":{"args":[' + b"9" * 5000 + b"]}}}",
+                b'{"spec":NaN}',
+                b'{"spec":{"name":"\\ud800"}}',
+                b'{"spec":{"\xff":1}}',
+                b'{"a":1,"a":2}',
+                b'{"id":"' + b"\\u0000" * 40 + b'","spec":{}}',
+            ):
+                yield join([frame(number, body=nonsense)])
+        elif endpoint.body is not None:
+            for body in (
+                {},
+                {"tasks": [[0, 1]]},
+                {"roles": ["worker"], "uses": 1},
+                {"name": "ann", "role": "admin"},
+                {"deadline_ms": 5, "cancel": True},
+                {"uses": 1e300},
+                [],
+                b"\xff",
+                b"blob bytes",
+            ):
+                yield join([frame(number, "last", "", body)])
+        yield join(
+            [
+                frame(number, "last", query)
+                for query in (
+                    "limit=5",
+                    "limit=-1&state=done",
+                    "limit=99999999999999999999999",
+                    "timeout=nan",
+                    "timeout=inf",
+                    "timeout=1e999&after=5",
+                    "start=²&stop=5",
+                    "label=a%3Db,=&before=%ff",
+                    "follow=maybe&offset=-1",
+                    "stale=true&stale=false",
+                )
+            ]
+        )

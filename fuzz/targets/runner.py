@@ -1,0 +1,116 @@
+"""What helpers say that run jobs beside the agent: a runner of wasm modules, the spawner of commands. A guest may have broken out.
+
+May be raised: RunnerLost, after which the helper is killed and its attempt ends as the backend's fault. Outcomes fit the log.
+The first byte: 0 and 1 frames of a wasm runner (1: its length is right), 2 and 3 the same of the spawner.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+
+import trio
+
+from fuzz import world
+from fuzz.inputs import join, split
+from meshd import codec
+from meshd.backends.child import Link
+from meshd.backends.process import _Spawner, _Waiter
+from meshd.backends.wasm import RunnerLost, _Runner
+from meshd.backends.wasm_messages import Ended
+from meshd.model import Outcome
+
+FRAMED = True
+
+
+def fuzz(data: bytes) -> None:
+    frames = [frame for frame in split(data) if frame]
+    if frames:
+        kind = frames[0][0] % 4
+        stream = b"".join(
+            len(frame[1:]).to_bytes(4, "little") + frame[1:] if kind % 2 else frame[1:] for frame in frames
+        )
+        world.run(lambda: (_hear_runner if kind < 2 else _hear_spawner)(stream))
+
+
+class _Child:
+    """A helper that has said all it had to say and is gone."""
+
+    pid = 0
+    is_running = False
+    has_exited_well = True
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def wait(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def describe_end(self) -> str:
+        return "exited with 0"
+
+
+def _link(stream: bytes) -> Link:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(stream[: 64 << 10])
+    theirs.close()
+    return Link(ours)
+
+
+async def _hear_runner(stream: bytes) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    runner = _Runner(_Child(), _link(stream), ours)
+    with suppress(RunnerLost):
+        for number in range(1, 8):
+            _fits_log(await runner._answer(number))
+    runner.close()
+    theirs.close()
+
+
+async def _hear_spawner(stream: bytes) -> None:
+    async with trio.open_nursery() as nursery:
+        spawner = _Spawner(_Child(), _link(stream), "token", nursery)
+        waiters = [_Waiter(number) for number in range(1, 4)]
+        spawner.waiting = {waiter.id: waiter for waiter in waiters}
+        await spawner._read()
+        assert not spawner.is_alive
+        for waiter in waiters:
+            _fits_log(await waiter.wait())
+
+
+def _fits_log(outcome: Outcome) -> None:
+    codec.decode(codec.encode(outcome), Outcome)
+
+
+def seeds() -> Iterator[bytes]:
+    def runner(*ended: Ended) -> bytes:
+        return b"\1" + codec.pack(list(ended))
+
+    good = Ended(1, "exit", 0, "", 5)
+    yield join(
+        [
+            runner(good),
+            runner(Ended(2, "trap", None, "m" * 2048, 2**40)),
+            runner(Ended(3, "exit", 2**64 - 1, "", 0, True)),
+        ]
+    )
+    yield join([runner(Ended(1, "exit", 0, "m" * 5000, -5))])
+    yield join([runner(Ended(1, "no such", 0, "", 0))])
+    yield join([runner(Ended(7, "exit", 0, "", 0))])
+    yield join([runner(Ended(1, "exit", "0", 5, "x"))])  # type: ignore[arg-type]
+    yield join([runner(good, good)])
+    yield join([b"\0\xff\xff\xff\xff"])
+    yield join([b"\1\xc1"])
+    yield join([b"\1" + b"\x91" * 1500])
+
+    def spawner(answer: object) -> bytes:
+        return b"\3" + (answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+    answer = {"id": 1, "reason": "exit", "exit_code": 0, "message": "", "run_ms": 5}
+    yield join([spawner(answer), spawner({**answer, "id": 2, "reason": "signal", "exit_code": None})])
+    for nonsense in ({}, [], 5, {**answer, "id": [1]}, {**answer, "id": None}, {**answer, "reason": "x"}, {**answer, "message": 5}, {**answer, "exit_code": 10**30}, {**answer, "run_ms": -1}, {**answer, "run_ms": 1e999}, {**answer, "message": "\ud800"}, {**answer, "message": "m" * 9000}, b"\xff", b"{", b"[" * 3000, b'{"id":' + b"9" * 5000 + b"}"):  # fmt: skip
+        yield join([spawner(answer), spawner(nonsense)])
+    yield join([b"\2\xff\xff\xff\xff"])
