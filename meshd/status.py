@@ -14,9 +14,11 @@ from meshd.neighbours import Neighbours
 from meshd.quorum import describe_stop
 from meshd.raft.log import RaftStatus
 from meshd.raft.remote import MeshLog
+from meshd.units import format_duration
 from meshd.views import ClusterStatus, GetMembers, MembersView, NodeStatus
 
 ASK_S = 3.0
+CLOCK_JUMP_MS = 60_000
 CLOCK_OFF_MS = 5000
 """More than this between two clocks is warned about (protocol.md 3)."""
 
@@ -73,6 +75,8 @@ async def cluster_status(
                 last_heard_ms=0 if node == me else (health.since_ms if health else None),
             )
         )
+    if raft is not None:
+        warnings.extend(_clock_warnings(raft, directory.name(raft.me) or (my_name if raft.me == me else raft.me)))
     voters = raft.voters if raft else ()
     alive = {node.node for node in nodes if node.health == "alive"}
     survived = raft.failures_survived if raft else 0
@@ -87,7 +91,18 @@ async def cluster_status(
         advice=_advice(raft, nodes, alive, is_stopped=is_stopped),
         nodes=tuple(nodes),
         warnings=tuple(warnings),
+        clock_moves=members.clock_moves if members else (),
     )
+
+
+def _clock_warnings(raft: RaftStatus, name: str) -> list[str]:
+    """The mesh's own time is not what the clock says of the server that stamps it."""
+    if abs(raft.clock_ahead_ms) <= CLOCK_JUMP_MS:
+        return []
+    by = f"{format_duration(abs(raft.clock_ahead_ms))} {'ahead of' if raft.clock_ahead_ms > 0 else 'behind'}"
+    why = " (which is not believed)" if raft.is_clock_refused else ""
+    what = f"the mesh's time is {by} the clock of {name}{why}"
+    return [f"{what}: set that clock if it is wrong, else set the mesh's: `mesh cluster set-clock`"]
 
 
 def _word(health: Health | None) -> str:

@@ -167,12 +167,24 @@ class MemberView(Struct, frozen=True, gc=False):
     """At most PAGE_MAX."""
 
 
+class ClockMove(Struct, frozen=True, gc=False):
+    """The mesh's time jumped: because its clocks agreed on a later one, or by an operator at the node `by`."""
+
+    position: int
+    from_ms: int
+    to_ms: int
+    by: NodeId = NodeId("")
+    id: str = ""
+
+
 class MembersView(Struct, frozen=True, gc=False):
     mesh: str
     members: tuple[MemberView, ...]
     revoked: tuple[NodeId, ...]
     position: int
     wall_ms: int
+    clock_moves: tuple[ClockMove, ...] = ()
+    """The last few jumps of over a minute."""
 
 
 class TokenView(Struct, frozen=True, gc=False):
@@ -299,3 +311,5 @@ class ClusterStatus(Struct, frozen=True, gc=False):
     """What to do about it, for people; empty when nothing is needed."""
     nodes: tuple[NodeStatus, ...]
     warnings: tuple[str, ...] = ()
+    clock_moves: tuple[ClockMove, ...] = ()
+    """The last times that the mesh's time jumped by over a minute, and by whom."""

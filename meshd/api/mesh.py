@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from meshd.api.auth import ROLES, new_token
 from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.errors import InvalidRequest, NotFound
 from meshd.model import NodeId
-from meshd.raft.commands import CreateToken, RevokeToken
-from meshd.views import ClusterStatus, GetSummary, GetTokens, Summary, TokensView
+from meshd.raft.commands import WALL_MS_MAX, WALL_MS_MIN, ClockSet, CreateToken, RevokeToken
+from meshd.views import ClockMove, ClusterStatus, GetMembers, GetSummary, GetTokens, MembersView, Summary, TokensView
 
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 PEM = "application/x-pem-file"
@@ -29,6 +31,13 @@ class Me(Struct, frozen=True):
     version: str
     caller: str
     role: str
+
+
+class ClockBody(Struct, forbid_unknown_fields=True):
+    id: Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="Random, of your own: resending with it is safe")]
+    to_ms: Annotated[int, Meta(description="Milliseconds since 1970; absent: the clock of the node asked")] | None = (
+        None
+    )
 
 
 class TokenBody(Struct, forbid_unknown_fields=True):
@@ -65,6 +74,17 @@ async def cluster(call: Call) -> ClusterStatus:
     return await call.face.cluster_status()
 
 
+async def set_clock(call: Call) -> ClockMove:
+    """What dates decide stays decided: no submission runs again, no invite lives longer."""
+    body = await call.body(ClockBody)
+    to_ms = time.time_ns() // 1_000_000 if body.to_ms is None else body.to_ms
+    if not WALL_MS_MIN <= to_ms <= WALL_MS_MAX:
+        raise InvalidRequest(f"{to_ms} ms since 1970 is no time to set a clock to")
+    await call.face.propose(ClockSet(body.id, to_ms), timeout_s=PROPOSE_S)
+    view = await call.face.query(GetMembers(), MembersView, timeout_s=QUERY_S)
+    return next((move for move in view.clock_moves if move.id == body.id), ClockMove(view.position, to_ms, to_ms))
+
+
 async def summary(call: Call) -> Summary:
     stale = call.query(ReadQuery).stale
     return await call.face.query(GetSummary(), Summary, timeout_s=QUERY_S, is_stale_ok=stale)
@@ -95,6 +115,7 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/ca", authority, "The mesh's CA certificate", Rights.ANYONE, PEM),
     Endpoint("GET", "/v1/me", me, "Which node this is, and who you are to it", Rights.VIEWER, Me),
     Endpoint("GET", "/v1/cluster", cluster, "Leader, voters, nodes, failures survived", Rights.VIEWER, ClusterStatus),
+    Endpoint("POST", "/v1/cluster/clock", set_clock, "Set the mesh's time", Rights.ADMIN, ClockMove, body=ClockBody),
     Endpoint("GET", "/v1/summary", summary, "Counts over the whole queue", Rights.VIEWER, Summary, ReadQuery),
     Endpoint("GET", "/v1/tokens", list_tokens, "Tokens without secrets", Rights.ADMIN, TokensView),
     Endpoint("POST", "/v1/tokens", create_token, "Make a token", Rights.ADMIN, TokenAnswer, body=TokenBody, status=201),

@@ -33,6 +33,7 @@ from meshd.model import BlobRef, Inline, JobId, Role, TaskState, Tree, TreeRef
 from meshd.views import (
     BlobList,
     BlobView,
+    ClockMove,
     ClusterStatus,
     DrainView,
     EventView,
@@ -406,6 +407,10 @@ class Client:
 
     def cluster(self) -> ClusterStatus:
         return self._ask("GET", "/v1/cluster", ClusterStatus)
+
+    def set_clock(self, to_ms: int | None = None) -> ClockMove:
+        """Set the mesh's time, forward or back; None is the clock of the node that is asked."""
+        return self._ask("POST", "/v1/cluster/clock", ClockMove, {"id": os.urandom(32).hex(), "to_ms": to_ms})
 
     def summary(self) -> Summary:
         return self._look("/v1/summary", Summary)

@@ -18,6 +18,11 @@ from meshd.model import AttemptKey, Count, JobId, JobSpec, Member, NodeId, Offer
 BATCH_COMMANDS_MAX = 1000
 """Commands in one entry."""
 
+WALL_MS_MIN = 1_577_836_800_000
+"""The year 2020: whoever sets a clock to an earlier time has made a mistake."""
+WALL_MS_MAX = (1 << 48) - 1
+"""What fits the date of a UUIDv7."""
+
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -92,6 +97,13 @@ class Recovered(Command, frozen=True, array_like=True, tag=True):
     lineage: tuple[ShortText, ...]
     wall_ms: Count
     """Ids dated before this may have been submitted to the log that is lost."""
+
+
+class ClockSet(Command, frozen=True, gc=False, array_like=True, tag=True):
+    """An operator says what time it is, forward or back. `id`: a resend changes nothing."""
+
+    id: Hash
+    wall_ms: Annotated[int, Meta(ge=WALL_MS_MIN, le=WALL_MS_MAX)]
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -198,6 +210,7 @@ AnyCommand = (
     | Reconcile
     | ReleaseJob
     | Recovered
+    | ClockSet
 )
 
 

@@ -29,6 +29,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
     return codec.encode(
         (
             (queue.jobs_made, queue.outcome_bytes, queue.finished_rows, len(queue.finished), len(queue.seen)),
+            (moment.moves, queue.seen.forgotten_ms),
             list(queue.totals.values()),
             queue.next_timer_ms(),
             list(members.records.values()),

@@ -40,6 +40,8 @@ class SeenIds:
         self._ids_max = ids_max
         self._seen: set[int] = set()  # asked, never iterated
         self._oldest: list[int] = []
+        self.forgotten_ms = 0
+        """The newest date of an id that was forgotten: when the clock is set back, none up to here comes in again."""
 
     def __len__(self) -> int:
         return len(self._oldest)
@@ -49,12 +51,19 @@ class SeenIds:
 
     def check(self, number: int, wall_ms: int) -> None:
         """May this new id be accepted now? Raises InvalidRequest outside the window, Busy when the memory is full."""
-        off_ms = date_ms_of(number) - wall_ms
+        date_ms = date_ms_of(number)
+        off_ms = date_ms - wall_ms
         if not -PAST_MS <= off_ms <= FUTURE_MS:
             side = "ahead of" if off_ms > 0 else "behind"
             raise InvalidRequest(
                 f"the id is dated {abs(off_ms) // 1000} s {side} the mesh's clock: too old to resend, or your clock is off",
-                hint="see `mesh job show ID`, or set the clock and submit with a new id",
+                hint="see `mesh job show ID`; else set the clock that is wrong (`date` here, `mesh cluster status` there), "
+                "and submit with a new id",
+            )
+        if date_ms <= self.forgotten_ms:
+            raise InvalidRequest(
+                "the id is from before the mesh's clock was set back, and may have been submitted then",
+                hint="see `mesh job show ID`, or submit with a new id",
             )
         if len(self._oldest) >= self._ids_max:
             raise Busy(
@@ -68,7 +77,9 @@ class SeenIds:
     def forget_before(self, wall_ms: int) -> None:
         """Forget what is too old to be accepted again."""
         while self._oldest and date_ms_of(self._oldest[0]) < wall_ms - PAST_MS:
-            self._seen.discard(heappop(self._oldest))
+            number = heappop(self._oldest)
+            self._seen.discard(number)
+            self.forgotten_ms = max(self.forgotten_ms, date_ms_of(number))
 
     def take_apart(self) -> None:
         """Free the ids one after the other: a million at once take a while."""
@@ -79,7 +90,8 @@ class SeenIds:
     def captured(self) -> list[int]:
         return self._oldest.copy()
 
-    def restore(self, data: bytes) -> None:
+    def restore(self, data: bytes, forgotten_ms: int) -> None:
+        self.forgotten_ms = forgotten_ms
         self._oldest = [int.from_bytes(data[i : i + 16], "big") for i in range(0, len(data), 16)]
         heapify(self._oldest)
         self._seen = set(self._oldest)

@@ -8,7 +8,6 @@ becomes the next one, so an idle log answers at once and a busy one writes large
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -23,6 +22,7 @@ from meshd.errors import InvalidRequest, MeshError, StartRefused, TooLarge, Unav
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
 from meshd.raft.acquaintances import load_acquaintances, save_acquaintances
+from meshd.raft.clocks import CLOCKS
 from meshd.raft.disk import DirectoryDisk, Disk
 from meshd.raft.journal import Journal
 from meshd.raft.lineage import Lineage
@@ -42,18 +42,6 @@ REMEMBER_S = 2.0
 """What is remembered of other servers is written down no more often: they start and elect rarely."""
 
 log = structlog.get_logger()
-
-
-def boottime_s() -> float:
-    """Also counts while the machine sleeps; nobody can set it."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def wall_clock_ms() -> int:
-    return int(time.time() * 1000)
-
-
-CLOCKS = Clocks(boottime_s, wall_clock_ms, lambda: False)
 
 
 class VoterStatus(Struct, frozen=True):
@@ -86,6 +74,8 @@ class RaftStatus(Struct, frozen=True):
     """This sole voter's clock jumped; the mesh's dates go on by elapsed time until an operator sets it."""
     disputed: int = 0
     """The entry at which the voters' states differ, none with a majority: nothing more is applied; only the leader knows."""
+    clock_ahead_ms: int = 0
+    """The mesh's time, had an entry been written now, less this server's clock."""
 
     @property
     def voters(self) -> tuple[NodeId, ...]:
@@ -273,6 +263,7 @@ class ServerLog:
             last=engine.last,
             journal_bytes=self._journal.bytes_on_disk,
             is_clock_refused=server.own_clock.is_refused,
+            clock_ahead_ms=server.clock_ahead_ms(),
             disputed=engine.disputed,
         )
 

@@ -29,6 +29,7 @@ from meshd.raft.commands import (
     Batch,
     Cancel,
     Claim,
+    ClockSet,
     CreateInvite,
     CreateToken,
     EndSession,
@@ -59,9 +60,6 @@ from meshd.raft.moment import Moment
 from meshd.raft.queue import Queue
 from meshd.raft.sessions import Sessions
 from meshd.views import AnyQuery
-
-ENTRY_ELAPSED_MS_MAX = 60_000
-"""Time that one entry counts at most: a leader's long absence ends no timer that others kept (protocol.md 3)."""
 
 BATCH_BYTES_MAX = BATCH_COMMANDS_MAX * codec.COMMAND_BYTES_MAX
 
@@ -94,9 +92,7 @@ class Machine:
             return []
         moment, queue = self._moment, self._queue
         before = len(moment.events)
-        moment.position = index
-        moment.now_ms += min(entry.elapsed_ms, ENTRY_ELAPSED_MS_MAX)
-        moment.wall_ms = max(moment.wall_ms, entry.wall_ms)
+        moment.advance(index, entry.elapsed_ms, entry.wall_ms)
         queue.seen.forget_before(moment.wall_ms)
         queue.fire_due()
         queue.fill()
@@ -265,6 +261,8 @@ class Machine:
                 return self._queue.release(command)
             case Recovered():
                 return self._recover(me, command)
+            case ClockSet():
+                return self._set_clock(origin, command)
             case EndSession(node, _):
                 if not me.is_server:
                     raise NotAllowed("only a server ends sessions")
@@ -314,6 +312,15 @@ class Machine:
                 if node.is_live:
                     self._sessions.lapse(node)
         return accepted
+
+    def _set_clock(self, origin: NodeId, command: ClockSet) -> Accepted:
+        """What dates decide stays decided: no id is accepted again, no invite lives longer or comes back to life."""
+        self._members.check_server(origin, "sets the mesh's clock")
+        before_ms = self._moment.wall_ms
+        if self._moment.set_wall(origin, command):
+            self._members.clock_moved(before_ms)
+            self._queue.clock_moved()
+        return Accepted()
 
     def _conclude(self, answers: list[bytes], events_before: int) -> None:
         done = self._moment.events[events_before:]  # who leases what, above all

@@ -109,7 +109,7 @@ class Members:
             )
         if Role.SERVER in roles:
             # Else a worker could let itself in once more as a server: it reads the hashes of open invites.
-            self._check_server(origin, "lets a server in", hint="knock at a server of this mesh")
+            self.check_server(origin, "lets a server in", hint="knock at a server of this mesh")
         if len(self.records) >= MEMBERS_MAX:
             raise Busy(f"the mesh has {MEMBERS_MAX} members", hint="remove members that are gone: mesh node remove")
         joined = self._add(command.member, roles)
@@ -147,7 +147,7 @@ class Members:
     def create_invite(self, origin: NodeId, command: CreateInvite) -> Accepted:
         if Role.SERVER in command.roles:
             hint = "`mesh node invite --role worker`, or ask a server: `mesh node ls` shows which nodes are"
-            self._check_server(origin, "invites servers", hint=hint)
+            self.check_server(origin, "invites servers", hint=hint)
         if command.secret_hash in self.invites:
             return Accepted()
         if not command.roles:
@@ -179,6 +179,15 @@ class Members:
                 break
             del self.invites[key]
 
+    def clock_moved(self, before_ms: int) -> None:
+        """Every invite keeps the time that it had left; what had expired stays so."""
+        by_ms = self._moment.wall_ms - before_ms
+        if by_ms < 0:
+            self.invites = {
+                key: replace(invite, expires_wall_ms=max(invite.expires_wall_ms + by_ms, 0))
+                for key, invite in self.invites.items()
+            }
+
     def is_open(self, invite: Invite) -> bool:
         return not invite.is_revoked and invite.uses_left > 0 and invite.expires_wall_ms > self._moment.wall_ms
 
@@ -203,7 +212,7 @@ class Members:
         if record is None:
             raise NotFound(f"no member {node}", hint="see `mesh node ls`")
         if node != origin:
-            self._check_server(origin, "drains other nodes")
+            self.check_server(origin, "drains other nodes")
         self._put(replace(record.member, is_draining=is_draining))
 
     def remove(self, origin: NodeId, node: NodeId) -> None:
@@ -211,7 +220,7 @@ class Members:
         if node not in self.records:
             raise NotFound(f"no member {node}", hint="see `mesh node ls`")
         if node != origin:
-            self._check_server(origin, "removes other nodes")
+            self.check_server(origin, "removes other nodes")
         if self.server_ids() == (node,):
             raise Conflict(f"{node} is the only server of this mesh", hint="let another server join first")
         if len(self.revoked) >= REVOKED_MAX:
@@ -220,7 +229,7 @@ class Members:
         self.revoked[node] = None
         self._moment.events.append(MembersChanged())
 
-    def _check_server(
+    def check_server(
         self, origin: NodeId, what: str, *, hint: str = "ask a server: `mesh node ls` shows which nodes are"
     ) -> None:
         """Workers run code that nobody trusts: whoever has taken one over shall not have the mesh (protocol.md 1)."""
@@ -238,7 +247,7 @@ class Members:
     def create_token(self, origin: NodeId, command: CreateToken) -> Accepted:
         if command.role == "admin":
             # With one, any server would do in its own name what it refuses to a worker.
-            self._check_server(origin, "makes tokens for administrators")
+            self.check_server(origin, "makes tokens for administrators")
         if command.role not in TOKEN_ROLES:
             raise InvalidRequest(f"{command.role!r} is no role of a token", hint="one of " + ", ".join(TOKEN_ROLES))
         if not command.name:
@@ -257,7 +266,7 @@ class Members:
         for secret_hash, token in self.tokens.items():
             if token.name == command.name:
                 if token.role == "admin":
-                    self._check_server(origin, "revokes tokens of administrators")
+                    self.check_server(origin, "revokes tokens of administrators")
                 del self.tokens[secret_hash]
                 return Accepted()
         raise NotFound(f"no token named {command.name}", hint="see `mesh token ls`")

@@ -273,6 +273,7 @@ def _members_view(state: State) -> MembersView:
         revoked=tuple(state.members.revoked),
         position=state.moment.position,
         wall_ms=state.moment.wall_ms,
+        clock_moves=state.moment.moves,
     )
 
 

@@ -155,6 +155,11 @@ class Queue:
         self._start(job, number)
         return Submitted(job.id, is_new=True)
 
+    def clock_moved(self) -> None:
+        """Set forward, ids are too old at once; set back, those made before a recovery are still dated before now."""
+        self.seen.forget_before(self._moment.wall_ms)
+        self.recovered_wall_ms = min(self.recovered_wall_ms, self._moment.wall_ms)
+
     def cancel(self, command: Cancel) -> Accepted:
         job = self.jobs.get(command.job)
         if job is None:

@@ -350,6 +350,7 @@ class Server:
         engine, state_ms, own_ms = self.engine, self._machine.wall_ms, self._clocks.wall_ms()
         expected_ms = state_ms + elapsed_ms
         if engine.voters == (engine.me,):
+            was_refused = self.own_clock.is_refused
             stamp_ms = self.own_clock.wall_ms(
                 now_ms=now_ms,
                 own_ms=own_ms,
@@ -357,6 +358,8 @@ class Server:
                 is_founding=state_ms == 0,
                 is_synchronised=self._clocks.is_synchronised(),
             )
+            if self.own_clock.is_refused and not was_refused:
+                self.report("raft.clock_refused", {"ahead_s": (own_ms - expected_ms) // 1000})
             return max(state_ms, stamp_ms)
         offsets = [
             progress.clock_offset_ms
@@ -365,6 +368,11 @@ class Server:
         ]
         agreed_ms = agreed_wall_ms(now_ms, [own_ms - now_ms, *offsets], len(engine.voters))
         return expected_ms if agreed_ms is None else max(expected_ms, agreed_ms)
+
+    def clock_ahead_ms(self) -> int:
+        """The mesh's time, had an entry been written now, less this server's clock."""
+        elapsed_ms = int((self._now() - self.engine.received_s) * 1000)
+        return self._machine.wall_ms + max(0, elapsed_ms) - self._clocks.wall_ms()
 
     def _apply(self, index: int, batch: bytes) -> list[bytes]:
         self._bytes_since_saved += len(batch)

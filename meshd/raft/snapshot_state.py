@@ -26,6 +26,7 @@ from meshd.raft.matching import Matching, Node
 from meshd.raft.members import Invite, MemberRecord, Members, Token
 from meshd.raft.moment import Moment
 from meshd.raft.queue import Queue
+from meshd.views import ClockMove
 
 VERSION = 1
 
@@ -65,6 +66,8 @@ class Header(Struct, frozen=True, array_like=True):
     finished: list[JobId]
     lineage: tuple[str, ...] = ()
     recovered_wall_ms: int = 0
+    clock_moves: tuple[ClockMove, ...] = ()
+    ids_forgotten_ms: int = 0
 
 
 Rows = dict[int, Row]
@@ -97,6 +100,8 @@ def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, 
         finished=list(queue.finished),
         lineage=queue.lineage,
         recovered_wall_ms=queue.recovered_wall_ms,
+        clock_moves=moment.moves,
+        ids_forgotten_ms=queue.seen.forgotten_ms,
     )  # fmt: skip
     jobs = [job.record or job.recorded() for job in queue.jobs.values()]
     seen = queue.seen.captured()
@@ -138,7 +143,8 @@ def restore(data: bytes, moment: Moment, members: Members, matching: Matching, q
     members.invites, members.tokens = header.invites, header.tokens
     queue.lineage, queue.recovered_wall_ms = header.lineage, header.recovered_wall_ms
     queue.leases_made, queue.jobs_made = header.leases_made, header.jobs_made
-    queue.seen.restore(pieces[1])
+    moment.moves = header.clock_moves
+    queue.seen.restore(pieces[1], header.ids_forgotten_ms)
     queue.finished = dict.fromkeys(header.finished)
     for it in header.nodes:
         matching.nodes[it.id] = Node(

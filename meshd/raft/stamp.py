@@ -2,7 +2,8 @@
 
 Elapsed time is the leader's own CLOCK_BOOTTIME since the last entry. The wall time is the
 state's last one plus that, or later when a quorum of clocks agrees that it is later; a
-sole voter believes its own clock while that runs with CLOCK_BOOTTIME (protocol.md 3).
+sole voter believes its own clock while that runs with CLOCK_BOOTTIME, and again when the
+two agree, as they do after an operator has set one of them (protocol.md 3).
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class OwnClock:
 
     def wall_ms(self, *, now_ms: int, own_ms: int, expected_ms: int, is_founding: bool, is_synchronised: bool) -> int:
         """What to stamp. `expected_ms` is the state's last wall time plus what has elapsed."""
-        offset = own_ms - now_ms
-        if self._offset_ms is None:
-            jump = own_ms - expected_ms
-            is_believed = is_founding or is_synchronised or -DRIFT_MS <= jump < JUMP_MS_MAX
+        offset, jump = own_ms - now_ms, own_ms - expected_ms
+        if jump < -DRIFT_MS:
+            # The mesh is ahead, perhaps by an operator's word: waiting for this clock would stop its time.
+            is_believed = False
+        elif self._offset_ms is None:
+            is_believed = is_founding or is_synchronised or jump < JUMP_MS_MAX
         else:
-            is_believed = abs(offset - self._offset_ms) <= DRIFT_MS
+            is_believed = abs(offset - self._offset_ms) <= DRIFT_MS or jump <= DRIFT_MS
         self.is_refused = not is_believed
         if not is_believed:
             return expected_ms

@@ -259,6 +259,16 @@ def test_nodes_cluster_and_version(mesh: Mesh) -> None:
     assert "node 0.0.0" in mesh("version").out
 
 
+def test_the_meshs_clock_is_set_by_an_operator_and_the_status_tells_of_it(mesh: Mesh) -> None:
+    said = mesh("cluster", "set-clock", "--to", "tomorrow")
+    assert said.code == 2 and "2027-01-31T12:00:00Z" in said.err
+    assert mesh("cluster", "set-clock", "--to", "1980-01-01T00:00:00Z").code == 2
+    later = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() + 1230))
+    assert mesh("cluster", "set-clock", "--to", later).out.startswith("forward by 20m")
+    back = mesh("cluster", "set-clock").out
+    assert back.startswith("back by ") and "set by an operator at" in back
+
+
 def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     token = mesh("token", "create", "laptop").out.strip()
     monkeypatch.delenv("MESH_NODE")

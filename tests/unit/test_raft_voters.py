@@ -164,6 +164,20 @@ def test_a_sole_voter_believes_its_own_clock_while_it_is_steady() -> None:
     assert clock.is_refused
 
 
+def test_a_sole_voter_believes_its_clock_again_once_an_operator_has_set_it_or_the_meshs() -> None:
+    clock = OwnClock()
+    stamp(clock, DAY_MS, is_founding=True)
+    assert stamp(clock, 9 * DAY_MS, now_ms=1000, expected_ms=DAY_MS + 1000) == DAY_MS + 1000 and clock.is_refused
+    # The mesh's time was set to what the clock says …
+    assert stamp(clock, 9 * DAY_MS + 2000, now_ms=3000, expected_ms=9 * DAY_MS + 40_000) == 9 * DAY_MS + 2000
+    assert not clock.is_refused
+    # … which goes on where the mesh is ahead, as an operator may have wanted …
+    assert stamp(clock, 9 * DAY_MS + 3000, now_ms=4000, expected_ms=30 * DAY_MS) == 30 * DAY_MS and clock.is_refused
+    # … or the clock to what the mesh says.
+    assert stamp(clock, DAY_MS, now_ms=4000, expected_ms=9 * DAY_MS) == 9 * DAY_MS and clock.is_refused
+    assert stamp(clock, 9 * DAY_MS + 5, now_ms=4005, expected_ms=9 * DAY_MS + 5) == 9 * DAY_MS + 5
+
+
 def test_after_a_start_a_small_jump_forward_is_believed_and_a_large_one_is_not() -> None:
     assert stamp(OwnClock(), 29 * DAY_MS) == 29 * DAY_MS
     assert stamp(OwnClock(), 31 * DAY_MS, expected_ms=5) == 5

@@ -1,0 +1,34 @@
+"""The clocks of this machine: one that nobody can set, one that people read, and whether the kernel trusts that one."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+from meshd.raft.server import Clocks
+
+_TIME_ERROR = 5
+"""adjtimex(2): the clock is not synchronised."""
+_TIMEX_BYTES = 512
+"""More than struct timex has on any machine; all zero it asks and changes nothing."""
+
+
+def boottime_s() -> float:
+    """Also counts while the machine sleeps; nobody can set it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def wall_clock_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def is_synchronised() -> bool:
+    """The kernel says that something (chrony, ntpd, a hypervisor) keeps the clock; no, where it may not be asked."""
+    try:
+        state: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    except (OSError, AttributeError):
+        return False
+    return 0 <= state < _TIME_ERROR
+
+
+CLOCKS = Clocks(boottime_s, wall_clock_ms, is_synchronised)
