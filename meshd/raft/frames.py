@@ -1,10 +1,17 @@
 """The journal's format on disk: a chain of frames in segments, and what proves that a frame was written whole.
 
-    segment   [header frame][frame][frame]…      every frame begins at a 4 KiB boundary
-    frame     length, CRC, CRC of the frame before, offset known durable before it, records
+    segment   [header frame][frame][frame]…[zeros]      every frame begins at a 4 KiB boundary
+    frame     length, CRC, CRC of the frame before, offset known durable before it, CRC of these; records; a last byte
 
-The CRC also covers the incarnation, the segment, the offset and a random of this start, so
+The CRCs also cover the incarnation, the segment, the offset and a random of this start, so
 neither a user's payload nor an old file that lies in re-used space can pass for a frame.
+
+Where a chain ends, and it always does somewhere, four things can lie (protocol.md 9):
+
+    nothing    zeros, or the end of the file: the frame before was the last
+    torn       a frame without its last byte: never synced, so never acknowledged
+    unproven   a frame of full length that is not what was written: perhaps it was acknowledged
+    a gap      the same, or anything else, before a frame that proves it durable: it was
 """
 
 from __future__ import annotations
@@ -12,6 +19,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from msgspec import Struct
@@ -30,12 +39,16 @@ FRAME_BODY_BYTES_MAX = 64 << 20
 FIRST_INDEX = 1
 """PySyncObj's log begins with a placeholder at index 1, term 0."""
 
-FRAME = struct.Struct("<IIIQ")
+FRAME = struct.Struct("<IIIQI")
+LAST = b"\xa7"
+"""Not zero, whichever one of its bits turns over: a frame that ends in zero was never written to its end."""
+FRAME_BYTES_MIN = FRAME.size + len(LAST)
 _PLACE = struct.Struct("<QQ")
+_SIGNED = struct.Struct("<IIIQ")
 PREFIX = "journal-"
 
 Record = tuple[Any, ...]
-"""("e", command, index, term) | ("t", term, vote) | ("x", from index) | ("r", index, term)"""
+"""("e", command, index, term) | ("t", term, vote) | ("x", from index) | ("r", index, term) | ("c",): in doubt no more"""
 
 
 class LocalHeader(Struct, frozen=True):
@@ -58,58 +71,134 @@ class LocalHeader(Struct, frozen=True):
     """(index, term) of the last entry before this segment."""
     lineage: Lineage = ()
     """The recoveries of the mesh that this log has been through."""
+    voters: tuple[VoterId, ...] = ()
+    """The newest configuration that was known when it began: who can help when the entries that say so are lost."""
 
 
-def frames(
-    name: str, number: int, header: LocalHeader, data: bytes, limit: int | None
-) -> Iterator[tuple[int, int, bytes]]:
-    """(offset, end, body) of each frame of the chain, up to `limit` or a torn tail. Raises Corrupt."""
+class End(Enum):
+    """What lies behind the last frame of a chain."""
+
+    NOTHING = "nothing"
+    TORN = "torn"
+    UNPROVEN = "unproven"
+    TAKEN_OVER = "taken over"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    offset: int
+    end: int
+    body: bytes
+    crc: int
+    follows: int
+    """CRC of the frame before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Bytes that a later frame, or the successor segment, proves durable, and that are not what was written."""
+
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    offset: int
+    end: End
+
+
+def read_segment(header: LocalHeader, number: int, data: bytes, limit: int | None) -> Iterator[Frame | Gap | Ended]:
+    """Its frames in order, gaps among them, and last how it ended. What lies beyond `limit` is ignored, not judged."""
+    size = len(data) if limit is None else limit
     offset, previous = 0, 0
-    while limit is None or offset < limit:
+    while offset < size:
         frame = _frame_at(header, number, data, offset)
-        if frame is None or frame[1] != previous:
-            break
-        body, _, crc, _ = frame
-        end = aligned(offset + FRAME.size + len(body))
-        yield offset, end, body
-        offset, previous = end, crc
-    else:
+        if frame is not None and frame.follows != previous:
+            # Whole, but not of this chain: the one before it is lost.
+            yield Gap(offset)
+        if frame is None:
+            later = _next_frame(header, number, data, offset, size)
+            if later is None:
+                break
+            yield Gap(offset)
+            frame = later
+        yield frame
+        offset, previous = frame.end, frame.crc
+    if limit is None:
+        yield Ended(offset, _end_at(header, number, data, offset))
         return
-    if offset == 0:
-        raise Corrupt(f"journal {name} is damaged at byte 0: its header is not what was written")
-    if limit is not None:
-        raise Corrupt(f"journal {name} is damaged at byte {offset}, before byte {limit} where its successor takes over")
-    for later in range(offset + BLOCK, len(data), BLOCK):
-        frame = _frame_at(header, number, data, later)
-        if frame is not None and frame[3] > offset:
-            raise Corrupt(f"journal {name} is damaged at byte {offset}: the frame at {later} proves it was durable")
+    if offset < limit:
+        yield Gap(offset)
+    yield Ended(limit, End.TAKEN_OVER)
 
 
-def _frame_at(header: LocalHeader, number: int, data: bytes, offset: int) -> tuple[bytes, int, int, int] | None:
-    """(body, CRC of the frame before, own CRC, offset durable before), or None when there is no whole frame here."""
+def _next_frame(header: LocalHeader, number: int, data: bytes, offset: int, size: int) -> Frame | None:
+    for later in range(offset + BLOCK, size, BLOCK):
+        if (frame := _frame_at(header, number, data, later)) is not None:
+            return frame
+    return None
+
+
+def _end_at(header: LocalHeader, number: int, data: bytes, offset: int) -> End:
+    if not any(data[offset : offset + BLOCK]):
+        return End.NOTHING
     if offset + FRAME.size > len(data):
+        return End.TORN
+    length = _length_at(header, number, data, offset)
+    if length is None:
+        # A sector is written whole or not at all, and these bytes fit into one.
+        return End.UNPROVEN
+    last = offset + FRAME.size + length
+    return End.TORN if last >= len(data) or data[last] == 0 else End.UNPROVEN
+
+
+def _length_at(header: LocalHeader, number: int, data: bytes, offset: int) -> int | None:
+    """How long the frame is that begins here; None when none does."""
+    length, crc, previous, durable, check = FRAME.unpack_from(data, offset)
+    signed = _SIGNED.pack(length, crc, previous, durable)
+    if length > FRAME_BODY_BYTES_MAX or check != zlib.crc32(_place(header, number, offset) + signed):
         return None
-    length, crc, previous, durable = FRAME.unpack_from(data, offset)
+    return int(length)
+
+
+def _frame_at(header: LocalHeader, number: int, data: bytes, offset: int) -> Frame | None:
+    """The whole and undamaged frame that begins here."""
+    if offset + FRAME_BYTES_MIN > len(data) or (length := _length_at(header, number, data, offset)) is None:
+        return None
+    _, crc, previous, durable, _ = FRAME.unpack_from(data, offset)
     start = offset + FRAME.size
-    if length > FRAME_BODY_BYTES_MAX or start + length > len(data):
+    last = start + length
+    body = data[start:last]
+    if data[last : last + 1] != LAST or crc != _checksum(header, number, offset, previous, durable, body):
         return None
-    body = data[start : start + length]
-    if crc != checksum(header, number, offset, previous, durable, body):
-        return None
-    return body, previous, crc, durable
+    return Frame(offset, aligned(last + 1), body, crc, previous)
 
 
-def checksum(header: LocalHeader, number: int, offset: int, previous: int, durable: int, body: bytes) -> int:
-    place = f"{header.incarnation}{header.random}".encode() + _PLACE.pack(number, offset)
-    return zlib.crc32(body, zlib.crc32(place + FRAME.pack(len(body), 0, previous, durable)))
+def framed(header: LocalHeader, number: int, offset: int, previous: int, body: bytes) -> tuple[bytes, int]:
+    """The bytes of a frame at this place, where all before it is durable; and its CRC."""
+    crc = _checksum(header, number, offset, previous, offset, body)
+    signed = _SIGNED.pack(len(body), crc, previous, offset)
+    check = zlib.crc32(_place(header, number, offset) + signed)
+    return FRAME.pack(len(body), crc, previous, offset, check) + body + LAST, crc
 
 
-def read_header(name: str, data: bytes) -> LocalHeader:
+def _checksum(header: LocalHeader, number: int, offset: int, previous: int, durable: int, body: bytes) -> int:
+    signed = _SIGNED.pack(len(body), 0, previous, durable)
+    return zlib.crc32(body, zlib.crc32(_place(header, number, offset) + signed))
+
+
+def _place(header: LocalHeader, number: int, offset: int) -> bytes:
+    return f"{header.incarnation}{header.random}".encode() + _PLACE.pack(number, offset)
+
+
+def read_header(number: int, data: bytes) -> LocalHeader | None:
+    """None when it is not what was written: then no frame of the segment can be told from rubbish."""
     try:
         length = FRAME.unpack_from(data, 0)[0]
-        return codec.decode(data[FRAME.size : FRAME.size + length], LocalHeader)
-    except (MeshError, struct.error) as error:
-        raise Corrupt(f"journal {name} is damaged at byte 0: its header cannot be read") from error
+        header: LocalHeader = codec.decode(data[FRAME.size : FRAME.size + length], LocalHeader)
+    except (MeshError, struct.error):
+        return None
+    return None if _frame_at(header, number, data, 0) is None else header
 
 
 def records_of(name: str, offset: int, body: bytes) -> list[Record]:
@@ -122,6 +211,12 @@ def records_of(name: str, offset: int, body: bytes) -> list[Record]:
 
 def segment_name(number: int) -> str:
     return f"{PREFIX}{number:012d}"
+
+
+def numbers(names: Sequence[str]) -> list[int]:
+    """The segments among these files, oldest first."""
+    found = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    return sorted(int(rest) for rest in found if rest.isdigit())
 
 
 def aligned(offset: int) -> int:

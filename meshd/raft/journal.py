@@ -1,7 +1,7 @@
 """The log on disk: entries, truncations, term and vote in one chain of frames, one sync for each turn.
 
-What was synced is never rewritten (frames.py has the format, replay.py reads it back).
-Each frame proves that all before it were synced; the last one proves nothing about
+What was synced is never rewritten (frames.py has the format, reopening.py reads it back, segments.py has
+the files). Each frame proves that all before it were synced; the last one proves nothing about
 itself, so a start rewrites it into a new segment, beside, before the node says a word
 (protocol.md 9).
 
@@ -18,44 +18,47 @@ from msgspec import structs
 from pysyncobj.journal import Journal as StockJournal
 
 from meshd import codec
-from meshd.errors import Corrupt, StartRefused
-from meshd.raft.disk import Disk, OpenFile
+from meshd.errors import Busy, Corrupt, MeshError
+from meshd.raft.disk import Disk
 from meshd.raft.frames import (
     FIRST_INDEX,
-    FRAME,
     FRAME_BODY_BYTES_MAX,
-    PREFIX,
+    FRAME_BYTES_MIN,
     LocalHeader,
     Record,
     aligned,
-    checksum,
+    framed,
+    numbers,
     read_header,
     segment_name,
 )
-from meshd.raft.lineage import Lineage, descends, is_next, name_of
-from meshd.raft.messages import NO_OP, Entry, VoterId
-from meshd.raft.replay import Replay
+from meshd.raft.lineage import Lineage, is_next
+from meshd.raft.messages import MEMBERSHIP, NO_OP, Entry, VoterId
+from meshd.raft.segments import JournalSizes, Segments, is_full
 
-SEGMENT_BYTES_MAX = 64 << 20
-"""A new segment begins beyond this: what one unlink gives back, and what one read at start holds in memory."""
-
-RELEASE_BYTES_MIN = 4 << 20
-"""A snapshot begins a new segment only when the present one is worth giving back."""
+RECORD_BYTES = 32
+"""What a record takes beside its command, at most: to tell how much waits for a commit."""
 
 
 class Journal(StockJournal):  # type: ignore[misc]
     """Made by `create_journal` or `open_journal`. Not safe for two threads: whoever calls `commit` waits for it."""
 
-    def __init__(self, disk: Disk, header: LocalHeader, number: int, entries: list[Entry]) -> None:
+    def __init__(self, header: LocalHeader, segments: Segments, entries: list[Entry]) -> None:
+        """It can be written from its first `begin_segment`."""
         self.header = header
-        self._disk = disk
+        self.doubt = ""
+        """Why this start is in doubt, for people; see `is_in_doubt`."""
+        self.is_in_doubt = header.is_in_doubt
+        """Something that this voter has acknowledged may be missing here (protocol.md 9)."""
+        self._segments = segments
         self._entries = entries
         self._term = header.term
         self._vote = header.vote
         self._staged: list[Record] = []
-        self._segments: dict[int, _Segment] = {}
-        self._number = number
-        self._file: OpenFile | None = None
+        self._staged_bytes = 0
+        self._closed: dict[int, _Closed] = {}
+        self._number = -1
+        """Of the segment that is written, or taken over from."""
         self._offset = 0
         self._last_crc = 0
         self._disk_last = (entries[-1][1], entries[-1][2])
@@ -71,6 +74,7 @@ class Journal(StockJournal):  # type: ignore[misc]
     def add(self, command: bytes, idx: int, term: int) -> None:
         self._entries.append((command, idx, term))
         self._staged.append(("e", command, idx, term))
+        self._staged_bytes += len(command) + RECORD_BYTES
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom < len(self._entries):
@@ -114,6 +118,12 @@ class Journal(StockJournal):  # type: ignore[misc]
     def getVotedForNodeId(self) -> VoterId | None:
         return self._vote
 
+    def end_doubt(self) -> None:
+        """Others have brought this log up to date: once this is synced, its votes and acknowledgements count."""
+        if self.is_in_doubt:
+            self.is_in_doubt = False
+            self._staged.append(("c",))
+
     def setRaftCommitIndex(self, raftCommitIndex: int) -> None:
         """Not kept: Raft learns it again, and a stored one was seen to outlive the entries it named."""
 
@@ -144,30 +154,28 @@ class Journal(StockJournal):  # type: ignore[misc]
 
     @property
     def bytes_on_disk(self) -> int:
-        return self._offset + sum(segment.size for segment in self._segments.values())
+        return self._offset + sum(closed.size for closed in self._closed.values())
+
+    @property
+    def bytes_left(self) -> int:
+        """What can still be staged for sure, on a disk however full: room that is this journal's own already."""
+        return self._segments.bytes_left(self._offset) - self._staged_bytes
 
     def commit(self) -> None:
-        """Write what was staged as one frame and sync it (blocks). Raises Corrupt when the disk fails, and ever after:
+        """Write what was staged as one frame and sync it (blocks). Raises when the disk fails, and ever after:
 
         after a failed fsync the kernel may have thrown the pages away and would report success the next time.
         """
         if not self._staged and self._is_witnessed:
             return
-        if self._has_failed or self._file is None:
+        if self._has_failed or not self._segments.is_open:
             raise Corrupt(f"journal {segment_name(self._number)} failed before and takes nothing more")
         last = self._entries[-1]
-        records, self._staged = self._staged, []
+        records, self._staged, self._staged_bytes = self._staged, [], 0
         try:
-            if self._offset > SEGMENT_BYTES_MAX:
-                self._begin_segment(takes_over_at=self._offset, records=[])
-            self._write_frame(records)
-            self._file.sync()
+            self._append(records)
         except OSError as error:
-            self._has_failed = True
-            raise Corrupt(
-                f"journal {segment_name(self._number)} could not be written: {error}",
-                hint="this server stops so that it never acknowledges what it may lose; check the disk, then start it",
-            ) from error
+            raise self._failed("could not be written", error) from error
         # This frame proves all before it, and nothing of itself; the next one will.
         self.witnessed_index, self.durable_index = self.durable_index, last[1]
         self._disk_last = (last[1], last[2])
@@ -177,135 +185,150 @@ class Journal(StockJournal):  # type: ignore[misc]
         """Unlink the segments that a durable snapshot at this index covers (blocks). Call it with nothing staged."""
         assert not self._staged
         try:
-            if self._offset > RELEASE_BYTES_MIN:
-                self._begin_segment(takes_over_at=self._offset, records=[])
-            for number in sorted(self._segments)[:-1]:
+            if self._offset > self._segments.sizes.release:
+                self._go_on_in_next([])
+            for number in sorted(self._closed):
                 # The next segment must join the snapshot without this one's help.
-                if self._segments[number + 1].base > snapshot_index:
+                if self._closed[number].until > snapshot_index:
                     break
-                self._disk.remove(segment_name(number))
-                del self._segments[number]
+                self._segments.disk.remove(segment_name(number))
+                del self._closed[number]
         except OSError as error:
-            self._has_failed = True
-            raise Corrupt(f"journal could not be trimmed: {error}") from error
+            raise self._failed("could not be trimmed", error) from error
+
+    def refill_reserve(self) -> None:
+        """As far as there is room (blocks). Call it between commits."""
+        try:
+            self._segments.refill()
+        except OSError as error:
+            raise self._failed("could not reserve room", error) from error
+
+    @property
+    def is_reserve_whole(self) -> bool:
+        return self._segments.is_reserve_whole
 
     def begin_epoch(self, lineage: Lineage) -> None:
         """What is staged begins a recovery epoch, in a segment of its own: all of that is durable when this returns, or nothing (blocks)."""
         assert is_next(lineage, self.header.lineage)
-        records, self._staged = self._staged, []
-        self.header = structs.replace(self.header, lineage=lineage, is_in_doubt=False)
-        self._begin_segment(takes_over_at=self._offset, records=records)
+        records, self._staged, self._staged_bytes = self._staged, [], 0
+        self.header = structs.replace(self.header, lineage=lineage)
+        self.is_in_doubt = False
+        self.begin_segment(self._offset, [records])
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._segments.close()
 
-    def _begin_segment(self, *, takes_over_at: int | None, records: list[Record]) -> None:
-        """A new segment, complete and durable under its name before anything refers to it."""
-        old, new = self._number, self._number + 1
-        self.close()
-        if old in self._segments:
-            self._segments[old].size = max(self._segments[old].size, self._offset)
-        self.header = structs.replace(
+    def goes_on_from(
+        self, closed: list[tuple[int, int, int]], *, term: int, vote: VoterId | None, last: tuple[int, int]
+    ) -> None:
+        """Segments of earlier starts: number, size and the last entry before the one after it; and what they say."""
+        self._closed = {number: _Closed(size, until) for number, size, until in closed}
+        self._number = closed[-1][0] if closed else -1
+        self._term, self._vote, self._disk_last = term, vote, last
+
+    def begins_with(self, last: tuple[int, int], *, has_unproven: bool) -> None:
+        """This start's own segment is there, up to the entry `last`."""
+        self._disk_last = last
+        if has_unproven:
+            # Rewritten as the last frames of the new segment: until the next one nothing is taken for witnessed.
+            self._is_witnessed, self.witnessed_index = False, self._entries[0][1]
+
+    @property
+    def number(self) -> int:
+        """Of the segment that is written."""
+        return self._number
+
+    def begin_segment(self, takes_over_at: int | None, frames: list[list[Record]]) -> None:
+        """A new segment, complete and durable under its name before anything refers to it.
+
+        `takes_over_at` is where it takes over from the present one; None: it needs nothing before it.
+        """
+        old, is_first = self._number, self._offset == 0
+        voters = next((tuple(codec.unpack(e[0][1:])) for e in reversed(self._entries) if e[0][:1] == MEMBERSHIP), ())
+        bodies = [codec.pack(records) for records in frames]
+        header = structs.replace(
             self.header,
             term=self._term,
             vote=self._vote,
+            is_in_doubt=self.is_in_doubt,
             takes_over=None if takes_over_at is None else (old, takes_over_at),
             base=self._disk_last,
+            voters=voters or self.header.voters,
         )
-        beside = segment_name(new) + ".new"
-        self._file, self._number, self._offset, self._last_crc = self._disk.open(beside), new, 0, 0
-        self._write_body(codec.encode(self.header))
-        if records:
-            self._write_frame(records)
-        self._file.sync()
-        self._disk.rename(beside, segment_name(new))
-        self._disk.sync_directory()
-        self._segments[new] = _Segment(base=self._disk_last[0])
+        head = codec.encode(header)
+        number = self._segments.begin(sum(aligned(len(body) + FRAME_BYTES_MIN) for body in (head, *bodies)))
+        if not is_first:
+            self._closed[old] = _Closed(self._offset, self._disk_last[0])
+        self.header, self._number, self._offset, self._last_crc = header, number, 0, 0
+        for body in (head, *bodies):
+            self._write(body)
+        self._segments.file.sync()
+        self._segments.name()
 
-    def _write_frame(self, records: list[Record]) -> None:
-        self._write_body(codec.pack(records))
+    def _append(self, records: list[Record]) -> None:
+        if self._offset > self._segments.sizes.segment:
+            self._go_on_in_next([])
+        body = codec.pack(records)
+        try:
+            self._segments.take(self._offset + len(body) + FRAME_BYTES_MIN)
+            self._write(body)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            # Nothing of this frame counts: the next segment takes over where it began.
+            self._go_on_in_next([records])
+        else:
+            self._segments.file.sync()
 
-    def _write_body(self, body: bytes) -> None:
-        assert self._file is not None and len(body) <= FRAME_BODY_BYTES_MAX
-        crc = checksum(self.header, self._number, self._offset, self._last_crc, self._offset, body)
-        self._file.write_at(self._offset, FRAME.pack(len(body), crc, self._last_crc, self._offset) + body)
+    def _go_on_in_next(self, frames: list[list[Record]]) -> None:
+        at, old = self._offset, self._number
+        self.begin_segment(at, frames)
+        self._segments.disk.shorten(segment_name(old), at)
+
+    def _write(self, body: bytes) -> None:
+        assert len(body) <= FRAME_BODY_BYTES_MAX
+        data, crc = framed(self.header, self._segments.number, self._offset, self._last_crc, body)
+        self._segments.file.write_at(self._offset, data)
         self._last_crc = crc
-        self._offset = aligned(self._offset + FRAME.size + len(body))
+        self._offset = aligned(self._offset + len(data))
+
+    def _failed(self, what: str, error: OSError) -> MeshError:
+        self._has_failed = True
+        where = f"journal {segment_name(self._number)} {what}: {error}"
+        if is_full(error):
+            return Busy(
+                f"{where}, and its reserve is used up",
+                hint="this server stops and has lost nothing: make room on its disk, then start it",
+            )
+        return Corrupt(
+            where,
+            hint="this server stops so that it never acknowledges what it may lose; check the disk, then start it",
+        )
 
 
 @dataclass(slots=True)
-class _Segment:
-    base: int
-    """The last entry before it."""
-    size: int = 0
-    """Bytes, once it is closed."""
+class _Closed:
+    size: int
+    until: int
+    """The last entry before the segment that follows."""
 
 
-def create_journal(disk: Disk, header: LocalHeader) -> Journal:
+def create_journal(disk: Disk, header: LocalHeader, sizes: JournalSizes | None = None) -> Journal:
     """The first segment of a new incarnation (blocks). The directory holds no journal."""
     assert not journal_names(disk)
-    journal = Journal(disk, header, 0, [(NO_OP, FIRST_INDEX, 0)])
-    journal._begin_segment(takes_over_at=None, records=[])
-    return journal
-
-
-def open_journal(disk: Disk, *, mesh: str, lineage: Lineage, random: str, snapshot: tuple[int, int] | None) -> Journal:
-    """Replay, cut a torn tail, and begin this start's own segment (blocks).
-
-    `snapshot` is the (index, term) of the newest one, already verified. Raises Corrupt
-    with file and offset when what was durable cannot be read; StartRefused when the
-    journal belongs to another mesh.
-    """
-    for name in disk.names():
-        if name.startswith(PREFIX) and name.endswith(".new"):
-            disk.remove(name)
-    replay = Replay()
-    names = journal_names(disk)
-    contents = [disk.read(name) for name in names]
-    headers = [read_header(name, data) for name, data in zip(names, contents, strict=True)]
-    numbers = [int(name.removeprefix(PREFIX)) for name in names]
-    successors = [*headers[1:], None]
-    for name, number, header, data, after in zip(names, numbers, headers, contents, successors, strict=True):
-        if header.mesh != mesh:
-            raise StartRefused(
-                f"the journal {name} belongs to mesh {header.mesh}, not {mesh}", hint="start in that mesh's directory"
-            )
-        # An older segment may be of an epoch that its successor began from.
-        expected = lineage if after is None else after.lineage
-        if header.lineage != expected and (after is None or not descends(expected, header.lineage)):
-            raise StartRefused(
-                f"the journal {name} is of recovery {name_of(header.lineage)}, not {name_of(lineage)}",
-                hint="`meshd rejoin` gives this directory a new journal in the present mesh",
-            )
-        if after is not None and (after.takes_over is None or after.takes_over[0] != number):
-            raise Corrupt(f"journal segment after {name} is missing")
-        limit = None if after is None or after.takes_over is None else after.takes_over[1]
-        replay.segment(name, number, header, data, limit)
-
-    header, number = headers[-1], numbers[-1]
-    entries = replay.entries_after(snapshot)
-    journal = Journal(disk, structs.replace(header, start=header.start + 1, random=random), number, entries)
-    journal._term, journal._vote = replay.term, replay.vote
-    journal._segments = {
-        number: _Segment(header.base[0], len(data))
-        for number, header, data in zip(numbers, headers, contents, strict=True)
-    }
-    journal._disk_last = replay.durable_last
-    journal._begin_segment(takes_over_at=replay.durable_offset, records=replay.unproven)
-    journal._disk_last = (entries[-1][1], entries[-1][2])
-    if replay.unproven:
-        # Rewritten as the last frame of the new segment: until the next one nothing is taken for witnessed.
-        journal._is_witnessed, journal.witnessed_index = False, entries[0][1]
+    journal = Journal(header, Segments(disk, sizes or JournalSizes()), [(NO_OP, FIRST_INDEX, 0)])
+    journal.begin_segment(None, [])
+    journal.refill_reserve()
     return journal
 
 
 def journal_lineage(disk: Disk) -> Lineage | None:
-    """Of the newest segment (blocks); None when there is no journal. Raises Corrupt."""
-    names = journal_names(disk)
-    return read_header(names[-1], disk.read(names[-1])).lineage if names else None
+    """Of the newest segment that can be read (blocks); None when there is no journal."""
+    for number in reversed(numbers(disk.names())):
+        if (header := read_header(number, disk.read(segment_name(number)))) is not None:
+            return header.lineage
+    return None
 
 
 def journal_names(disk: Disk) -> list[str]:
-    return sorted(name for name in disk.names() if name.startswith(PREFIX) and not name.endswith(".new"))
+    return [segment_name(number) for number in numbers(disk.names())]

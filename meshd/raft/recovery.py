@@ -53,7 +53,9 @@ def read_kept(disk: Disk, *, mesh: str, me: NodeId, random: str) -> Kept:
     lineage = journal_lineage(disk)
     if lineage is None:
         raise StartRefused("this directory holds no journal", hint="recover from another server's directory")
-    journal, image = open_log(disk, mesh=mesh, lineage=lineage, me=me, is_founding=False, random=random, incarnation="")
+    journal, image = open_log(
+        disk, mesh=mesh, lineage=lineage, me=me, is_founding=False, random=random, incarnation="", is_recovery=True
+    )
     machine = Machine()
     if image is not None:
         machine.restore(image.state)

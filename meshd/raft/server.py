@@ -163,7 +163,7 @@ class Server:
         self._zones = zones
         self._settings = settings
         self._clocks = clocks
-        self._now = clocks.now_s
+        self._now = self.now_s = clocks.now_s
         self.report = report
         self.engine = Engine(
             me=voter_id(node, journal.header.incarnation),

@@ -4,23 +4,27 @@
     image  msgpack (mesh, index, term, voters, state): the same bytes travel to peers
 
 A snapshot is written beside, synced, read back and verified, renamed, and its directory
-synced, before it replaces the one before it or the log that it covers (protocol.md 9).
+synced, before it counts. The one before it is kept, and the log back to that one: should the
+newest rot, a start goes on from there without a gap (protocol.md 9). Everybody does so, not
+only a sole voter: it costs one more copy of the state, and saves the transfer of another.
 """
 
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from typing import Annotated
 
 from blake3 import blake3
 from msgspec import Meta, Struct
 
 from meshd import codec
-from meshd.errors import Corrupt, MeshError, PeerFault
+from meshd.errors import Busy, Corrupt, MeshError, PeerFault
 from meshd.raft.configurations import VOTERS_MAX
 from meshd.raft.disk import Disk
 from meshd.raft.frames import LocalHeader
 from meshd.raft.messages import SNAPSHOT_BYTES_MAX, Number, VoterId
+from meshd.raft.segments import NEW, is_full, set_aside
 
 _MAGIC = b"meshdsn1"
 _LENGTHS = struct.Struct("<II")
@@ -29,6 +33,9 @@ _PREFIX = "snapshot-"
 
 INDEX_MAX = 2**48
 """No mesh writes so much; the entries after it must have numbers that messages can carry."""
+
+KEPT = 2
+"""Snapshots on disk: the newest, and the one to fall back to."""
 
 
 class Image(Struct, frozen=True, array_like=True):
@@ -67,16 +74,21 @@ def unpack_image(data: bytes, *, digest: bytes, mesh: str) -> Image:
         raise PeerFault(error.message) from error
 
 
-def save(disk: Disk, packed: Packed, header: LocalHeader) -> None:
-    """Durable and read back when it returns (blocks); older ones are removed only then. Raises Corrupt."""
+def save(disk: Disk, packed: Packed, header: LocalHeader) -> int:
+    """Durable and read back when it returns (blocks). The index of the one before it: up to there the log may go.
+
+    Raises Busy when the disk is full, and then nothing has changed; Corrupt when it fails.
+    """
     name = f"{_PREFIX}{packed.index:020d}"
-    beside = name + ".new"
+    beside = name + NEW
     local = codec.encode(header)
     content = _MAGIC + _LENGTHS.pack(len(local), len(packed.data)) + local + packed.data
     content += blake3(content).digest()
     try:
         file = disk.open(beside)
         try:
+            # Taken first: a disk that is full refuses here, and not in the middle of a sync.
+            file.reserve(len(content))
             file.write_at(0, content)
             file.sync()
         finally:
@@ -85,26 +97,39 @@ def save(disk: Disk, packed: Packed, header: LocalHeader) -> None:
             raise Corrupt(f"{beside} does not read back as it was written")
         disk.rename(beside, name)
         disk.sync_directory()
-        for older in _names(disk):
-            if older < name:
-                disk.remove(older)
+        kept = _names(disk)[-KEPT:]
+        for older in _names(disk)[:-KEPT]:
+            disk.remove(older)
+        return int(kept[0].removeprefix(_PREFIX)) if len(kept) == KEPT else 0
     except OSError as error:
+        if is_full(error):
+            with suppress(OSError):
+                disk.remove(beside)
+            raise Busy(f"snapshot {name} found no room: {error}") from error
         raise Corrupt(f"snapshot {name} could not be written: {error}") from error
 
 
-def load(disk: Disk, *, mesh: str) -> tuple[Image, Packed] | None:
-    """The newest snapshot, verified (blocks); None when there is none. Raises Corrupt.
-
-    An unreadable one is never skipped: starting empty, or from an older one whose log
-    is gone, would lose what this voter has acknowledged.
-    """
-    for name in disk.names():
-        if name.startswith(_PREFIX) and name.endswith(".new"):
-            disk.remove(name)
+def load(disk: Disk, *, mesh: str) -> Packed | None:
+    """The newest one as it is sent (blocks); None when there is none. Raises Corrupt."""
     names = _names(disk)
-    if not names:
-        return None
-    name = names[-1]
+    return _read(disk, names[-1], mesh)[1] if names else None
+
+
+def newest_readable(disk: Disk, *, mesh: str) -> tuple[Image | None, list[str]]:
+    """At a start (blocks): the newest image that is what was written, and the names of newer ones that are not."""
+    for name in disk.names():
+        if name.startswith(_PREFIX) and name.endswith(NEW):
+            disk.remove(name)
+    damaged: list[str] = []
+    for name in reversed(_names(disk)):
+        try:
+            return _read(disk, name, mesh)[0], damaged
+        except (Corrupt, OSError):
+            damaged.append(name)
+    return None, damaged
+
+
+def _read(disk: Disk, name: str, mesh: str) -> tuple[Image, Packed]:
     content = disk.read(name)
     start = len(_MAGIC) + _LENGTHS.size
     if len(content) < start + _DIGEST_BYTES or content[: len(_MAGIC)] != _MAGIC:
@@ -117,10 +142,10 @@ def load(disk: Disk, *, mesh: str) -> tuple[Image, Packed] | None:
     return image, Packed(image.index, image.term, data, blake3(data).digest())
 
 
-def set_aside(disk: Disk) -> None:
+def set_all_aside(disk: Disk) -> None:
     """The state that snapshots hold is not to be trusted: the next start gets it anew. They stay for whoever looks into it (blocks)."""
     for name in _names(disk):
-        disk.rename(name, f"aside-{name}")
+        set_aside(disk, name)
     disk.sync_directory()
 
 
@@ -135,4 +160,4 @@ def _parse(data: bytes, mesh: str, what: str) -> Image:
 
 
 def _names(disk: Disk) -> list[str]:
-    return sorted(name for name in disk.names() if name.startswith(_PREFIX) and not name.endswith(".new"))
+    return sorted(name for name in disk.names() if name.startswith(_PREFIX) and name[len(_PREFIX) :].isdigit())

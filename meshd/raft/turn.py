@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from meshd.errors import Corrupt, MeshError, PeerFault
+from meshd.errors import Busy, Corrupt, MeshError, PeerFault
 from meshd.raft.agreement import Diverged
 from meshd.raft.arrival import Arrived
 from meshd.raft.disk import Disk
 from meshd.raft.journal import Journal
 from meshd.raft.server import Capture, Restore, Server, StateMachine
-from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_aside, unpack_image
+from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_all_aside, unpack_image
+
+FULL_PAUSE_S = 10.0
+"""Between tries to write a snapshot to a disk without room."""
 
 Work = Callable[[], None]
 """Blocks, for the disk; raises a MeshError when this server must stop."""
@@ -41,6 +44,7 @@ class Turns:
         self._packed: Packed | None = None
         self._is_packed_wanted = False
         self._replaced: Work | None = None
+        self._full_until_s = float("-inf")
 
     def turn(self) -> Iterator[Work]:
         """One turn. Do each work that it yields before it goes on; nothing else may use the journal meanwhile."""
@@ -48,7 +52,7 @@ class Turns:
             yield from self._turn()
         except Diverged:
             # Its snapshots may hold the same wrong state, and the next start shall not begin with one.
-            yield partial(set_aside, self._disk)
+            yield partial(set_all_aside, self._disk)
             raise
 
     def _turn(self) -> Iterator[Work]:
@@ -83,13 +87,14 @@ class Turns:
         if self._is_writing or self._finished is not None:
             return None
         work: Work
-        if (arrived := self._server.engine.arrived) is not None:
+        is_full = self._server.now_s() < self._full_until_s
+        if not is_full and (arrived := self._server.engine.arrived) is not None:
             work = partial(self._receive, arrived)
         elif self._replaced is not None:
             work, self._replaced = self._replaced, None
         elif self._is_packed_wanted:
             work = self._load
-        elif (capture := self._server.capture()) is not None:
+        elif not is_full and (capture := self._server.capture()) is not None:
             work = partial(self._save, capture)
         else:
             return None
@@ -116,14 +121,27 @@ class Turns:
         except (PeerFault, Corrupt) as error:  # nothing of it was written: the sender's fault, not this disk's
             self._finished = partial(self._refused, arrived, error)
         else:
-            save(self._disk, Packed(image.index, image.term, data, arrived.digest), self._journal.header)
-            self._finished = partial(self._received, image, restore)
+            packed = Packed(image.index, image.term, data, arrived.digest)
+            if (older := self._saved_on_disk(packed)) is not None:
+                self._finished = partial(self._received, image, restore, older)
+
+    def _saved_on_disk(self, packed: Packed) -> int | None:
+        """The index of the snapshot before it; None when the disk is full, which is tried again."""
+        try:
+            return save(self._disk, packed, self._journal.header)
+        except Busy as error:
+            self._finished = partial(self._found_no_room, error)
+            return None
+
+    def _found_no_room(self, error: Busy) -> None:
+        self._server.report("raft.snapshot_found_no_room", {"why": str(error)})
+        self._full_until_s = self._server.now_s() + FULL_PAUSE_S
 
     def _refused(self, arrived: Arrived, error: MeshError) -> None:
         self._server.report("raft.snapshot_refused", {"peer": arrived.peer, "why": str(error)})
         self._server.engine.discard_arrived()
 
-    def _received(self, image: Image, restore: Restore) -> None:
+    def _received(self, image: Image, restore: Restore, older: int) -> None:
         self._server.report("raft.snapshot_received", {"index": image.index})
         self._packed = None
 
@@ -131,23 +149,22 @@ class Turns:
             self._replaced = restore()
 
         self._server.install(image, replace)
-        self._release_to = self._server.saved_index
+        self._release_to = older
 
     def _save(self, capture: Capture) -> None:
         """Write the state down; the log behind it goes only then."""
         image = Image(self._mesh, capture.index, capture.term, capture.voters, capture.pack())
-        save(self._disk, pack_image(image), self._journal.header)
-        self._finished = partial(self._saved, capture.index)
+        if (older := self._saved_on_disk(pack_image(image))) is not None:
+            self._finished = partial(self._saved, capture.index, older)
 
-    def _saved(self, index: int) -> None:
+    def _saved(self, index: int, older: int) -> None:
         self._server.report("raft.snapshot_saved", {"index": index})
         self._packed = None
         self._server.saved(index)
-        self._release_to = self._server.saved_index
+        self._release_to = older
 
     def _load(self) -> None:
-        newest = load(self._disk, mesh=self._mesh)
-        self._finished = partial(self._loaded, None if newest is None else newest[1])
+        self._finished = partial(self._loaded, load(self._disk, mesh=self._mesh))
 
     def _loaded(self, packed: Packed | None) -> None:
         self._packed, self._is_packed_wanted = packed, False

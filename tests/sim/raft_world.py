@@ -23,10 +23,13 @@ from meshd.raft.agreement import Diverged
 from meshd.raft.commands import Batch
 from meshd.raft.messages import AnyMessage, VoterId, node_of
 from meshd.raft.opening import open_log
+from meshd.raft.segments import JournalSizes
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
 from meshd.raft.turn import Turns
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
+
+SIZES = JournalSizes(segment=256 << 10, step=16 << 10, reserve=32 << 10, reserves=3, release=16 << 10)
 
 CREEP_S = 2e-6
 """Time goes on a little with each look at the clock, as it does outside."""
@@ -129,6 +132,7 @@ class Node:
             is_founding=self.life == 1 and self.name == world.founder,
             random=random,
             incarnation=f"{world.random.getrandbits(32):08x}",
+            sizes=SIZES,
         )
         self.machine = Machine(world, self.name)
         if image is not None:

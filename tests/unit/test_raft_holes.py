@@ -21,8 +21,9 @@ from meshd.raft.applying import ApplyFailed
 from meshd.raft.configurations import as_command
 from meshd.raft.engine import Engine
 from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal, open_journal
+from meshd.raft.journal import create_journal
 from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
+from meshd.raft.reopening import Found, open_journal
 from meshd.raft.settings import RaftSettings
 from meshd.testing.raft_disk import MemoryDisk
 
@@ -478,7 +479,7 @@ def test_a_configuration_that_a_start_found_in_the_last_frame_waits_too(clock: C
     journal.commit()
     journal.add(as_command([A, B]), 3, 1)
     journal.commit()
-    journal = open_journal(disk, mesh="m", lineage=(), random="bb", snapshot=None)
+    journal = open_journal(disk, mesh="m", lineage=(), random="bb", found=Found())
     assert (journal.durable_index, journal.witnessed_index, journal.wants_witness) == (3, 1, True)
     journal.commit()
     assert (journal.witnessed_index, journal.wants_witness) == (3, False)

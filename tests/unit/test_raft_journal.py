@@ -10,12 +10,13 @@ import pytest
 
 from meshd.errors import Corrupt, StartRefused
 from meshd.raft.disk import DirectoryDisk
-from meshd.raft.frames import BLOCK, LocalHeader
-from meshd.raft.journal import Journal, create_journal, journal_names, open_journal
+from meshd.raft.frames import BLOCK, FRAME_BYTES_MIN, LocalHeader
+from meshd.raft.journal import Journal, create_journal, journal_names
 from meshd.raft.messages import VoterId
+from meshd.raft.reopening import Found, open_journal
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
-A = VoterId("a/01")
+A, B, C = VoterId("a/01"), VoterId("b/02"), VoterId("c/03")
 
 
 def fresh(disk: MemoryDisk) -> Journal:
@@ -23,7 +24,7 @@ def fresh(disk: MemoryDisk) -> Journal:
 
 
 def again(disk: MemoryDisk, *, snapshot: tuple[int, int] | None = None, random: str = "bb") -> Journal:
-    return open_journal(disk, mesh="m", lineage=(), random=random, snapshot=snapshot)
+    return open_journal(disk, mesh="m", lineage=(), random=random, found=Found(snapshot, (A, B, C)))
 
 
 def written(disk: MemoryDisk, frames: int) -> Journal:
@@ -34,6 +35,16 @@ def written(disk: MemoryDisk, frames: int) -> Journal:
         journal.add(b"entry %d" % index, index, 1)
         journal.commit()
     return journal
+
+
+def alone(disk: MemoryDisk, *, random: str = "bb") -> Journal:
+    """As the only voter that its log knows of."""
+    return open_journal(disk, mesh="m", lineage=(), random=random, found=Found())
+
+
+def bytes_written(disk: MemoryDisk, name: str) -> bytes:
+    """Without the room that is taken and not used; no frame ends in a zero."""
+    return disk.read(name).rstrip(b"\0")
 
 
 def entries(journal: Journal) -> list[tuple[bytes, int, int]]:
@@ -71,45 +82,156 @@ def test_a_frame_cut_at_any_byte_is_as_if_it_had_never_been(length: int) -> None
     disk = MemoryDisk()
     written(disk, 3)
     name = journal_names(disk)[-1]
-    content = disk.read(name)
+    content = bytes_written(disk, name)
     last = (len(content) - 1) // BLOCK * BLOCK
     for size in range(last + length, min(last + length + 8, len(content))):
-        torn = MemoryDisk()
-        torn.open(name).write_at(0, content[:size])
-        reopened = again(torn)
-        assert [entry[1] for entry in entries(reopened)] == [2, 3], f"cut at byte {size}"
-        assert reopened.getCurrentTerm() == 1
+        # The file ends there; or it goes on with the zeros of room that was taken and never written.
+        for rest in (0, BLOCK) if size == last or size > last + FRAME_BYTES_MIN else (0,):
+            torn = MemoryDisk()
+            torn.open(name).write_at(0, content[:size] + bytes(rest))
+            reopened = again(torn)
+            assert [entry[1] for entry in entries(reopened)] == [2, 3], f"cut at byte {size}"
+            assert reopened.getCurrentTerm() == 1 and not reopened.is_in_doubt
 
 
-def test_a_flipped_bit_below_a_later_frame_is_named_with_file_and_offset() -> None:
+def test_a_flipped_bit_below_a_later_frame_leaves_the_voter_in_doubt_with_what_was_before_it() -> None:
+    """A sole voter stops, names file and offset, and has changed nothing."""
     disk = MemoryDisk()
     written(disk, 6)
     name = journal_names(disk)[0]
-    content = disk.read(name)
+    content = bytes_written(disk, name)
     random = Random(1)
-    frames = range(0, len(content) - BLOCK, BLOCK)
-    for offset in frames:
-        body_bits = int.from_bytes(content[offset : offset + 4], "little") * 8 + 20 * 8
+    for offset in range(BLOCK, len(content) - BLOCK, BLOCK):
+        body_bits = int.from_bytes(content[offset : offset + 4], "little") * 8 + FRAME_BYTES_MIN * 8
         for _ in range(20):
-            bit = random.randrange(body_bits)
-            damaged = bytearray(content)
-            damaged[offset + bit // 8] ^= 1 << bit % 8
+            bit = offset * 8 + random.randrange(body_bits)
             other = MemoryDisk()
-            other.open(name).write_at(0, bytes(damaged))
-            with pytest.raises(Corrupt, match=name):
-                again(other)
+            file = other.open(name)
+            file.write_at(0, content)
+            file.sync()
+            other.flip(name, bit)
+            before = other.read(name)
+            with pytest.raises(Corrupt, match=f"{name} at byte {offset}.*meshd recover"):
+                alone(other)
+            assert [other.read(each) for each in other.names()] == [before]
+            reopened = again(other)
+            assert reopened.is_in_doubt and f"{name} at byte {offset}" in reopened.doubt
+            assert [entry[1] for entry in entries(reopened)] == list(range(2, offset // BLOCK + 1))
+            assert other.read(f"{name}.bad-1") == before
+            assert again(other, random="cc").is_in_doubt, "it ends by a synced record only"
 
 
-def test_damage_before_a_successor_segment_is_found() -> None:
+def test_damage_to_what_a_later_segment_follows_is_found() -> None:
     disk = MemoryDisk()
     written(disk, 4)
     again(disk)
     name = journal_names(disk)[0]
-    content = bytearray(disk.read(name))
-    content[2 * BLOCK + 30] ^= 1
-    disk.open(name).write_at(0, bytes(content))
-    with pytest.raises(Corrupt, match=rf"{name} is damaged at byte {2 * BLOCK}"):
+    disk.flip(name, (2 * BLOCK + 30) * 8)
+    reopened = again(disk, random="cc")
+    assert reopened.is_in_doubt and f"{name} at byte {2 * BLOCK}" in reopened.doubt
+    assert [entry[1] for entry in entries(reopened)] == [2]
+    assert journal_names(disk) == ["journal-000000000002"], "the new one needs none of those that were set aside"
+    assert [entry[1] for entry in entries(again(disk, random="dd"))] == [2]
+
+
+def test_a_segment_whose_header_is_damaged_is_lost_whole() -> None:
+    disk = MemoryDisk()
+    written(disk, 3)
+    journal = again(disk)
+    journal.add(b"lost", 5, 1)
+    journal.commit()
+    disk.flip(journal_names(disk)[-1], 300)
+    reopened = again(disk, random="cc")
+    # What the first segment says is not lost with the second, which had rewritten its last frame.
+    assert reopened.is_in_doubt and [entry[1] for entry in entries(reopened)] in ([2, 3], [2, 3, 4])
+    assert reopened.header.incarnation == "01"
+
+
+def test_a_journal_without_any_readable_header_names_the_ways_out() -> None:
+    disk = MemoryDisk()
+    written(disk, 1)
+    disk.flip(journal_names(disk)[0], 300)
+    with pytest.raises(Corrupt, match="meshd rejoin"):
         again(disk)
+
+
+def test_a_full_length_bad_last_frame_leaves_the_voter_in_doubt_and_everything_before_it() -> None:
+    """Nothing later proves it: it may be a power cut in the middle of it, or damage to what was acknowledged."""
+    for reopen in (again, alone):
+        disk = MemoryDisk()
+        written(disk, 3)
+        name = journal_names(disk)[0]
+        disk.flip(name, (3 * BLOCK + 30) * 8)
+        reopened = reopen(disk)
+        assert reopened.is_in_doubt and f"{name} at byte {3 * BLOCK}" in reopened.doubt
+        assert [entry[1] for entry in entries(reopened)] == [2, 3]
+        reopened.end_doubt()
+        assert reopen(disk, random="cc").is_in_doubt, "it was not synced"
+        reopened.commit()
+
+
+def test_doubt_ends_by_a_synced_record() -> None:
+    disk = MemoryDisk()
+    written(disk, 3)
+    disk.flip(journal_names(disk)[0], (3 * BLOCK + 30) * 8)
+    reopened = again(disk)
+    reopened.end_doubt()
+    reopened.commit()
+    assert not again(disk, random="cc").is_in_doubt
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_a_flipped_length_of_the_last_frame_does_not_pass_for_a_torn_tail(bit: int) -> None:
+    disk = MemoryDisk()
+    written(disk, 3)
+    disk.flip(journal_names(disk)[0], 3 * BLOCK * 8 + bit)
+    assert again(disk).is_in_doubt
+
+
+def test_what_a_good_snapshot_covers_is_no_reason_for_doubt() -> None:
+    disk = MemoryDisk()
+    written(disk, 6)
+    again(disk, snapshot=(5, 1))
+    disk.flip(journal_names(disk)[0], (2 * BLOCK + 30) * 8)
+    reopened = again(disk, snapshot=(5, 1), random="cc")
+    assert not reopened.is_in_doubt and [entry[1] for entry in entries(reopened)] == [6, 7]
+    # Without it, the same damage is a loss.
+    assert again(disk, random="dd").is_in_doubt
+
+
+def test_a_vote_that_may_be_lost_leaves_the_voter_in_doubt_although_a_snapshot_covers_the_entries() -> None:
+    disk = MemoryDisk()
+    written(disk, 6)
+    disk.flip(journal_names(disk)[0], (2 * BLOCK + 30) * 8)
+    reopened = again(disk, snapshot=(5, 1))
+    assert reopened.is_in_doubt and "vote" in reopened.doubt
+    assert [entry[1] for entry in entries(reopened)] == [6, 7]
+
+
+def test_a_sole_voter_does_not_mind_a_damaged_witness() -> None:
+    """Nobody else can have led, so entries in a row have none between them."""
+    disk = MemoryDisk()
+    journal = written(disk, 2)
+    journal.commit()  # the witness
+    journal.add(b"after", 4, 1)
+    journal.commit()
+    disk.flip(journal_names(disk)[0], (3 * BLOCK + 10) * 8)
+    reopened = alone(disk)
+    assert not reopened.is_in_doubt and [entry[1] for entry in entries(reopened)] == [2, 3, 4]
+
+
+def test_a_file_that_the_disk_cannot_give_back_is_damaged() -> None:
+    class Unreadable(MemoryDisk):
+        def read(self, name: str) -> bytes:
+            if name == "journal-000000000001":
+                raise OSError(5, "Input/output error")
+            return super().read(name)
+
+    disk = MemoryDisk()
+    written(disk, 3)
+    again(disk)
+    disk.__class__ = Unreadable
+    assert again(disk, random="cc").is_in_doubt
 
 
 def test_bytes_behind_the_offset_where_a_successor_took_over_are_not_judged() -> None:
@@ -130,7 +252,7 @@ def test_an_old_frame_at_the_same_offset_is_no_frame_of_this_start() -> None:
     old = disk.read(journal_names(disk)[0])
     journal = again(disk)
     name = journal_names(disk)[-1]
-    size = len(disk.read(name))
+    size = len(bytes_written(disk, name))
     journal.add(b"new", 5, 2)
     journal.commit()
     file = disk.open(name)
@@ -214,21 +336,32 @@ def test_a_log_that_contradicts_a_snapshot_gives_way_to_it() -> None:
     assert (len(reopened), reopened[0][1:]) == (1, (4, 2))
 
 
-def test_a_gap_between_snapshot_and_log_is_corruption() -> None:
+def test_a_gap_between_snapshot_and_log_leaves_the_voter_in_doubt() -> None:
     disk = MemoryDisk()
     journal = written(disk, 2)
     journal.reset(10, 3)
     journal.add(b"after", 11, 3)
     journal.commit()
-    with pytest.raises(Corrupt, match="begins after entry 10"):
-        again(disk, snapshot=(5, 1))
+    reopened = again(disk, snapshot=(5, 1))
+    assert reopened.is_in_doubt and reopened[0][1:] == (5, 1) and len(reopened) == 1
+    assert entries(again(disk, snapshot=(5, 1), random="cc")) == []
+
+
+def test_a_log_goes_on_behind_a_snapshot_that_replaced_it_before_the_power_went() -> None:
+    disk = MemoryDisk()
+    written(disk, 3)
+    journal = again(disk, snapshot=(20, 4))
+    journal.add(b"after", 21, 4)
+    journal.commit()
+    reopened = again(disk, snapshot=(20, 4), random="cc")
+    assert entries(reopened) == [(b"after", 21, 4)] and not reopened.is_in_doubt
 
 
 def test_another_meshs_journal_is_refused() -> None:
     disk = MemoryDisk()
     written(disk, 1)
     with pytest.raises(StartRefused, match="belongs to mesh m, not other"):
-        open_journal(disk, mesh="other", lineage=(), random="bb", snapshot=None)
+        open_journal(disk, mesh="other", lineage=(), random="bb", found=Found())
 
 
 def test_after_a_failed_sync_nothing_is_ever_written_again() -> None:
@@ -274,7 +407,7 @@ def test_a_real_directory_holds_a_journal(tmp_path: Path) -> None:
     journal.add(b"x" * 100_000, 2, 1)
     journal.commit()
     journal.close()
-    reopened = open_journal(disk, mesh="m", lineage=(), random="bb", snapshot=None)
+    reopened = open_journal(disk, mesh="m", lineage=(), random="bb", found=Found())
     assert entries(reopened) == [(b"x" * 100_000, 2, 1)]
     reopened.close()
     disk.close()
