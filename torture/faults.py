@@ -25,10 +25,9 @@ class Faults:
     ) -> None:
         self._network = network
         self._processes = processes
-        self._engine = engine
         self._home = home
         self._are_clocks_moved = are_clocks_moved
-        self._membership = Membership(network.nodes, home, engine.socket)
+        self._membership = Membership(network.nodes, home, engine)
         self._moved: set[str] = set()
 
     def begin(self, cycle: Cycle, leader: str | None) -> str:
@@ -64,7 +63,7 @@ class Faults:
                 self._membership.drain(one)
                 return f"{one} is drained"
             case Weather.REPLACE:
-                self._membership.replace(one, self._processes, self._engine.command(one), self.environment(one))
+                self._membership.replace(one, self._processes, self.environment(one))
                 return f"{one} is removed, and another joins"
             case _:
                 assert_never(cycle.weather)

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from meshd.client import Client
 from meshd.errors import Conflict, MeshError, NotFound, Unavailable
-from torture.processes import Processes
+from torture.processes import Engine, Processes
 
 PATIENCE_S = 60.0
 """For one decision, other nodes being killed meanwhile by nobody."""
 HAND_OVER_MS = 1000
 """A drained node's jobs are handed over after this."""
+
+JOINS_MAX = 10
+"""It may be killed while it joins."""
 
 
 class Undecided(Exception):
@@ -26,10 +29,10 @@ class Undecided(Exception):
 
 
 class Membership:
-    def __init__(self, nodes: Sequence[str], home: Path, socket: Callable[[str], str]) -> None:
+    def __init__(self, nodes: Sequence[str], home: Path, engine: Engine) -> None:
         self._nodes = list(nodes)
         self._home = home
-        self._socket = socket
+        self._engine = engine
         self._draining = ""
         self._gone = 0
 
@@ -51,7 +54,7 @@ class Membership:
         if node:
             self._decide(node, f"{node} takes work again", lambda client: client.undrain(node))
 
-    def replace(self, node: str, processes: Processes, command: Sequence[str], environment: dict[str, str]) -> None:
+    def replace(self, node: str, processes: Processes, environment: dict[str, str]) -> None:
         """Kill it, remove it, and start another under its name and address. Raises Undecided."""
         processes.kill([node])
 
@@ -63,9 +66,12 @@ class Membership:
         self._decide(node, f"{node} is removed", remove)
         self._gone += 1
         (self._home / node).rename(self._home / f"{node}-removed{self._gone}")
-        invites: list[str] = []
-        self._decide(node, "an invite is made", lambda client: invites.append(client.invite()))
-        processes.start(node, [*command, "--join", invites[0]], environment)
+
+        def invite(client: Client) -> None:
+            self._engine.invites[node] = client.invite(uses=JOINS_MAX)
+
+        self._decide(node, "an invite is made", invite)
+        processes.start(node, self._engine.command(node), environment)
 
     def _decide(self, about: str, what: str, ask: Callable[[Client], None]) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -77,7 +83,9 @@ class Membership:
                 if time.monotonic() > deadline:
                     raise Undecided(f"not within {PATIENCE_S:.0f} s: {what}: {error}") from error
                 time.sleep(0.2)
+            except MeshError as error:
+                raise Undecided(f"{what}: refused: {error}") from error
 
     def _client(self, about: str) -> Client:
         """Of all nodes but the one that it is about."""
-        return Client([f"unix:{self._socket(node)}" for node in self._nodes if node != about])
+        return Client([f"unix:{self._engine.socket(node)}" for node in self._nodes if node != about])

@@ -28,6 +28,7 @@ class Meshd:
         self._network = network
         self._home = home
         self._apis = {node: NodeApi(self.socket(node)) for node in network.nodes}
+        self.invites: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self.reigns: dict[int, set[str]] = {}
 
@@ -35,19 +36,24 @@ class Meshd:
         return str(self._home / node / "api.sock")
 
     def command(self, node: str) -> list[str]:
-        return [
+        """As a service unit would start it: it never founds, and joins by its invite for as long as it has not joined."""
+        command = [
             sys.executable, "-m", "meshd.main", "up", "--data-dir", str(self._home / node), "--name", node,
             "--listen", self._network.address(node), "--backend", "process", "--cpu", str(CPU_OFFERED),
         ]  # fmt: skip
+        if node in self.invites:
+            command += ["--resume", "--join", self.invites[node]]
+        return command
 
     def found(self, processes: Processes) -> None:
         first, *rest = self._network.nodes
         processes.start(first, self.command(first))
         wait_until(lambda: processes.is_ready(first), FORM_S, f"{first} is not ready")
-        body = {"roles": ["server", "worker"], "uses": len(rest), "lifetime_ms": 3_600_000}
+        body = {"roles": ["server", "worker"], "uses": len(self._network.nodes), "lifetime_ms": 3_600_000}
         invite = self._apis[first].ask("POST", "/v1/invites", body, timeout_s=10)["invite"]
+        self.invites = dict.fromkeys(self._network.nodes, invite)
         for node in rest:
-            processes.start(node, [*self.command(node), "--join", invite])
+            processes.start(node, self.command(node))
             wait_until(lambda node=node: processes.is_ready(node), FORM_S, f"{node} is not ready")  # type: ignore[misc]
         wait_until(lambda: not self.behind(self._network.nodes), FORM_S, "the mesh is not whole")
 

@@ -26,6 +26,7 @@ class Engine(Protocol):
     """Faults that mean nothing to it."""
     reigns: dict[int, set[str]]
     """By term, who was said to lead in it."""
+    invites: dict[str, str]
 
     def command(self, node: str) -> Sequence[str]: ...
     def found(self, processes: Processes) -> None: ...

@@ -22,6 +22,7 @@ class Stock:
         self._network = network
         self._home = home
         self._apis = {node: NodeApi(self.socket(node)) for node in network.nodes}
+        self.invites: dict[str, str] = {}
         self.reigns: dict[int, set[str]] = {}
         self._names = {network.address(node): node for node in network.nodes}
 
