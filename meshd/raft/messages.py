@@ -152,7 +152,19 @@ class ReadAt(Message, frozen=True, array_like=True, tag=True):
     position: Number
 
 
+class Heard(Message, frozen=True, array_like=True, tag=True):
+    """To the leader: this voter has just said something here."""
+
+    voter: VoterId
+
+
+class SeatTaken(Message, frozen=True, array_like=True, tag=True):
+    """From the leader to a new journal of a node: an older one of it is still heard, and keeps its vote."""
+
+    voter: VoterId
+
+
 RaftMessage = Vote | Voted | Append | Appended | Chunk | Received | TimeoutNow
 """For the engine."""
 
-AnyMessage = RaftMessage | Propose | Proposed | Read | ReadAt
+AnyMessage = RaftMessage | Propose | Proposed | Read | ReadAt | Heard | SeatTaken

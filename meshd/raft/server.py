@@ -23,14 +23,26 @@ from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult
 from meshd.raft.commands import Batch
 from meshd.raft.engine import Engine
+from meshd.raft.hearsay import Hearsay
 from meshd.raft.journal import Journal
-from meshd.raft.messages import AnyMessage, Propose, Proposed, Read, ReadAt, VoterId, node_of, voter_id
+from meshd.raft.messages import (
+    AnyMessage,
+    Heard,
+    Propose,
+    Proposed,
+    Read,
+    ReadAt,
+    SeatTaken,
+    VoterId,
+    node_of,
+    voter_id,
+)
 from meshd.raft.proposals import Forwarded, Pending, Proposal, Resolve, as_message, is_readable, resolver, stamped
 from meshd.raft.reads import Reads
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed
 from meshd.raft.stamp import OwnClock, agreed_wall_ms
-from meshd.raft.voters import Add, HandOver, Peer, Remove, View, decide, learners
+from meshd.raft.voters import NEVER_MS, Add, HandOver, Peer, Remove, View, decide, learners, seats_taken
 
 MAIL_SLICE_S = 0.005
 """Reading mail stops after so long, and the turn goes on."""
@@ -46,7 +58,8 @@ TICK_MS_MAX = 60_000
 """One entry counts at most a minute, so while something is pending there is one each minute."""
 HAND_OVER_PAUSE_S = 0.5
 """No batches for so long after another voter was asked to lead: it must have everything."""
-NEVER_MS = 1 << 40
+SEATS_TOLD_S = 10.0
+"""A newcomer that waits for the seat of its own older journal is told why no more often."""
 DISPUTED = "the voters' states differ and none has a majority; see `mesh cluster status`"
 
 
@@ -181,6 +194,8 @@ class Server:
         )
         self.reads = Reads()
         self.own_clock = OwnClock()
+        self._hearsay = Hearsay(clocks.now_s)
+        self._seats_told_s = float("-inf")
         self._pending = Pending()
         self._forwarded = Forwarded()
         self._batch_at = (0, 0)
@@ -258,6 +273,7 @@ class Server:
                     self._forwarded.lost(peer)
                     self.reads.lost(peer)
                 case Mail(peer, message):
+                    self._tell_heard(peer)
                     try:
                         self._read(peer, message)
                     except Corrupt:
@@ -281,8 +297,20 @@ class Server:
                 self.engine.barrier(lambda position: self._answer_read(peer, request, position))
             case ReadAt(request, position):
                 self.reads.answered(peer, request, position)
+            case Heard(voter):
+                if self.engine.is_leader and peer in self.engine.voters and voter in self.engine.voters:
+                    self._hearsay.told(voter)
+            case SeatTaken(voter):
+                if peer == self.engine.leader:
+                    self.report("raft.identity_runs_twice", {"older": voter, "heard_by": peer})
             case _:
                 self.engine.receive(peer, message)
+
+    def _tell_heard(self, peer: VoterId) -> None:
+        engine, leader = self.engine, self.engine.leader
+        if leader != engine.me and self._hearsay.must_tell(peer, leader, engine.voters):
+            assert leader is not None
+            self._links.send(leader, Heard(peer))
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -417,6 +445,7 @@ class Server:
             zones=self._zones(),
         )
         engine.set_learners(learners(view))
+        self._tell_seats_taken(view)
         if not engine.may_change_voters() or not engine.leads():
             return
         match decision := decide(view):
@@ -432,6 +461,15 @@ class Server:
                 pass
             case _:
                 assert_never(decision)
+
+    def _tell_seats_taken(self, view: View) -> None:
+        """Whoever waits for the seat of its own older journal learns why."""
+        self._hearsay.forget(view.voters)
+        if self._now() - self._seats_told_s >= SEATS_TOLD_S:
+            self._seats_told_s = self._now()
+            for newcomer, older in seats_taken(view):
+                self.report("raft.identity_runs_twice", {"older": older, "newer": newcomer})
+                self._links.send(newcomer, SeatTaken(older))
 
     def hand_over(self) -> bool:
         """Ask the voter that has most to lead; False when there is none."""
@@ -452,7 +490,9 @@ class Server:
         progress = self.engine.progress.get(voter)
         if progress is None:
             return Peer(lag=self.engine.last, silent_ms=NEVER_MS)
-        return Peer(lag=self.engine.last - progress.match, silent_ms=self.silent_ms(progress.heard_s))
+        silent_ms = self.silent_ms(progress.heard_s)
+        by_others_ms = self.silent_ms(self._hearsay.heard_s(voter))
+        return Peer(self.engine.last - progress.match, silent_ms, by_others_ms)
 
     def silent_ms(self, heard_s: float) -> int:
         return NEVER_MS if heard_s == float("-inf") else max(0, int((self._now() - heard_s) * 1000))

@@ -32,6 +32,7 @@ SILENT_MS = 10_000
 """A voter that said nothing for so long is replaced, when somebody can."""
 SUPERSEDED_MS = 12_000
 """So long must a leader have led, and heard nothing of a lost incarnation, before the new one takes its place."""
+NEVER_MS = 1 << 40
 STANDBYS = 1
 """Servers fed beyond those that are needed: the next voter starts from a copy."""
 
@@ -44,6 +45,8 @@ class Peer:
     """Entries of the leader's log that it is not known to have."""
     silent_ms: int
     """Since it last answered."""
+    unheard_ms: int = NEVER_MS
+    """Since another voter last said that it heard it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,29 @@ def _is_gone(view: View, voter: VoterId) -> bool:
     if voter == view.me:
         return False
     is_replaced = any(node_of(other) == node_of(voter) and other != voter for other in view.peers)
-    return is_replaced and view.leading_ms >= SUPERSEDED_MS and _silent_ms(view, voter) >= SUPERSEDED_MS
+    return is_replaced and _is_over(view, voter)
+
+
+def _is_over(view: View, voter: VoterId) -> bool:
+    """Neither this leader nor anybody who answers it has heard that journal for long enough."""
+    peer = view.peers.get(voter)
+    is_unheard = peer is None or peer.unheard_ms >= SUPERSEDED_MS
+    return is_unheard and _silent_ms(view, voter) >= SUPERSEDED_MS
+
+
+def seats_taken(view: View) -> list[tuple[VoterId, VoterId]]:
+    """(newcomer, older journal of the same node): the older is heard now, so both of them run."""
+    return [
+        (newcomer, older)
+        for newcomer in sorted(view.peers)
+        if newcomer not in view.voters
+        for older in view.voters
+        if node_of(older) == node_of(newcomer) and older in view.peers and _is_heard(view.peers[older])
+    ]
+
+
+def _is_heard(peer: Peer) -> bool:
+    return min(peer.silent_ms, peer.unheard_ms) <= RESPONSIVE_MS
 
 
 def _stays(view: View, voter: VoterId) -> bool:

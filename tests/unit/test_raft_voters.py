@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshd.model import NodeId
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.stamp import OwnClock, agreed_wall_ms
-from meshd.raft.voters import Add, Decision, HandOver, Peer, Remove, View, decide, learners, voters_wanted
+from meshd.raft.voters import Add, Decision, HandOver, Peer, Remove, View, decide, learners, seats_taken, voters_wanted
 
 HERE = Peer(lag=0, silent_ms=50)
 BEHIND = Peer(lag=5000, silent_ms=50)
@@ -67,6 +67,8 @@ def test_how_many_vote(servers: int, voters: int) -> None:
         ("two servers are left: one votes", view("a b c", draining="c", b=HERE, c=HERE), Remove(v("c"))),
         ("… and that is the leader", view("a b", servers="a b", b=HERE), Remove(v("b"))),
         ("a lost journal is superseded", view("a b c", b=HERE, c=GONE, c_2=HERE), Remove(v("c"))),
+        ("… unless a voter that answers heard it", view("a b c", b=HERE, c=Peer(0, 60_000, 11_000), c_2=HERE), None),
+        ("… or had long ago", view("a b c", b=HERE, c=Peer(0, 60_000, 12_000), c_2=HERE), Remove(v("c"))),
         ("… not so soon", view("a b c", leading_ms=11_000, b=HERE, c=GONE, c_2=HERE), None),
         ("… then the new one votes", view("a b", servers="a b c", b=HERE, c_2=HERE), Add(v("c/2"))),
         ("one of two dead voters of five", view("a b c d e", b=HERE, c=HERE, d=SILENT, e=SILENT, f=HERE, g=SILENT), Add(v("f"))),
@@ -85,6 +87,14 @@ def test_how_many_vote(servers: int, voters: int) -> None:
 )  # fmt: skip
 def test_the_next_step(what: str, given_: View, decision: Decision) -> None:
     assert decide(given_) == decision, what
+
+
+def test_a_newcomer_is_told_while_the_older_journal_of_its_node_is_heard() -> None:
+    both = [(v("c/2"), v("c"))]
+    assert seats_taken(view("a b c", b=HERE, c=HERE, c_2=HERE)) == both
+    assert seats_taken(view("a b c", b=HERE, c=Peer(0, 60_000, 500), c_2=HERE)) == both
+    assert seats_taken(view("a b c", b=HERE, c=Peer(0, 5_000), c_2=HERE)) == []
+    assert seats_taken(view("a b", b=HERE, c_2=HERE)) == []
 
 
 def test_whom_a_leader_feeds_beyond_the_voters() -> None:
