@@ -224,10 +224,10 @@ class Queue:
         self._by_number[job.number] = job
         self._matching.enrol(job)
         timeout = job.spec.timeout
-        if timeout.queue_ms:
-            self._timers.put((job.number, _QUEUE_DEADLINE), job.submitted_ms + timeout.queue_ms)
-        if timeout.total_ms:
-            self._timers.put((job.number, _TOTAL_DEADLINE), job.submitted_ms + timeout.total_ms)
+        for name, within_ms in ((_QUEUE_DEADLINE, timeout.queue_ms), (_TOTAL_DEADLINE, timeout.total_ms)):
+            # In a snapshot a job may have lived through one already: that one has fired.
+            if within_ms and job.submitted_ms + within_ms > self._moment.now_ms:
+                self._timers.put((job.number, name), job.submitted_ms + within_ms)
         for task, row in job.rows.items():
             if row.due_ms is not None:
                 self._timers.put((job.number, task), row.due_ms)
