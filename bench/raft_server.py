@@ -56,6 +56,9 @@ class Machine:
             answers.append(codec.encode(self.items))
         return answers
 
+    def digest(self) -> str:
+        return f"{self.items:032x}"
+
     def capture(self) -> Callable[[], bytes]:
         state = (self.items, self.wall_ms)
         return lambda: codec.encode(state)
