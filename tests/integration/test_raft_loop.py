@@ -18,9 +18,10 @@ from meshd.model import JobId, JobSpec, Member, NodeId, Role, Run, TaskState
 from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.ports import Committed
 from meshd.raft import machine as queue
+from meshd.raft.clocks import wall_clock_ms
 from meshd.raft.commands import Cancel, Command, Found, Submit
 from meshd.raft.disk import DirectoryDisk, OpenFile
-from meshd.raft.log import ServerLog, wall_clock_ms
+from meshd.raft.log import ServerLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
 from meshd.views import PAGE_MAX, GetSummary, ListJobs
