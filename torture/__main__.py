@@ -13,7 +13,7 @@ from types import FrameType
 
 import click
 
-from torture import network, plan, report
+from torture import disks, network, plan, report
 from torture.processes import NeverReady
 from torture.run import Options, Torture, torture
 
@@ -28,7 +28,7 @@ LEADER_P95_S = 2.0
 @click.option("--cycles", type=click.IntRange(1), default=50, show_default=True, help="Kill cycles.")
 @click.option("--nodes", type=click.Choice(["3", "5"]), default="3", show_default=True)
 @click.option("--seed", type=int, help="Of every choice.  [random]")
-@click.option("--faults", default=",".join(plan.FAULTS), show_default=True, help="Which, separated by commas.")
+@click.option("--faults", default=",".join(plan.DEFAULT_FAULTS), show_default=True, help="Which, separated by commas.")
 @click.option(
     "--only", "drill", type=click.Choice(plan.DRILLS), help="One fault again and again, each on a whole mesh."
 )
@@ -51,7 +51,7 @@ def main(
         raise click.UsageError(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(plan.FAULTS)}")
     if lack := network.lacks():
         raise click.ClickException(lack)
-    for name in network.remove_stale():
+    for name in (*network.remove_stale(), *disks.remove_stale()):
         click.echo(f"removed what an earlier run left: {name}")
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     SCRATCH.mkdir(exist_ok=True)
@@ -65,13 +65,13 @@ def main(
     try:
         found = torture(options, lambda text: click.echo(f"{time.monotonic() - begun_s:7.1f}  {text}"), _stop_in_order)
     except NeverReady as error:
-        raise click.ClickException(f"{error}; look at {home}/*/agent.log") from error
+        raise click.ClickException(f"{error}; look at {home}/*.log") from error
     click.echo(f"\n{report.table(found)}")
     click.echo(f"written to {found.write(out)}")
     if found.is_good:
         shutil.rmtree(home)
     else:
-        click.echo(f"kept: {home}: NODE/agent.log, history.jsonl (what clients saw), round*.traces (what attempts did)")
+        click.echo(f"kept: {home}: NODE.log, history.jsonl (what clients saw), round*.traces (what attempts did)")
         click.echo(
             f"again: {found.command} --seed {seed}" if "--seed" not in found.command else f"again: {found.command}"
         )

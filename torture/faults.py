@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import assert_never
 
+from torture.disks import Disks
 from torture.membership import Membership
 from torture.network import Network
 from torture.plan import Cycle, Weather, cuts
@@ -15,18 +16,29 @@ FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 LOSS_PERCENT = (2, 10, 30)
 RATES_KBIT_S = (256, 1000, 4000)
 """The Raft traffic of an idle mesh takes about 100."""
+LEFT_BYTES = (0, 1 << 20, 64 << 20)
+"""Nothing at all; less than a segment of the journal; enough, but under the mark where new work is refused."""
 JUMPS_S = (-86_400, -600, -3, 3, 20, 600, 86_400, 20 * 365 * 86_400)
 """Within and over what clocks may differ (5 s), and over what an id's date may (1 h back, 5 min ahead)."""
 
 
 class Faults:
     def __init__(
-        self, network: Network, processes: Processes, engine: Engine, home: Path, *, are_clocks_moved: bool
+        self,
+        network: Network,
+        processes: Processes,
+        engine: Engine,
+        disks: Disks,
+        home: Path,
+        *,
+        are_clocks_moved: bool,
     ) -> None:
         self._network = network
         self._processes = processes
+        self._engine = engine
         self._home = home
         self._are_clocks_moved = are_clocks_moved
+        self._disks = disks
         self._membership = Membership(network.nodes, home, engine)
         self._moved: set[str] = set()
 
@@ -65,6 +77,15 @@ class Faults:
             case Weather.REPLACE:
                 self._membership.replace(one, self._processes, self.environment(one))
                 return f"{one} is removed, and another joins"
+            case Weather.DISK_FULL:
+                left = rng.choice(LEFT_BYTES)
+                self._disks.fill(one, left)
+                return f"{one} has {left >> 20} MiB of disk left"
+            case Weather.BIT_FLIP:
+                self._processes.kill([one])
+                what = self._disks.flip(one, rng)
+                self._processes.start(one, self._engine.command(one), self.environment(one))
+                return f"{one}: {what}"
             case _:
                 assert_never(cycle.weather)
 
@@ -72,6 +93,7 @@ class Faults:
         """Raises Undecided."""
         self._network.heal()
         self._processes.resume()
+        self._disks.free()
         for node in sorted(self._moved):
             self._set_clock(node, 0)
         self._moved.clear()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from meshd.client import Client
 from meshd.errors import Conflict, MeshError, NotFound, Unavailable
+from torture.disks import data_dir
 from torture.processes import Engine, Processes
 
 PATIENCE_S = 60.0
@@ -65,7 +66,8 @@ class Membership:
 
         self._decide(node, f"{node} is removed", remove)
         self._gone += 1
-        (self._home / node).rename(self._home / f"{node}-removed{self._gone}")
+        home = data_dir(self._home, node)
+        home.rename(home.with_name(f"{home.name}-removed{self._gone}"))
 
         def invite(client: Client) -> None:
             self._engine.invites[node] = client.invite(uses=JOINS_MAX)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torture.api import Answered, NodeApi, Silence
+from torture.disks import data_dir
 from torture.network import Network
 from torture.processes import Processes, wait_until
 
@@ -33,12 +34,12 @@ class Meshd:
         self.reigns: dict[int, set[str]] = {}
 
     def socket(self, node: str) -> str:
-        return str(self._home / node / "api.sock")
+        return str(data_dir(self._home, node) / "api.sock")
 
     def command(self, node: str) -> list[str]:
         """As a service unit would start it: it never founds, and joins by its invite for as long as it has not joined."""
         command = [
-            sys.executable, "-m", "meshd.main", "up", "--data-dir", str(self._home / node), "--name", node,
+            sys.executable, "-m", "meshd.main", "up", "--data-dir", str(data_dir(self._home, node)), "--name", node,
             "--listen", self._network.address(node), "--backend", "process", "--cpu", str(CPU_OFFERED),
         ]  # fmt: skip
         if node in self.invites:

@@ -55,12 +55,11 @@ class Processes:
         return self._network.nodes
 
     def output(self, node: str) -> Path:
-        return self._home / node / "agent.log"
+        return self._home / f"{node}.log"
 
     def start(self, node: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         """Returns at once; `is_ready` tells."""
         output = self.output(node)
-        output.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with output.open("ab") as file:
             self._begins[node] = output.stat().st_size
             self._running[node] = subprocess.Popen(

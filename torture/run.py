@@ -20,6 +20,7 @@ from torture import after, plan, report
 from torture.api import NodeApi
 from torture.checker import Listed, Task, Verdict, judge
 from torture.clients import Load, Round
+from torture.disks import Disks
 from torture.faults import Faults
 from torture.history import History
 from torture.membership import Undecided
@@ -41,8 +42,8 @@ POLL_S = 0.02
 WATCH_EVERY_S = 0.25
 STEADY_S, STEADY_SHARE = 2.0, 0.5
 """Before a drill strikes: so long, at least so much of the load that was asked for."""
-RESTARTS_MAX = 5
-"""Of a node that ended by itself, before it is ready: a service manager would start it again, and give up too."""
+RESTART_S = 1.0
+"""After a node ended by itself it is started again, as a service manager would."""
 
 Say = Callable[[str], None]
 ENGINES: dict[str, Callable[[Network, Path], Engine]] = {"meshd": Meshd, "stock": Stock}
@@ -55,7 +56,7 @@ class Options:
     seed: int
     engine: str
     home: Path
-    faults: tuple[str, ...] = plan.FAULTS
+    faults: tuple[str, ...] = plan.DEFAULT_FAULTS
     clients: int = 4
     rate_s: float = 15.0
     check_every: int = 50
@@ -65,7 +66,7 @@ class Options:
 
 
 class Torture:
-    def __init__(self, options: Options, network: Network, say: Say) -> None:
+    def __init__(self, options: Options, network: Network, disks: Disks, say: Say) -> None:
         self._options = options
         self._network = network
         self._say = say
@@ -77,7 +78,9 @@ class Torture:
         self._engine: Engine = ENGINES[options.engine](network, options.home)
         self._planned_faults = [fault for fault in options.faults if fault not in self._engine.cannot]
         are_clocks_moved = plan.Weather.CLOCK.value in self._planned_faults
-        self._faults = Faults(network, self._processes, self._engine, options.home, are_clocks_moved=are_clocks_moved)
+        self._faults = Faults(
+            network, self._processes, self._engine, disks, options.home, are_clocks_moved=are_clocks_moved
+        )
         self._history = History(options.home / "history.jsonl")
         self._load = Load(
             {node: self._engine.socket(node) for node in network.nodes},
@@ -89,7 +92,6 @@ class Torture:
         )
         self.observers = Observers([self._engine.socket(node) for node in network.nodes])
         self._rounds = 0
-        self._restarts = dict.fromkeys(network.nodes, 0)
         self._troubles: list[str] = []
         """Of this round: what is stuck already before the check."""
         self.verdict = Verdict()
@@ -137,11 +139,15 @@ class Torture:
             self._wait(self._is_steady, WHOLE_S, "the mesh is not whole")
         rng = Random(cycle.picks + 3)  # noqa: S311
         hit_s = time.monotonic()
+        if cycle.weather is plan.Weather.BIT_FLIP:
+            self._wait_whole()
         what = self._begin(cycle)
         if cycle.weather:
             self._watch_until(hit_s + cycle.weather_s * (rng.random() if cycle.is_killed_within else 1.0))
             if not cycle.is_killed_within:
                 self._end_faults()
+            if cycle.weather is plan.Weather.BIT_FLIP:
+                self._wait_whole()  # two damaged disks at a time are more than is promised
         victims = plan.victims(cycle, nodes, self._engine.leader(nodes) if cycle.kill else None)
         if victims:
             hit_s = time.monotonic()
@@ -176,6 +182,9 @@ class Torture:
             self._troubles.append(str(error))
             self._say(f"      {error}")
 
+    def _wait_whole(self) -> None:
+        self._wait(lambda: self._all_ready() and not self._engine.behind(self._network.nodes), WHOLE_S, "not whole")
+
     def _is_steady(self) -> bool:
         """Whole, and writing without a break."""
         return (
@@ -207,14 +216,10 @@ class Torture:
             why = ""
             if is_ready and not self._processes.is_running(node):
                 is_ready, why = False, f"{node} ended while it ran: {self._processes.last_words(node)}"
-        if why:
+        if why and self._processes.age_s(node) > RESTART_S:
             self.ended.append(why)
             self._say(f"      {why}")
-            self._restarts[node] += 1
-            if self._restarts[node] <= RESTARTS_MAX:
-                self._start(node)
-        elif is_ready:
-            self._restarts[node] = 0
+            self._start(node)
         return is_ready
 
     def _wait(self, check: Callable[[], bool], within_s: float, otherwise: str) -> None:
@@ -274,8 +279,10 @@ class Torture:
 def torture(options: Options, say: Say, on_begun: Callable[[Torture], None]) -> report.Report:
     """Raises NeverReady when not even the mesh comes to stand."""
     started, begun_s = datetime.now(UTC), time.monotonic()
-    with Network([f"node{number}" for number in range(1, options.nodes + 1)]) as network:
-        run = Torture(options, network, say)
+    nodes = [f"node{number}" for number in range(1, options.nodes + 1)]
+    are_disks_small = plan.Weather.DISK_FULL.value in options.faults
+    with Network(nodes) as network, Disks(options.home, nodes, are_small=are_disks_small) as disks:
+        run = Torture(options, network, disks, say)
         on_begun(run)
         run.run()
     return report.make(

@@ -146,6 +146,7 @@ def _status(jobs: Jobs) -> dict[str, Any]:
 
 def main(directory: Path, me: str, others: list[str]) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    directory.mkdir(exist_ok=True)
     conf = SyncObjConf(
         journalFile=str(directory / "journal"),
         fullDumpFile=str(directory / "dump"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torture.api import Answered, NodeApi, Silence
+from torture.disks import data_dir
 from torture.mesh import ASK_S, FORM_S
 from torture.network import Network
 from torture.processes import Processes, wait_until
@@ -15,7 +16,7 @@ from torture.processes import Processes, wait_until
 
 class Stock:
     name = "stock"
-    cannot = frozenset({"clock", "drain", "replace"})
+    cannot = frozenset({"clock", "drain", "replace", "disk-full", "bit-flip"})
     shapes: tuple[str, ...] = ("plain",)
 
     def __init__(self, network: Network, home: Path) -> None:
@@ -27,11 +28,18 @@ class Stock:
         self._names = {network.address(node): node for node in network.nodes}
 
     def socket(self, node: str) -> str:
-        return str(self._home / node / "api.sock")
+        return str(data_dir(self._home, node) / "api.sock")
 
     def command(self, node: str) -> list[str]:
         others = [self._network.address(other) for other in self._network.nodes if other != node]
-        return [sys.executable, "-m", "torture.stock", str(self._home / node), self._network.address(node), *others]
+        return [
+            sys.executable,
+            "-m",
+            "torture.stock",
+            str(data_dir(self._home, node)),
+            self._network.address(node),
+            *others,
+        ]
 
     def found(self, processes: Processes) -> None:
         for node in self._network.nodes:

@@ -6,7 +6,7 @@ import pytest
 
 from torture.checker import Listed, Task, Trace, Verdict, judge
 from torture.history import Op
-from torture.plan import DRILLS, FAULTS, Kill, Weather, both_ways, cuts, cycles, drill, victims
+from torture.plan import DEFAULT_FAULTS, DRILLS, Kill, Weather, both_ways, cuts, cycles, drill, victims
 
 NODES = ["node1", "node2", "node3", "node4", "node5"]
 
@@ -107,7 +107,7 @@ def test_an_unacknowledged_job_may_be_there_or_not_but_has_to_finish():
 
 def test_a_seed_is_a_whole_run():
     assert list(cycles(7, 200)) == list(cycles(7, 200))
-    assert {fault for cycle in cycles(7, 400) for fault in cycle.faults} == set(FAULTS)
+    assert {fault for cycle in cycles(7, 400, DEFAULT_FAULTS) for fault in cycle.faults} == set(DEFAULT_FAULTS)
 
 
 def test_a_fifth_of_the_cycles_cut_the_network():
