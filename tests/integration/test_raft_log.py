@@ -238,6 +238,19 @@ async def test_a_leader_cut_off_neither_reads_nor_commits(tmp_path: Path) -> Non
         assert isinstance(await mesh.propose(leader, "healed"), Committed)
 
 
+async def test_a_command_that_may_be_in_the_log_when_its_time_is_over_is_unknown(tmp_path: Path) -> None:
+    async with meshed(tmp_path, "a", "b", "c") as mesh:
+        leader = await mesh.formed(3)
+        log = mesh.logs[leader]
+        assert isinstance(await mesh.propose(leader, "first"), Committed)
+        last = log.status().last
+        await mesh.stop(*(node for node in mesh.servers if node != leader))
+        result = await log.propose(leader, codec.encode("second"), timeout_s=0.3)
+        # Written and not committed: the next leader may have it or not.
+        assert log.status().last > last
+        assert isinstance(result, Unknown), result
+
+
 async def test_who_did_not_found_waits_for_a_leader_and_says_so(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         mesh = Mesh(tmp_path, nursery, QUICK)
