@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from meshd.certificates import Sign
-from meshd.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch
+from meshd.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch, choose
 from meshd.errors import StartRefused
 from meshd.home import Home
 from meshd.net.identity_key import KeyPair
@@ -29,7 +29,11 @@ def open_epochs(home: Home, mesh: str) -> EpochFile:
     """Which epoch this directory is of (blocks). Raises StartRefused for a log that a recovery has left behind, Corrupt."""
     file = home.epochs()
     journal = kept_lineage(home)
-    if journal is None or journal == file.own.lineage:
+    if journal is None:
+        return file
+    if journal == file.own.lineage:
+        if isinstance(torn := choose(journal, file.heard), Torn):
+            raise _torn(torn)
         return file
     if not descends(journal, file.own.lineage):
         raise left_behind(journal, file.own.lineage)
@@ -66,6 +70,14 @@ def left_behind(ours: Lineage, theirs: Lineage) -> StartRefused:
     )
 
 
+def _torn(torn: Torn) -> StartRefused:
+    names = " and ".join(name_of(epoch.lineage) for epoch in torn.between)
+    return StartRefused(
+        f"the mesh was recovered twice without this node, as {names}",
+        hint="keep one: on each node that is not of it, `meshd rejoin --recovery NAME`",
+    )
+
+
 class Allegiance:
     """`holds_log`: is there a journal here, which may not be taken to another epoch?"""
 
@@ -85,13 +97,12 @@ class Allegiance:
                     raise left_behind(ours, to.lineage)
                 log.warning("recovery.followed", recovery=name_of(to.lineage))
                 return True
-            case Torn(between):
+            case Torn() as torn:
                 await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
-                names = " and ".join(name_of(epoch.lineage) for epoch in between)
-                hint = "keep one: on each node that is not of it, `meshd rejoin --recovery NAME`"
+                refusal = _torn(torn)
                 if self._holds_log():
-                    raise StartRefused(f"the mesh was recovered twice without this server, as {names}", hint=hint)
-                log.error("recovery.torn", stays=name_of(ours), between=names, hint=hint)
+                    raise refusal
+                log.error("recovery.torn", stays=name_of(ours), why=refusal.message, hint=refusal.hint)
                 return False
             case None:
                 return False

@@ -38,7 +38,8 @@ def describe_stop(voters: Voters) -> str:
     if not voters or sum(voters.values()) >= needed:
         return ""
     down = " or ".join(voter for voter, is_alive in voters.items() if not is_alive)
-    return f"{_alive(voters)} of {len(voters)} voters, and {needed} are needed: bring back {down}"
+    lost = "; if none of them ever comes back: `meshd recover` on a server that is left"
+    return f"{_alive(voters)} of {len(voters)} voters, and {needed} are needed: bring back {down}{lost}"
 
 
 def _alive(voters: Voters) -> str:

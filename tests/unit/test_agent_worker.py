@@ -16,6 +16,7 @@ from meshd.worker import (
     Open,
     Propose,
     Proposed,
+    Recovered,
     RenewAnswered,
     SendRenew,
     Start,
@@ -301,3 +302,17 @@ def test_its_timer_is_never_in_the_past() -> None:
         assert timer_ms is not None and timer_ms > now_ms
         now_ms = timer_ms
         worker.handle(None, now_ms)
+
+
+def test_a_node_that_has_followed_its_mesh_to_a_new_epoch_opens_a_session_there_with_all_that_it_holds() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 5), T0 + 100)
+    old = worker.epoch
+
+    [effect] = only(worker.handle(Recovered(), T0 + 200), Open)
+
+    assert effect.epoch == old + 1 and effect.command.held == (key(5),)
+    # What the lost log had leased is obeyed no more.
+    late = NoticeArrived(Notice(old, (key(6),), ((JOB, spec()),)))
+    assert only(worker.handle(late, T0 + 300), Start) == []
+    assert Worker(epoch=1).handle(Recovered(), T0) == [], "it has no session yet"

@@ -133,6 +133,7 @@ def test_the_recovery_writes_its_batch_as_the_engine_writes_one() -> None:
 def test_a_server_left_alone_leads_again_with_everything_that_it_had(snapshot_at: int) -> None:
     scene = a_life()
     disk = written(scene, snapshot_at=snapshot_at)
+    assert kept(disk).voters == VOTERS
     before = Alone(disk)
     before.run(10)
     assert not before.server.engine.leads(), "one of three voters led"
@@ -147,6 +148,18 @@ def test_a_server_left_alone_leads_again_with_everything_that_it_had(snapshot_at
     held, ready, rerun = job_id(1), job_id(2), job_id(3)
     assert scene.job(held).reason and scene.job(ready).reason and not scene.job(rerun).reason
     assert scene.state(held) is TaskState.HELD
+
+
+def test_the_epoch_begins_in_a_term_above_all_that_this_server_has_promised() -> None:
+    disk = written(a_life())
+    again = kept(disk)
+    again.journal.setCurrentTerm(9, VOTERS[2])
+    again.journal.commit()
+    recovered(disk)
+    found = kept(disk)
+    assert found.newest[0] == 10 == found.journal.getCurrentTerm()
+    terms = [term for _, _, term in found.journal[1:]]
+    assert terms == sorted(terms)
 
 
 def test_it_says_beforehand_what_it_will_hold() -> None:
