@@ -6,13 +6,16 @@ mesh.key       the mesh's own key, at servers only, 0600
 counters.json  starts and session epochs: raised and synced before they are used
 recovery.json  which recovery epoch of the mesh this directory belongs to
 peers.json     where members were last seen: where to dial, never who votes
+reserve        room for these files on a full disk
 raft/ blobs/ backends/ attempts/ api.sock lock
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +23,13 @@ import msgspec
 from msgspec import Struct
 
 from meshd.epochs import EpochFile
-from meshd.errors import Corrupt, StartRefused
+from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import Certificate, NodeId
 
 T = TypeVar("T")
+
+RESERVE_BYTES = 64 << 10
+"""Room kept for the files below, so that an agent starts and opens sessions on a full disk too."""
 
 
 class MeshFile(Struct, frozen=True):
@@ -82,6 +88,8 @@ class Home:
                 hint="choose another with --data-dir, or give this user rights to it",
             ) from error
         self._take_lock()
+        self._reserve = path / "reserve"
+        self._keep_reserve()
 
     def _take_lock(self) -> None:
         try:
@@ -93,8 +101,9 @@ class Home:
                 f"data directory {self.path} is in use by agent with pid {holder}",
                 hint="one agent per directory: stop that one, or give this one its own --data-dir",
             ) from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        with suppress(OSError):  # on a full disk others are not told the pid
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -156,19 +165,60 @@ class Home:
             raise Corrupt(f"{path} is damaged: {error}", hint="restore it from a backup, or join anew") from error
 
     def _write(self, name: str, value: Struct, *, is_synced: bool = True) -> None:
-        """Replaced in one step, and durable when this returns (unless it is only a hint)."""
+        """Replaced in one step, and durable when this returns (unless it is only a hint). Raises Busy on a full disk."""
         target, temporary = self.path / name, self.path / f".{name}.new"
         data = msgspec.json.format(msgspec.json.encode(value), indent=1)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, data)
+            temporary.unlink(missing_ok=True)
+            try:
+                _put(temporary, data, is_synced=is_synced)
+            except OSError as error:
+                if not _is_full(error) or len(data) > RESERVE_BYTES or not self._reserve.exists():
+                    raise
+                # Its room is taken already, and nobody else can have had it in between.
+                self._reserve.rename(temporary)
+                _put(temporary, data, is_synced=is_synced)
+            temporary.rename(target)
             if is_synced:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.rename(target)
+                sync_directory(self.path)
+        except OSError as error:
+            if not _is_full(error):
+                raise
+            raise Busy(f"there is no room for {target}: the disk is full", hint="free some space on it") from error
+        self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        """Where it is used up, as soon as there is room: usually at once, in that of the file that was replaced."""
+        if self._reserve.exists():
+            return
+        beside = self.path / ".reserve.new"
+        try:
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+            finally:
+                os.close(descriptor)
+            beside.rename(self._reserve)
+        except OSError:
+            beside.unlink(missing_ok=True)
+
+
+def _put(path: Path, data: bytes, *, is_synced: bool) -> None:
+    """In the room that the file has, where there is one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.ftruncate(descriptor, len(data))
         if is_synced:
-            sync_directory(self.path)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_directory(path: Path) -> None:

@@ -14,7 +14,7 @@ import trio
 from meshd import codec
 from meshd.authority import Authority
 from meshd.directory import Directory
-from meshd.errors import MeshError
+from meshd.errors import Busy, MeshError
 from meshd.gossip.service import GossipService
 from meshd.home import Home
 from meshd.model import Member, NodeId
@@ -99,7 +99,12 @@ class Upkeep:
         while True:
             await self._peers_changed.wait()
             self._peers_changed = trio.Event()
-            await trio.to_thread.run_sync(self._home.write_peers, self._directory.peers())
+            try:
+                await trio.to_thread.run_sync(self._home.write_peers, self._directory.peers())
+            except Busy as error:
+                # Hints of where to dial: those of before will do until there is room.
+                log.warning("peers.not_saved", error=str(error))
+                self._peers_changed.set()
             await trio.sleep(SAVE_EVERY_S)
 
     async def _tell_about_me(self) -> None:

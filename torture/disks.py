@@ -85,7 +85,11 @@ class Disks:
     def flip(self, node: str, rng: Random) -> str:
         """One bit of its journal or a snapshot, where something was written; the node must not run."""
         directory = data_dir(self._home, node) / "raft"
-        files = sorted(path for path in directory.iterdir() if path.name.startswith(("journal-", "snapshot")))
+        files = sorted(
+            path
+            for path in directory.iterdir()
+            if path.name.startswith(("journal-", "snapshot")) and ".bad" not in path.name
+        )
         path = rng.choice(files)
         data = path.read_bytes()
         written = [page for page in range(0, len(data), PAGE) if any(data[page : page + PAGE])]

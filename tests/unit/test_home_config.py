@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 
 import pytest
 
 from meshd import config
-from meshd.errors import Corrupt, InvalidRequest, StartRefused
+from meshd.errors import Busy, Corrupt, InvalidRequest, StartRefused
 from meshd.home import Counters, Home, KnownPeer
 from meshd.model import NodeId, Role
 
@@ -65,3 +67,48 @@ def test_what_must_not_be_forgotten_is_an_error_when_damaged_and_a_hint_is_not(t
     for read in (home.counters, home.mesh):
         with pytest.raises(Corrupt):
             read()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, and what fills it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "meshd-test", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk):
+    with (disk / "ballast").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_on_a_full_disk_the_counters_are_raised_all_the_same(small_disk):
+    home = Home(small_disk / "d")
+    home.write_counters(Counters(1, 1))
+    fill(small_disk)
+    for start in range(2, 20):
+        home.write_counters(Counters(start, 1))
+        fill(small_disk)
+    home.close()
+    again = Home(small_disk / "d")
+    again.write_counters(Counters(20, 1))
+    assert again.counters() == Counters(20, 1)
+    again.close()
+
+
+def test_on_a_full_disk_what_does_not_fit_is_refused_and_what_stood_there_stays(small_disk):
+    home = Home(small_disk / "d")
+    one = KnownPeer(NodeId("a"), "a", ("/ip4/1.1.1.1/tcp/1",))
+    home.write_peers((one,))
+    fill(small_disk)
+    with pytest.raises(Busy, match="the disk is full"):
+        home.write_peers((one,) * 2000)
+    assert home.peers() == (one,)
+    (small_disk / "ballast").unlink()
+    home.write_peers((one,) * 2000)
+    assert len(home.peers()) == 2000
+    home.close()
