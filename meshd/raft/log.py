@@ -162,10 +162,12 @@ class ServerLog:
         deadline = trio.current_time() + timeout_s
         while True:
             result = await self._propose_once(origin, command, deadline)
-            if not isinstance(result, NotCommitted) or trio.current_time() >= deadline:
+            if not isinstance(result, NotCommitted):
                 return result
             # Certainly not done: whoever leads next gets it.
             await self._wait_moved(deadline)
+            if trio.current_time() >= deadline:
+                return result
 
     async def _propose_once(self, origin: NodeId, command: bytes, deadline: float) -> ProposeResult:
         if (server := self._server) is None:
