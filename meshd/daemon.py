@@ -10,6 +10,7 @@ still takes their reports.
 from __future__ import annotations
 
 import ipaddress
+import os
 import random
 import secrets
 import socket
@@ -20,6 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -32,6 +34,7 @@ from meshd.allegiance import REJOIN_HINT, Allegiance, open_epochs
 from meshd.api import server as api_server
 from meshd.authority import Authority
 from meshd.backends import registry
+from meshd.backends.leftovers import take_over
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.serve import BlobServer
@@ -101,6 +104,14 @@ class Started:
 
 def wall_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def boot_id() -> str:
+    """Of this start of the kernel; empty where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def boot_ms() -> int:
@@ -418,7 +429,12 @@ class _Daemon:
 
     async def _start_work(self, stages: AsyncExitStack) -> None:
         probes: Sequence[BackendProbe] = ()
-        backends = registry.load(BackendSettings(directory=self.home.backends, term_grace_s=self.config.term_grace_s))
+        lock = await take_over(self.home.backends) if self.is_worker else None
+        if lock is not None:
+            stages.callback(os.close, lock)
+        backends = registry.load(
+            BackendSettings(directory=self.home.backends, term_grace_s=self.config.term_grace_s, helpers_lock=lock)
+        )
         if self.config.backends:
             backends = {name: each for name, each in backends.items() if name in self.config.backends}
         if self.is_worker:
@@ -443,7 +459,7 @@ class _Daemon:
         keeper = Keeper(self.machine) if self.has_log else None
         self.shell = Shell(
             me=self.me,
-            agent=Agent(Worker(epoch=self.counters.epoch), keeper),
+            agent=Agent(Worker(epoch=self.counters.epoch, boot=boot_id()), keeper),
             rpc=self.rpc,
             world=self,
             runs=self.executor,

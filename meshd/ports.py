@@ -280,3 +280,5 @@ class BackendSettings:
     directory: Path
     """The backend's own, private (0700): caches, sockets."""
     term_grace_s: float = 5.0
+    helpers_lock: int | None = None
+    """A descriptor that every helper process inherits, and no job: while one of them lives no later agent starts work."""

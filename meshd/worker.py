@@ -192,9 +192,13 @@ class State(Enum):
 
 
 class Worker:
-    def __init__(self, *, epoch: int) -> None:
-        """`epoch` is the last one saved on this disk, 0 on a new one."""
+    def __init__(self, *, epoch: int, boot: str = "") -> None:
+        """`epoch` is the last one saved on this disk, 0 on a new one; `boot` names the start of this machine's kernel.
+
+        Whatever an older process of this boot had started must be dead: what is not listed here is said not to run.
+        """
         self.epoch = epoch
+        self._boot = boot
         self.state = State.CLOSED
         self.attempts = Attempts()
         self.view_end_ms = 0
@@ -281,7 +285,7 @@ class Worker:
         for attempt in self.attempts.in_phase(Phase.RUNNING):
             attempt.is_running_told = False  # the report may have been lost with the session; the state may forget it
         # From here on nothing of the older epoch is obeyed; only then is the list made.
-        self._opening = OpenSession(self.epoch, self.attempts.listing(), self._slots, self._offer)
+        self._opening = OpenSession(self.epoch, self.attempts.listing(), self._slots, self._offer, self._boot)
         self._opened_ms = now_ms
         self._effects.append(Open(self.epoch, self._opening))
 

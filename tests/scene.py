@@ -140,9 +140,10 @@ class Scene:
         *,
         slots: int = 1,
         offer: Offer = OFFER,
+        boot: str = "",
     ) -> Any:
         self._seq[node] = 0
-        return self.do(node, OpenSession(epoch, held, slots, offer))
+        return self.do(node, OpenSession(epoch, held, slots, offer, boot))
 
     def claim(self, node: NodeId, slots: int, *, epoch: int = 1, offer: Offer = OFFER) -> Any:
         return self.do(node, Claim(epoch, self._next(node), slots, offer))

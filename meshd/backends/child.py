@@ -116,8 +116,13 @@ class Child:
         self.pid = process.pid
 
     @classmethod
-    async def start(cls, module: str, arguments: Sequence[str], sockets: Sequence[socket.socket]) -> Child:
-        """Start `python -m module FD… arguments…`, with its ends of the sockets, which are closed here. Raises OSError."""
+    async def start(
+        cls, module: str, arguments: Sequence[str], sockets: Sequence[socket.socket], lock: int | None = None
+    ) -> Child:
+        """Start `python -m module FD… arguments…`, with its ends of the sockets, which are closed here. Raises OSError.
+
+        It inherits `lock`, and holds it for as long as it lives (leftovers.py).
+        """
         words = os.memfd_create(module)
         try:
             with trio.CancelScope(shield=True):  # a started process without an owner would be a leak
@@ -127,7 +132,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=words,
                     stderr=words,
-                    pass_fds=[s.fileno() for s in sockets],
+                    pass_fds=[*(s.fileno() for s in sockets), *([] if lock is None else [lock])],
                     env=_environment(),
                     # Ctrl-C at a terminal stops the agent, which then stops these in order.
                     start_new_session=True,

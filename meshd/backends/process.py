@@ -56,11 +56,11 @@ class _Spawner:
         self._ids = 0
 
     @classmethod
-    async def start(cls, token: str, term_grace_s: float, nursery: trio.Nursery) -> _Spawner:
+    async def start(cls, token: str, term_grace_s: float, lock: int | None, nursery: trio.Nursery) -> _Spawner:
         """Raises OSError. Its reader runs in `nursery`."""
         ours, theirs = socket.socketpair()
         try:
-            child = await Child.start("meshd.backends.spawner", [token, str(term_grace_s)], [theirs])
+            child = await Child.start("meshd.backends.spawner", [token, str(term_grace_s)], [theirs], lock)
         except BaseException:
             ours.close()
             raise
@@ -173,6 +173,7 @@ class ProcessBackend:
         self._directory = settings.directory
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._term_grace_s = settings.term_grace_s
+        self._lock = settings.helpers_lock
         # Names this agent among all on the machine: processes that outlived a killed spawner are known by it.
         self._token = hashlib.sha256(str(settings.directory.resolve()).encode()).hexdigest()[:32]
         self._nursery: trio.Nursery | None = None
@@ -219,7 +220,7 @@ class ProcessBackend:
             return self._spawner
         async with self._starting:
             if self._spawner is None or not self._spawner.is_alive:
-                self._spawner = await _Spawner.start(self._token, self._term_grace_s, nursery)
+                self._spawner = await _Spawner.start(self._token, self._term_grace_s, self._lock, nursery)
             return self._spawner
 
     async def _end_idle(self, before_s: float) -> None:
@@ -245,7 +246,7 @@ class ProcessBackend:
             if self._nursery is not None:
                 return await self.run(execution)
             async with trio.open_nursery() as nursery:
-                spawner = await _Spawner.start(self._token, self._term_grace_s, nursery)
+                spawner = await _Spawner.start(self._token, self._term_grace_s, self._lock, nursery)
                 try:
                     return await spawner.run(execution, self._term_grace_s)
                 finally:

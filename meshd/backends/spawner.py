@@ -183,11 +183,22 @@ class Spawner:
 
 
 def kill_strays(token: str) -> None:
-    """What an earlier spawner of this agent could not end because it was killed itself."""
+    """What an earlier spawner of this agent could not end because it was killed itself: until none is seen any more.
+
+    Past the time limit they are stuck in the kernel, with SIGKILL pending: they execute nothing of their own again.
+    """
     mark = f"{MARK}={token}:".encode()
-    for pid in _processes():
-        if pid != os.getpid() and any(entry.startswith(mark) for entry in _environment(pid).split(b"\0")):
+    give_up_at_s = time.monotonic() + SWEEP_S_MAX
+    while strays := [pid for pid in _processes() if pid != os.getpid() and _has_entry(_environment(pid), mark)]:
+        for pid in strays:
             _kill(pid)
+        if time.monotonic() >= give_up_at_s:
+            return
+        time.sleep(SWEEP_AGAIN_S)
+
+
+def _has_entry(environment: bytes, beginning: bytes) -> bool:
+    return any(entry.startswith(beginning) for entry in environment.split(b"\0"))
 
 
 def _is_marked(environment: bytes, mark: bytes) -> bool:

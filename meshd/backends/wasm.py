@@ -66,13 +66,13 @@ class _Runner:
         self._ids = 0
 
     @classmethod
-    async def start(cls, cache: Path) -> _Runner:
+    async def start(cls, cache: Path, lock: int | None) -> _Runner:
         """Raises OSError."""
         ours, theirs = socket.socketpair()
         orders, orders_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             child = await Child.start(
-                "meshd.backends.wasm_runner", [str(cache), WASMTIME_VERSION], [theirs, orders_theirs]
+                "meshd.backends.wasm_runner", [str(cache), WASMTIME_VERSION], [theirs, orders_theirs], lock
             )
         except BaseException:
             ours.close()
@@ -156,6 +156,7 @@ class WasmBackend:
 
     def __init__(self, settings: BackendSettings) -> None:
         self._directory = settings.directory
+        self._lock = settings.helpers_lock
         self._cache = settings.directory / "compiled"
         # 0700 whatever the umask: a runner refuses compiled code from a directory that others can write to.
         self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -235,7 +236,7 @@ class WasmBackend:
 
     async def _start(self) -> _Runner:
         assert self._nursery is not None, "serve() owns the runners: it must be running"
-        runner = await _Runner.start(self._cache)
+        runner = await _Runner.start(self._cache, self._lock)
         if self._nursery is None:  # it stopped while this one was starting
             await runner.end()
             runner.close()
@@ -259,7 +260,7 @@ class WasmBackend:
                 runner.child.kill()  # idle: there is nothing to lose
 
     async def _try_empty_command(self) -> Outcome:
-        runner = await _Runner.start(self._cache)
+        runner = await _Runner.start(self._cache, self._lock)
         try:
             with tempfile.TemporaryDirectory(dir=self._directory) as name:
                 scratch = Path(name)

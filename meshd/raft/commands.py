@@ -148,6 +148,8 @@ class OpenSession(Command, frozen=True, array_like=True, tag=True):
     held: tuple[AttemptKey, ...]
     slots: Count
     offer: Offer
+    boot: ShortText = ""
+    """Which start of the node's kernel this is: what ran before another one is dead, or runs on another machine."""
 
 
 class EndSession(Command, frozen=True, array_like=True, tag=True):

@@ -40,6 +40,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
                 (
                     node.id, node.may_work, node.epoch, node.is_live, node.seq, node.answer, node.slots,
                     len(node.leases), len(node.held), node.last_fence,
+                    node.boot, node.ended_ms,
                 )
                 for node in matching.nodes.values()
             ],

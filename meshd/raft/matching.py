@@ -45,6 +45,10 @@ class Node:
     total: dict[str, int] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     last_fence: int = 0
+    boot: str = ""
+    """Of the machine, as its newest session said."""
+    ended_ms: int = 0
+    """When its last session ended, on the state's clock."""
     idle_key: tuple[int, NodeId] | None = None
     """Its place among the nodes with a free slot."""
 

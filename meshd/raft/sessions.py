@@ -32,6 +32,9 @@ from meshd.raft.queue import Queue
 SLOTS_MAX = 10_000
 """Attempts that one node holds; its list must fit one command."""
 
+OTHER_BOOT_MS = 7_000
+"""A session ends 12 s after its last grant, or 5 s when its node is agreed to be dead: together 12 s in any case."""
+
 OFFER_LABELS_MAX = 256
 OFFER_BACKENDS_MAX = 64
 
@@ -46,9 +49,23 @@ class Sessions:
         if command.epoch < node.epoch or (command.epoch == node.epoch and not node.is_live):
             return _wrong_epoch(node, command.epoch)
         if command.epoch > node.epoch:
+            if self._may_run_elsewhere(node, command):
+                return Rejected(
+                    Reason.BUSY,
+                    "another boot of this node may still be at work: it is let in 12 s after that was last granted a view",
+                )
             _check_offer(command.offer)
             self._begin(node, command)
         return SessionOpened(node.epoch, tuple(key for key in command.held if self._is_leased(node, key)))
+
+    def _may_run_elsewhere(self, node: Node, command: OpenSession) -> bool:
+        """From another boot comes a machine that was restarted, or a copy of it: then the first still holds its attempts.
+
+        Its own view ends 10 s after what it was granted last, and its session lives or has ended since (protocol.md 4).
+        """
+        if not node.boot or not command.boot or node.boot == command.boot:
+            return False
+        return node.is_live or self._moment.now_ms < node.ended_ms + OTHER_BOOT_MS
 
     def _begin(self, node: Node, command: OpenSession) -> None:
         """The order matters, and is protocol.md's: otherwise listed work is thrown away, or slots are given twice."""
@@ -57,6 +74,7 @@ class Sessions:
             self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))
         queue.hold_leases(node)
         node.epoch = command.epoch
+        node.boot = command.boot
         node.is_live = True
         node.seq = 0
         node.answer = b""
@@ -81,6 +99,7 @@ class Sessions:
     def lapse(self, node: Node) -> None:
         """The session is over; its tasks are held."""
         node.is_live = False
+        node.ended_ms = self._moment.now_ms
         node.slots = 0
         self._matching.changed(node)
         self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))

@@ -46,6 +46,8 @@ class NodeRecord(Struct, frozen=True, array_like=True):
     slots: int
     offer: Offer | None
     last_fence: int
+    boot: str = ""
+    ended_ms: int = 0
 
 
 class Header(Struct, frozen=True, array_like=True):
@@ -93,7 +95,7 @@ def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, 
         nodes=[
             NodeRecord(
                 node.id, node.may_work, node.epoch, node.is_live, node.seq, node.answer, node.slots, node.offer,
-                node.last_fence,
+                node.last_fence, node.boot, node.ended_ms,
             )
             for node in matching.nodes.values()
         ],
@@ -148,7 +150,17 @@ def restore(data: bytes, moment: Moment, members: Members, matching: Matching, q
     queue.finished = dict.fromkeys(header.finished)
     for it in header.nodes:
         matching.nodes[it.id] = Node(
-            it.id, it.may_work, it.epoch, it.is_live, it.seq, it.answer, it.slots, it.offer, last_fence=it.last_fence
+            it.id,
+            it.may_work,
+            it.epoch,
+            it.is_live,
+            it.seq,
+            it.answer,
+            it.slots,
+            it.offer,
+            last_fence=it.last_fence,
+            boot=it.boot,
+            ended_ms=it.ended_ms,
         )
     for record in records:
         _restore_job(record, matching, queue)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 from meshd.client import Client
 from meshd.errors import MeshError
@@ -146,3 +149,39 @@ def _ids_on_disk(mesh) -> dict[str, str]:
     from meshd.net.identity_key import KeyPair
 
     return {name: KeyPair.load(mesh.home(name) / "identity.key").node_id for name in mesh.agents}
+
+
+def test_an_agent_whose_predecessors_jobs_still_run_starts_nothing_until_they_are_dead(make_mesh):
+    """The agent is killed while its spawner is stopped: nobody has ended what it had started."""
+    mesh = make_mesh("node1")
+    log = mesh.directory / "runs"
+    script = f"echo began $MESHD_ATTEMPT $$ >> {log}; sleep 30; echo ended $MESHD_ATTEMPT >> {log}"
+    with mesh.client("node1") as client:
+        job = client.submit({"run": {"args": ["sh", "-c", script]}, "on_lost": "wait"})
+        eventually(lambda: log.exists() and log.read_text(), within_s=20)
+    first = int(log.read_text().split()[2])
+    spawner = parent_of(first)
+    os.kill(spawner, signal.SIGSTOP)
+    try:
+        mesh.kill("node1")
+        successor = threading.Thread(target=mesh.start, args=("node1",))
+        successor.start()
+        successor.join(timeout=3)
+        assert successor.is_alive() and log.read_text().count("began") == 1
+        assert parent_of(first) == spawner, "what ran still runs"
+    finally:
+        os.kill(spawner, signal.SIGCONT)
+    successor.join(timeout=30)
+    assert parent_of(first) == 0, "the helpers are gone, and what they held"
+    eventually(lambda: "began 2" in log.read_text(), within_s=20)
+    with mesh.client("node1") as client:
+        client.cancel(job)
+
+
+def parent_of(pid: int) -> int:
+    """0 when there is no such process, or only what is left of one."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(parent)

@@ -75,6 +75,17 @@ def test_the_first_offer_opens_the_epoch_after_the_saved_one() -> None:
     assert worker.handle(Offering(2, OFFER), T0) == [Open(7, OpenSession(7, (), 2, OFFER))]
 
 
+def test_a_copy_of_its_machine_waits_and_asks_again_with_the_boot_it_has() -> None:
+    worker = Worker(epoch=6, boot="copy")
+    [first] = worker.handle(Offering(2, OFFER), T0)
+    assert first == Open(7, OpenSession(7, (), 2, OFFER, "copy"))
+
+    refused = Proposed(opening(worker), Rejected(Reason.BUSY, "another boot may still be at work"))
+
+    assert worker.handle(refused, T0 + 10) == [] and worker.state is State.OPENING
+    assert worker.handle(None, T0 + 2_010) == [first], "the same epoch, until its view would be over"
+
+
 def test_the_first_view_counts_from_the_first_sending_of_the_open() -> None:
     worker = Worker(epoch=0)
     [first] = worker.handle(Offering(2, OFFER), T0)

@@ -15,6 +15,7 @@ from meshd.raft.commands import (
     SessionOpened,
     SetDraining,
 )
+from meshd.raft.machine import Machine
 from tests.scene import BAD, GOOD, A, B, Scene, spec
 
 LOST = Outcome(reason=EndReason.LOST)
@@ -289,3 +290,41 @@ def test_what_the_node_said_it_stopped_is_not_adopted():
     scene.report(A, (key, LOST))
     assert scene.open(A, 2, (key,)).leased == ()
     assert scene.leases(A, 2)[0].attempt == 2
+
+
+def test_another_boot_of_a_node_is_let_in_12_s_after_the_last_grant_at_the_earliest():
+    """A copy of the machine says that it holds nothing, while the first one runs what may not run twice."""
+    scene = Scene(A, B, slots=0)
+    scene.open(B, 1, boot="first")
+    job = scene.submit(spec(on_lost=OnLost.WAIT))
+    [key] = scene.leases(B)
+    refused = scene.open(B, 2, boot="copy")
+    assert refused.reason is Reason.BUSY and scene.leases(B) == (key,)
+    scene.tick(60_000)
+    assert scene.open(B, 2, boot="copy").reason is Reason.BUSY, "the first one is granted views all the while"
+    scene.end(B)  # 12 s after its last grant; 5 s, if it was agreed to be dead
+    assert scene.open(B, 2, boot="copy").reason is Reason.BUSY
+    scene.tick(6_999)
+    assert scene.open(B, 2, boot="copy").reason is Reason.BUSY
+    assert scene.state(job) is TaskState.HELD
+    scene.tick(1)
+    assert scene.open(B, 2, boot="copy").epoch == 2
+    assert scene.task(job).attempt == 2 and scene.open(B, 2, boot="copy").epoch == 2, "a resend is answered as before"
+
+
+@pytest.mark.parametrize(("before", "now"), [("same", "same"), ("", "new"), ("old", "")])
+def test_the_same_boot_and_an_unknown_one_wait_for_nothing(before: str, now: str):
+    scene = Scene(A, slots=0)
+    scene.open(A, 1, boot=before)
+    assert scene.open(A, 2, boot=now).epoch == 2
+
+
+def test_who_was_where_is_in_the_snapshot():
+    scene = Scene(A, slots=0)
+    scene.open(A, 1, boot="first")
+    scene.end(A)
+    data = scene.machine.capture()()
+    scene.machine = Machine()
+    scene.machine.restore(data)
+    assert scene.open(A, 2, boot="copy").reason is Reason.BUSY
+    assert scene.open(A, 2, boot="first").epoch == 2
