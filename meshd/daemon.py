@@ -64,9 +64,10 @@ from meshd.node import Node
 from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.quorum import describe_stop
-from meshd.raft.commands import Event, Found, MembersChanged, UpdateMember
+from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, UpdateMember
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
+from meshd.raft.queue import FENCES_LOST_MAX
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
@@ -333,6 +334,7 @@ class _Daemon:
                 on_applied=self._applied,
                 on_leadership=self._leadership_changed,
                 lineage=self.epochs.lineage,
+                after_doubt=lambda: codec.encode(RaiseFences(machine.fence + FENCES_LOST_MAX)),
             )
             self.replica = Replica(self.server_log, machine, self._events_happened)
             self.replica.register(self.rpc)

@@ -47,11 +47,11 @@ class Arrival:
         if m.offset + len(m.data) > m.size or len(m.data) > CHUNK_BYTES:
             raise PeerFault(f"{peer} sent a range outside of its snapshot")
         if m.term < raft.term:
-            raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0))
+            raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0, is_in_doubt=raft.is_in_doubt))
             return
         self._elections.hear(peer, m.term)
         if m.index <= raft.commit:
-            raft.send(peer, Appended(raft.term, m.round, m.sent_ms, True, m.index + 1, raft.wall_ms()))
+            self._acknowledge(peer, m.index, m.round, m.sent_ms)
             return
         incoming = self._incoming
         if incoming is None or (incoming.index, incoming.digest) != (m.index, m.digest):
@@ -66,7 +66,7 @@ class Arrival:
                 if len(incoming.data) == incoming.size:
                     self.arrived = Arrived(peer, incoming.data, incoming.digest)
             has = len(incoming.data)
-        raft.send(peer, Received(raft.term, m.round, m.sent_ms, m.index, has))
+        raft.send(peer, Received(raft.term, m.round, m.sent_ms, m.index, has, raft.is_in_doubt))
 
     def install(self, image: Image, restore: Callable[[], None]) -> bool:
         """Whether it was news: F12, a snapshot speaks up to its own index only, and never takes anything back."""
@@ -83,7 +83,12 @@ class Arrival:
         """To whom it came from, while that is the leader: entries go on after it."""
         raft = self._raft
         if peer == raft.leader:
-            raft.send(peer, Appended(raft.term, 0, 0, True, index + 1, raft.wall_ms()))
+            self._acknowledge(peer, index, 0, 0)
+
+    def _acknowledge(self, peer: VoterId, index: int, round_: int, sent_ms: int) -> None:
+        raft = self._raft
+        answer = Appended(raft.term, round_, sent_ms, True, index + 1, raft.wall_ms(), is_in_doubt=raft.is_in_doubt)
+        raft.send(peer, answer)
 
     def discard(self) -> None:
         """It was not what its digest says: let it come again."""

@@ -99,6 +99,12 @@ class Recovered(Command, frozen=True, array_like=True, tag=True):
     """Ids dated before this may have been submitted to the log that is lost."""
 
 
+class RaiseFences(Command, frozen=True, gc=False, array_like=True, tag=True):
+    """A sole voter goes on although its last frame, and the leases in it, may be lost: new fences are above all of those."""
+
+    above: Count
+
+
 class ClockSet(Command, frozen=True, gc=False, array_like=True, tag=True):
     """An operator says what time it is, forward or back. `id`: a resend changes nothing."""
 
@@ -212,6 +218,7 @@ AnyCommand = (
     | Reconcile
     | ReleaseJob
     | Recovered
+    | RaiseFences
     | ClockSet
 )
 

@@ -32,12 +32,13 @@ own switch: who is not in its own configuration follows, answers votes, and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 from typing import Any
 
 from pysyncobj import replicated, syncobj
 
+from meshd.model import NodeId
 from meshd.raft.applying import ApplyFailed, Applying
 from meshd.raft.arrival import Arrival, Arrived
 from meshd.raft.election import Elections
@@ -49,6 +50,8 @@ from meshd.raft.messages import (
     Append,
     Appended,
     Chunk,
+    Fetch,
+    Fetched,
     RaftMessage,
     Received,
     TimeoutNow,
@@ -60,6 +63,7 @@ from meshd.raft.progress import Progress
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed
+from meshd.raft.witnesses import on_fetch
 
 
 class Engine(RaftState):
@@ -80,6 +84,7 @@ class Engine(RaftState):
         random: Random,
         settings: RaftSettings,
         on_bug: Callable[[int, BaseException], None],
+        servers: Callable[[], Collection[NodeId]] = tuple,
     ) -> None:
         """`voters` is the configuration at the journal's first item; `snapshot` gives one to send, or None while it is fetched.
 
@@ -87,7 +92,7 @@ class Engine(RaftState):
         """
         self._apply = apply
         # Before PySyncObj's constructor, which already looks at every property below.
-        self._elections = Elections(self)
+        self._elections = Elections(self, servers)
         self._following = Following(self, self._elections)
         self._arrival = Arrival(self, self._elections)
         self._applying = Applying(self, digest, on_bug)
@@ -140,6 +145,8 @@ class Engine(RaftState):
 
     def receive(self, peer: VoterId, message: RaftMessage) -> None:
         """One message of an authenticated server. Raises PeerFault when it breaks the rules, Corrupt when logs disagree."""
+        if self.now() < self._elections.silent_until_s:
+            return
         match message:
             case Append():
                 self._following.on_append(peer, message)
@@ -153,6 +160,10 @@ class Engine(RaftState):
                 self._arrival.on_chunk(peer, message)
             case TimeoutNow():
                 self._elections.on_timeout_now(peer, message)
+            case Fetch():
+                on_fetch(self, peer, message)
+            case Fetched():
+                self._elections.witnesses.on_fetched(peer, message)
 
     def _on_answer(self, peer: VoterId, m: Appended | Received) -> None:
         """F4, F9: only those whom this leader feeds may answer or depose it, and only in its own term."""

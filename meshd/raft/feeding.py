@@ -16,12 +16,15 @@ class Feeder:
     def __init__(self, raft: RaftState) -> None:
         self._raft = raft
         self._round = 0
+        self._ends_doubt = False
         self._agreed = (0, b"")
 
     def feed(
-        self, peer: VoterId, progress: Progress, round_: int, now: float, agreed: tuple[int, bytes], *, is_round: bool
-    ) -> None:
-        """`is_round`: something must be sent, that the peer may answer this round; `agreed` is told along."""
+        self, peer: VoterId, progress: Progress, round_: int, now: float, agreed: tuple[int, bytes], *, ends_doubt: bool,
+        is_round: bool,
+    ) -> None:  # fmt: skip
+        """`is_round`: something must be sent, that the peer may answer this round; `agreed` and `ends_doubt` are told along."""
+        self._ends_doubt = ends_doubt
         self._round = round_
         self._agreed = agreed
         if progress.has_gone_silent(now):
@@ -47,8 +50,9 @@ class Feeder:
     def _send_append(self, peer: VoterId, progress: Progress, entries: tuple[Entry, ...], now: float) -> bool:
         raft, prev = self._raft, progress.next - 1
         message = Append(
-            raft.term, self._round, int(now * 1000), raft.commit, prev, raft.term_at(prev), entries, *self._agreed
-        )
+            raft.term, self._round, int(now * 1000), raft.commit, prev, raft.term_at(prev), entries, *self._agreed,
+            self._ends_doubt,
+        )  # fmt: skip
         if not raft.send(peer, message):
             return False
         progress.commit_told = raft.commit

@@ -26,7 +26,7 @@ class Following:
             raise PeerFault(f"{peer} sent entries out of order after {m.prev_index}")
         _check_configurations(peer, m.entries)
         if m.term < raft.term:
-            raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0))
+            raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0, is_in_doubt=raft.is_in_doubt))
             return
         self._elections.hear(peer, m.term)
         is_ok, next_index = self._merge(peer, m) if m.prev_index else (False, 0)
@@ -35,10 +35,12 @@ class Following:
         if is_ok:
             # F2: entries behind those of this message may be ours alone.
             raft.commit = max(raft.commit, min(m.commit, next_index - 1))
-        raft.send(
-            peer,
-            Appended(raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms(), *raft.checkpoints.newest),
+            if m.ends_doubt:
+                raft.log.end_doubt()
+        answer = Appended(
+            raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms(), *raft.checkpoints.newest, raft.is_in_doubt
         )
+        raft.send(peer, answer)
 
     def _merge(self, peer: VoterId, m: Append) -> tuple[bool, int]:
         """(whether our log now agrees with this message, the next entry to send)."""

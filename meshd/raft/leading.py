@@ -28,11 +28,16 @@ class _Barrier:
 
 
 class Leadership:
-    def __init__(self, raft: RaftState) -> None:
-        """It begins with an entry of its own term: only together with that are older ones committed."""
+    def __init__(self, raft: RaftState, *, excused: set[VoterId]) -> None:
+        """It begins with an entry of its own term: only together with that are older ones committed.
+
+        `excused` are in doubt, and have granted their votes together with everybody else: whatever
+        they have lost is in this leader's log, or nowhere.
+        """
         now = raft.now()
         self._raft = raft
         self._feeder = Feeder(raft)
+        self._excused = excused
         self._comparison = Comparison(raft.me, raft.checkpoints)
         self.elected_s = now
         self.progress: dict[VoterId, Progress] = {}
@@ -70,7 +75,11 @@ class Leadership:
         if voter == self._raft.me:
             return self._raft.now()
         progress = self.progress.get(voter)
-        return float("-inf") if progress is None else progress.contact_s
+        return progress.contact_s if progress is not None and self._counts(voter, progress) else float("-inf")
+
+    def _counts(self, voter: VoterId, progress: Progress) -> bool:
+        """Its answers prove that it knows no other leader: in doubt it might have forgotten one."""
+        return not progress.is_in_doubt or voter in self._excused
 
     def is_settled(self) -> bool:
         """Everything of earlier leaders is applied, and the voters agree on what it led to: batches may be stamped."""
@@ -97,7 +106,10 @@ class Leadership:
             self._settle_debts()
         for peer, progress in self.progress.items():
             if progress.is_connected:
-                self._feeder.feed(peer, progress, self._round, now, self._comparison.agreed, is_round=is_round)
+                ends_doubt = progress.is_in_doubt and self._may_end_doubt(peer, progress)
+                self._feeder.feed(
+                    peer, progress, self._round, now, self._comparison.agreed, ends_doubt=ends_doubt, is_round=is_round
+                )
         if self._barriers:
             self._answer_barriers()
 
@@ -112,7 +124,19 @@ class Leadership:
         if voter == self._raft.me:
             return self._round
         progress = self.progress.get(voter)
-        return 0 if progress is None else progress.round
+        return progress.round if progress is not None and self._counts(voter, progress) else 0
+
+    def _may_end_doubt(self, peer: VoterId, progress: Progress) -> bool:
+        """It holds everything that it can ever have acknowledged (protocol.md 9).
+
+        A quorum without it has answered since it said that it is in doubt, so no other leader has
+        committed anything with its help; or everybody has voted for this leader, whose log is the newest.
+        """
+        raft = self._raft
+        if peer in self._excused:
+            return progress.match >= raft.own_first
+        is_confirmed = raft.configurations.reached(self._round_of) >= progress.doubted_round
+        return is_confirmed and progress.match >= raft.commit >= raft.own_first
 
     # --- what peers answer, in this term ------------------------------------------------------------------------------
 
@@ -147,12 +171,18 @@ class Leadership:
 
     def _answered(self, peer: VoterId, m: Appended | Received) -> Progress:
         progress = self.progress[peer]
+        if m.is_in_doubt and not progress.is_in_doubt:
+            progress.doubted(self._round + 1, self._raft.now())
+        progress.is_in_doubt = m.is_in_doubt
         progress.answered(m.round, m.sent_ms / 1000, self._raft.now())
         return progress
 
     def peer_up(self, peer: VoterId) -> None:
         if (progress := self.progress.get(peer)) is not None:
             progress.is_connected = True
+            # It may be another start of it, that has lost more: its doubt is not the one that was excused.
+            progress.is_in_doubt = False
+            self._excused.discard(peer)
             progress.restart(progress.match + 1 if progress.match else self._raft.last + 1)
 
     def peer_down(self, peer: VoterId) -> None:
@@ -178,7 +208,7 @@ class Leadership:
         if voter == self._raft.me:
             return self._raft.log.durable_index
         progress = self.progress.get(voter)
-        return 0 if progress is None else progress.match
+        return 0 if progress is None or progress.is_in_doubt else progress.match
 
     def has_removed_itself(self) -> bool:
         """The configuration without it is committed."""
@@ -225,7 +255,7 @@ class Leadership:
     def transfer_to(self, voter: VoterId) -> bool:
         """Ask a voter that has everything to take over at once."""
         raft, progress = self._raft, self.progress.get(voter)
-        if voter not in raft.voters or progress is None or progress.match != raft.last:
+        if voter not in raft.voters or progress is None or progress.match != raft.last or progress.is_in_doubt:
             return False
         return raft.send(voter, TimeoutNow(raft.term))
 

@@ -116,14 +116,17 @@ class ServerLog:
         clocks: Clocks = CLOCKS,
         random: Random | None = None,
         lineage: Lineage = (),
+        after_doubt: Callable[[], bytes] | None = None,
     ) -> None:
         """`servers`, `draining` and `zones` are read from the replicated state; both callbacks are called from the loop and must not wait.
 
-        `founding` is for the empty directory of a mesh's first server, and for nobody else.
+        `founding` is for the empty directory of a mesh's first server, and for nobody else. `after_doubt` makes the
+        command with which a sole voter goes on although its last frame may be lost.
         """
         self._directory = directory
         self._mesh = mesh
         self._lineage = lineage
+        self._after_doubt = after_doubt
         self._me = me
         self._machine = machine
         self._transport = transport
@@ -325,6 +328,7 @@ class ServerLog:
                 random=self._random,
                 packed=lambda: self._turns.packed(),
                 report=lambda event, fields: log.info(event, **fields),
+                after_doubt=self._after_doubt,
             )
             self._turns = Turns(server, self._journal, self._disk, self._mesh, self._machine, self._wire.flush)
             self._told = (server.engine.applied, False, None)

@@ -37,6 +37,7 @@ from meshd.raft.commands import (
     Found,
     Join,
     OpenSession,
+    RaiseFences,
     Reason,
     Reconcile,
     Recovered,
@@ -261,6 +262,10 @@ class Machine:
                 return self._queue.release(command)
             case Recovered():
                 return self._recover(me, command)
+            case RaiseFences(above):
+                if not me.is_server:
+                    raise NotAllowed("only a server raises fences")
+                return self._queue.raise_fences(above)
             case ClockSet():
                 return self._set_clock(origin, command)
             case EndSession(node, _):

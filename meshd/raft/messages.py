@@ -60,6 +60,8 @@ class Voted(Message, frozen=True, array_like=True, tag=True):
     asked: Number
     is_granted: bool
     is_trial: bool
+    is_in_doubt: bool = False
+    """It may have lost what it acknowledged or voted for: this counts only where everybody has answered (election.py)."""
 
 
 class Append(Message, frozen=True, array_like=True, tag=True):
@@ -75,6 +77,8 @@ class Append(Message, frozen=True, array_like=True, tag=True):
     agreed: Number = 0
     """At this entry more than half of the voters have the state with this hash; 0: nothing is said (agreement.py)."""
     agreed_state: StateHash = b""
+    ends_doubt: bool = False
+    """Whoever holds all up to `prev_index` has, with it, everything that it ever acknowledged."""
 
 
 class Appended(Message, frozen=True, array_like=True, tag=True):
@@ -89,6 +93,8 @@ class Appended(Message, frozen=True, array_like=True, tag=True):
     checkpoint: Number = 0
     """The hash of the state here, at the newest entry where it was taken."""
     state: StateHash = b""
+    is_in_doubt: bool = False
+    """What it holds counts for nobody's commit until a leader ends that."""
 
 
 class Chunk(Message, frozen=True, array_like=True, tag=True):
@@ -113,6 +119,22 @@ class Received(Message, frozen=True, array_like=True, tag=True):
     sent_ms: Number
     index: Number
     offset: Number
+    is_in_doubt: bool = False
+
+
+class Fetch(Message, frozen=True, array_like=True, tag=True):
+    """I am the sole voter and may have lost my last frame: what do you hold behind this entry?"""
+
+    index: Number
+    of_term: Number
+
+
+class Fetched(Message, frozen=True, array_like=True, tag=True):
+    """What follows it here; nothing, also when this log does not have it."""
+
+    index: Number
+    of_term: Number
+    entries: tuple[Entry, ...] = ()
 
 
 class TimeoutNow(Message, frozen=True, array_like=True, tag=True):
@@ -164,7 +186,7 @@ class SeatTaken(Message, frozen=True, array_like=True, tag=True):
     voter: VoterId
 
 
-RaftMessage = Vote | Voted | Append | Appended | Chunk | Received | TimeoutNow
+RaftMessage = Vote | Voted | Append | Appended | Chunk | Received | TimeoutNow | Fetch | Fetched
 """For the engine."""
 
 AnyMessage = RaftMessage | Propose | Proposed | Read | ReadAt | Heard | SeatTaken

@@ -55,6 +55,11 @@ class Progress:
     """When something that was on its way arrived, or began to be on its way."""
     clock_offset_ms: int | None = None
     """Its wall clock minus our CLOCK_BOOTTIME, as told in this term."""
+    is_in_doubt: bool = False
+    doubted_round: int = 0
+    """A round that was sent after it said so, or later …"""
+    doubted_s: float = float("-inf")
+    """… and when that was."""
     transfer: Transfer | None = None
     _flying: deque[tuple[int, int]] = field(default_factory=deque)
     _flying_bytes: int = 0
@@ -80,6 +85,12 @@ class Progress:
         self.round = max(self.round, round_)
         self.contact_s = max(self.contact_s, sent_s)
         self.heard_s = now_s
+
+    def doubted(self, next_round: int, now_s: float) -> None:
+        """It may have lost what it had acknowledged: what it holds is found out again."""
+        self.is_in_doubt = True
+        self.doubted_round, self.doubted_s = next_round, now_s
+        self.match = 0
 
     def succeeded(self, next_index: int, now_s: float) -> None:
         self.is_probing = False

@@ -161,6 +161,20 @@ class RaftState(SyncObj):  # type: ignore[misc]
     def voters_at(self, index: int) -> tuple[VoterId, ...]:
         return self.configurations.at(index)
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Something that this voter has acknowledged, or voted for, may be missing here (protocol.md 9)."""
+        return self.log.is_in_doubt
+
+    @property
+    def electorate(self) -> set[VoterId]:
+        """Who has to answer in an election in which everybody has to: in doubt also those whose entries may be lost."""
+        return {*self.voters, *self.log.header.voters} if self.is_in_doubt else {*self.voters}
+
+    @property
+    def is_alone_in_doubt(self) -> bool:
+        return self.is_in_doubt and self.electorate == {self.me}
+
     # --- changes ------------------------------------------------------------------------------------------------------
 
     def become(self, role: int) -> None:

@@ -60,6 +60,8 @@ CANCEL_RANGES_MAX = 1_000
 
 RECOVERY_SHIFT = 48
 """A fence is the recovery epoch times 2**48 plus a counter (protocol.md 5)."""
+FENCES_LOST_MAX = 1 << 32
+"""More leases than any lost frame can have made; 65,000 such losses fit into the counter."""
 
 RECOVERED_AHEAD_MS_MAX = 30 * 86_400_000
 """A recovery is dated at most so long after the last entry: a clock that is far off would hold all that is submitted."""
@@ -246,6 +248,12 @@ class Queue:
         for job in self.jobs.values():
             if job.spec.on_lost is not OnLost.RERUN and not job.is_final:
                 self._hold(job)
+        return Accepted()
+
+    def raise_fences(self, above: int) -> Accepted:
+        """The next lease has a fence above this one, which is at most one raise ahead."""
+        ahead = min(above - self.fence, FENCES_LOST_MAX, (1 << RECOVERY_SHIFT) - 1 - self.leases_made)
+        self.leases_made += max(0, ahead)
         return Accepted()
 
     def release(self, command: ReleaseJob) -> Accepted:

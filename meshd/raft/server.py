@@ -166,8 +166,12 @@ class Server:
         random: Random,
         packed: Callable[[], Packed | None],
         report: Callable[[str, dict[str, object]], None],
+        after_doubt: Callable[[], bytes] | None = None,
     ) -> None:
-        """`image` is the newest snapshot, already the machine's state; `packed` gives it as bytes to send, or None while it is fetched."""
+        """`image` is the newest snapshot, already the machine's state; `packed` gives it as bytes to send, or None while it is fetched.
+
+        `after_doubt` makes the command with which a sole voter goes on although its last frame may be lost.
+        """
         self._journal = journal
         self._machine = machine
         self._links = links
@@ -191,7 +195,11 @@ class Server:
             random=random,
             settings=settings,
             on_bug=lambda index, error: report("raft.bug", {"index": index, "error": repr(error)}),
+            servers=servers,
         )
+        self._node = node
+        self._after_doubt = after_doubt
+        self._was_in_doubt = False
         self.reads = Reads()
         self.own_clock = OwnClock()
         self._hearsay = Hearsay(clocks.now_s)
@@ -222,6 +230,7 @@ class Server:
         self._steer()
         self._serve_reads()
         self._propose_batch()
+        self._tell_doubt()
         self.engine.doTick(0.0)
 
     @property
@@ -243,7 +252,8 @@ class Server:
     def has_work(self) -> bool:
         """Another turn is due at once."""
         engine = self.engine
-        return engine.has_more_to_apply or engine.awaits_witness or (bool(self._pending) and self._may_batch())
+        has_batch = bool(self._pending) or (engine.is_leader and engine.is_in_doubt)
+        return engine.has_more_to_apply or engine.awaits_witness or (has_batch and self._may_batch())
 
     def next_due_s(self) -> float | None:
         """When a turn is due although nothing happens."""
@@ -359,14 +369,24 @@ class Server:
         if not self._may_batch():
             return
         batch = self._pending.take_batch()
+        if goes_on_alone := self.engine.is_in_doubt:
+            # Only a sole voter leads in doubt, and its first entry ends that: both are in one frame (protocol.md 9).
+            self._journal.end_doubt()
+            if self._after_doubt is not None:
+                batch.insert(0, Proposal(self._node, self._after_doubt(), lambda result: None))
         tick_s = self._tick_due_s()
-        if not batch and (tick_s is None or tick_s > self._now()):
+        if not (batch or goes_on_alone) and (tick_s is None or tick_s > self._now()):
             return
         now_ms = int(self._now() * 1000)
         elapsed_ms = max(0, now_ms - int(self.engine.received_s * 1000))
         entry = Batch(elapsed_ms, self._stamp_wall(now_ms, elapsed_ms), stamped(batch))
         self._batch_at = (self.engine.term, self.engine.last + 1)
         self.engine.propose(codec.encode(entry), resolver(batch))
+
+    def _tell_doubt(self) -> None:
+        if self._was_in_doubt != (is_in_doubt := self.engine.is_in_doubt):
+            self._was_in_doubt = is_in_doubt
+            self.report("raft.in_doubt" if is_in_doubt else "raft.in_doubt_no_more", {"why": self._journal.doubt})
 
     def _tick_due_s(self) -> float | None:
         """When an empty batch is due; None while nothing timed is pending, or a batch is on its way."""
@@ -428,7 +448,8 @@ class Server:
     def _steer(self) -> None:
         engine, now = self.engine, self._now()
         if not engine.is_leader:
-            self._links.reach([node_of(voter) for voter in engine.voters] if engine.is_voter else [])
+            wanted = [node_of(voter) for voter in engine.voters] if engine.is_voter else []
+            self._links.reach([*wanted, *self._servers()] if engine.is_alone_in_doubt else wanted)
             return
         if now - self._steered_s < STEER_S:
             return
@@ -474,7 +495,9 @@ class Server:
     def hand_over(self) -> bool:
         """Ask the voter that has most to lead; False when there is none."""
         engine = self.engine
-        others = [voter for voter in engine.voters if voter in engine.progress]
+        others = [
+            voter for voter in engine.voters if voter in engine.progress and not engine.progress[voter].is_in_doubt
+        ]
         if not others:
             return False
         self._hand_over_to(
@@ -490,9 +513,9 @@ class Server:
         progress = self.engine.progress.get(voter)
         if progress is None:
             return Peer(lag=self.engine.last, silent_ms=NEVER_MS)
-        silent_ms = self.silent_ms(progress.heard_s)
+        silent_ms = self.silent_ms(progress.doubted_s if progress.is_in_doubt else progress.heard_s)
         by_others_ms = self.silent_ms(self._hearsay.heard_s(voter))
-        return Peer(self.engine.last - progress.match, silent_ms, by_others_ms)
+        return Peer(self.engine.last - progress.match, silent_ms, by_others_ms, progress.is_in_doubt)
 
     def silent_ms(self, heard_s: float) -> int:
         return NEVER_MS if heard_s == float("-inf") else max(0, int((self._now() - heard_s) * 1000))

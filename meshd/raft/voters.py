@@ -44,9 +44,11 @@ class Peer:
     lag: int
     """Entries of the leader's log that it is not known to have."""
     silent_ms: int
-    """Since it last answered."""
+    """Since it last answered; in doubt, since it has been."""
     unheard_ms: int = NEVER_MS
     """Since another voter last said that it heard it."""
+    is_in_doubt: bool = False
+    """What it answers does not count towards a quorum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def _zone(view: View, voter: VoterId) -> str:
 
 def _is_ready(view: View, voter: VoterId) -> bool:
     peer = view.peers.get(voter)
-    return peer is not None and peer.silent_ms <= READY_MS and peer.lag <= READY_LAG
+    return peer is not None and peer.silent_ms <= READY_MS and peer.lag <= READY_LAG and not peer.is_in_doubt
 
 
 def _is_gone(view: View, voter: VoterId) -> bool:
@@ -233,7 +235,7 @@ def _is_safe_without(view: View, voter: VoterId) -> bool:
 
 def _answers(view: View, voter: VoterId) -> bool:
     peer = view.peers.get(voter)
-    return peer is not None and peer.silent_ms <= RESPONSIVE_MS
+    return peer is not None and peer.silent_ms <= RESPONSIVE_MS and not peer.is_in_doubt
 
 
 def _without_one_of(view: View, voters: Sequence[VoterId]) -> Decision:

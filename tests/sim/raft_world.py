@@ -219,7 +219,10 @@ class RaftWorld:
         delay_s: tuple[float, float] = (0.001, 0.03),
         loss: float = 0.0,
         settings: RaftSettings | None = None,
+        payload: int = 0,
     ) -> None:
+        """`payload` bytes are added to every command under load."""
+        self.payload = bytes(k % 251 + 1 for k in range(payload))
         self.random = Random(seed)
         self.now = 1000.0
         self.delay_s = delay_s
@@ -453,7 +456,10 @@ class RaftWorld:
             engine = leader.server.engine
             voters = [self.nodes[node_of(voter)] for voter in engine.voters]
             return engine.applied == engine.last and all(
-                voter.server is not None and voter.server.engine.applied == engine.last for voter in voters
+                voter.server is not None
+                and voter.server.engine.applied == engine.last
+                and not voter.server.engine.is_in_doubt
+                for voter in voters
             )
 
         self.run_until(is_equal, seconds, "replicas equal after the faults are over")
@@ -495,7 +501,7 @@ def rough_weather(world: RaftWorld, seconds: float, *, does_change_servers: bool
     def load() -> None:
         if world.now < end:
             for _ in range(random.choice([1, 1, 1, 4, 12])):
-                world.propose(random.choice(world.servers), b"c%06d" % next(numbers))
+                world.propose(random.choice(world.servers), b"c%06d" % next(numbers) + world.payload)
             world.at(random.expovariate(20), load)
 
     def fault() -> None:
@@ -552,7 +558,7 @@ def power_cuts(world: RaftWorld, seconds: float) -> None:
 
     def load() -> None:
         if world.now < end:
-            world.propose(random.choice(world.servers), b"p%06d" % next(numbers))
+            world.propose(random.choice(world.servers), b"p%06d" % next(numbers) + world.payload)
             world.at(random.expovariate(200), load)
 
     def cut() -> None:
