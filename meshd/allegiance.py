@@ -32,9 +32,13 @@ def open_epochs(home: Home, mesh: str) -> EpochFile:
     if journal is None:
         return file
     if journal == file.own.lineage:
-        if isinstance(torn := choose(journal, file.heard), Torn):
-            raise _torn(torn)
-        return file
+        match choose(journal, file.heard):
+            case Torn() as torn:
+                raise torn.refusal()
+            case Follow(to):
+                raise left_behind(journal, to.lineage)
+            case None:
+                return file
     if not descends(journal, file.own.lineage):
         raise left_behind(journal, file.own.lineage)
     # `meshd recover` began the epoch here and was cut short before it said so.
@@ -64,17 +68,9 @@ def mesh_key(home: Home) -> Sign:
 
 def left_behind(ours: Lineage, theirs: Lineage) -> StartRefused:
     return StartRefused(
-        f"the mesh was recovered without this server: it is at recovery {name_of(theirs)}, the log here ends with "
-        f"{name_of(ours)} and is never merged",
+        f"the mesh was recovered without this server: it is at recovery {name_of(theirs)}, and the log here, of "
+        f"recovery {name_of(ours)}, is never merged",
         hint=REJOIN_HINT,
-    )
-
-
-def _torn(torn: Torn) -> StartRefused:
-    names = " and ".join(name_of(epoch.lineage) for epoch in torn.between)
-    return StartRefused(
-        f"the mesh was recovered twice without this node, as {names}",
-        hint="keep one: on each node that is not of it, `meshd rejoin --recovery NAME`",
     )
 
 
@@ -99,7 +95,7 @@ class Allegiance:
                 return True
             case Torn() as torn:
                 await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
-                refusal = _torn(torn)
+                refusal = torn.refusal()
                 if self._holds_log():
                     raise refusal
                 log.error("recovery.torn", stays=name_of(ours), why=refusal.message, hint=refusal.hint)

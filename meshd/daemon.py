@@ -506,6 +506,7 @@ class _Daemon:
             drains=self.drains,
             addresses=self.addresses,
             clock_offset_ms=self.greetings.offset_ms,
+            epochs=self.epochs,
         )
         tcp = split_address(self.config.api) if self.config.api else None
         context = await self._tls_context(tcp[0]) if tcp is not None else None

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from meshd import codec
 from meshd.certificates import Sign, Verify
-from meshd.errors import NotAllowed, Unavailable
+from meshd.errors import NotAllowed, StartRefused, Unavailable
 from meshd.model import EpochCertificate, NodeId
 from meshd.raft.lineage import RECOVERIES_MAX, Lineage, descends, name_of
 
@@ -49,6 +49,13 @@ class Torn:
     """Several recoveries were made of this node's epoch, none of which led to another. Nothing is followed."""
 
     between: tuple[EpochCertificate, ...]
+
+    def refusal(self) -> StartRefused:
+        names = " and ".join(name_of(epoch.lineage) for epoch in self.between)
+        return StartRefused(
+            f"the mesh was recovered twice without this node, as {names}",
+            hint="keep one: on each node that is not of it, `meshd rejoin --recovery NAME`",
+        )
 
 
 def certify_epoch(sign: Sign, mesh: str, lineage: Lineage) -> EpochCertificate:
@@ -94,6 +101,11 @@ class Epochs:
 
     def decide(self) -> Follow | Torn | None:
         return choose(self.lineage, self._heard.values())
+
+    def torn(self) -> StartRefused | None:
+        """Why this node stays where it is although it has heard of recoveries."""
+        decision = self.decide()
+        return decision.refusal() if isinstance(decision, Torn) else None
 
     def belong(self, epoch: EpochCertificate) -> None:
         """This node has followed; what can no longer be followed is forgotten."""

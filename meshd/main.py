@@ -141,12 +141,18 @@ def _recover(path: Path, is_forced: bool, is_agreed: bool) -> None:
     home = Home(path)
     try:
         recovery = Recovery(home)
-        ask = partial(click.confirm, "go on?", err=True)
-        trio.run(partial(recovery.run, is_forced=is_forced, say=click.echo, is_agreed=lambda: is_agreed or ask()))
+        trio.run(partial(recovery.run, is_forced=is_forced, say=click.echo, is_agreed=lambda: is_agreed or _agrees()))
     except BaseExceptionGroup as group:
         raise _first(group) from group
     finally:
         home.close()
+
+
+def _agrees() -> bool:
+    try:
+        return click.confirm("go on?", err=True)
+    except click.Abort:
+        return False
 
 
 def _rejoin(path: Path, recovery: str) -> None:

@@ -21,6 +21,7 @@ from meshd.blobs.messages import Name
 from meshd.blobs.replicate import Replicator
 from meshd.directory import Directory
 from meshd.drain import Drain
+from meshd.epochs import Epochs
 from meshd.errors import Busy, Conflict, MeshError, NotFound, Unavailable
 from meshd.gossip.service import GossipService
 from meshd.home import KnownPeer
@@ -79,6 +80,7 @@ class Node:
         drains: Drain,
         addresses: Callable[[], Sequence[str]],
         clock_offset_ms: Callable[[NodeId], int | None],
+        epochs: Epochs,
     ) -> None:
         self._me = me
         self._name = name
@@ -98,6 +100,7 @@ class Node:
         self._drains = drains
         self._addresses = addresses
         self._clock_offset_ms = clock_offset_ms
+        self._epochs = epochs
 
     @property
     def me(self) -> NodeId:
@@ -281,6 +284,7 @@ class Node:
             neighbours=self._neighbours,
             directory=self._directory,
             clock_offset_ms=self._clock_offset_ms,
+            epochs=self._epochs,
         )
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 from msgspec.structs import replace
 
 from meshd import codec
-from meshd.allegiance import kept_lineage, left_behind, mesh_key
+from meshd.allegiance import mesh_key
 from meshd.certificates import Greeting
 from meshd.directory import Directory
 from meshd.epochs import EpochFile, Epochs, certify_epoch
@@ -28,7 +29,7 @@ from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
-from meshd.raft.disk import DirectoryDisk
+from meshd.raft.disk import DirectoryDisk, Disk
 from meshd.raft.lineage import RANDOM_BYTES, name_of
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId, node_of
@@ -67,7 +68,7 @@ def judge(me: NodeId, newest: tuple[int, int], voters: Sequence[VoterId], asked:
     if len(present) > len(seats) // 2:
         return Refusal(
             f"{len(present)} of {len(seats)} voters are there, which is a quorum",
-            hint="start this server: `meshd up`; nothing has to be given up",
+            hint="start this server: `meshd up`; --force gives up what the others have, where they cannot go on",
         )
     ahead = [(theirs.term, theirs.index, each.name) for each, theirs in answered if theirs.end > newest]
     if ahead:
@@ -105,8 +106,19 @@ class Recovery:
 
     async def run(self, *, is_forced: bool, say: Callable[[str], None], is_agreed: Callable[[], bool]) -> None:
         """Raises Conflict where it should not be done here, StartRefused where it cannot be, Corrupt."""
-        kept = await trio.to_thread.run_sync(self._read)
-        me = self._key.node_id
+        if not self._home.has_journal():
+            raise StartRefused(f"{self._home.raft} holds no journal", hint="recover on another server")
+        disk = await trio.to_thread.run_sync(DirectoryDisk, self._home.raft)
+        try:
+            await self._run(disk, is_forced, say, is_agreed)
+        finally:
+            disk.close()
+
+    async def _run(
+        self, disk: Disk, is_forced: bool, say: Callable[[str], None], is_agreed: Callable[[], bool]
+    ) -> None:
+        me, random = self._key.node_id, secrets.token_hex(16)
+        kept = await trio.to_thread.run_sync(partial(read_kept, disk, mesh=self._mesh.mesh, me=me, random=random))
         own = kept.machine.members().get(me)
         if own is None or not own.is_server:
             raise StartRefused(
@@ -115,12 +127,20 @@ class Recovery:
         term, index = kept.newest
         lineage = kept.journal.header.lineage
         say(f"mesh {self._mesh.mesh}, recovery {name_of(lineage)}: this log ends at entry {index} of term {term}")
-        asked = await self._ask_all(kept)
+        public_key = bytes.fromhex(self._mesh.public_key)
+        known = EpochFile(certify_epoch(self._sign, self._mesh.mesh, lineage), (self._file.own, *self._file.heard))
+        epochs = Epochs(self._mesh.mesh, public_key, verify, known, on_news=lambda: None)
+        asked = await self._ask_all(kept, epochs)
         for each in asked:
             end = each.newest
             told = f"no answer ({each.why})" if end is None else f"its log ends at entry {end.index} of term {end.term}"
-            say(f"asked {each.name} ({each.node}): {told}")
+            say(f"asked {each.name}: {told}")
         refusal = judge(me, kept.newest, kept.voters, asked)
+        if epochs.decide() is not None:
+            refusal = Refusal(
+                "the mesh was recovered already, without this server",
+                hint="`meshd rejoin` lets it join the recovered mesh; --force makes a second one of it",
+            )
         if refusal is not None:
             if not is_forced:
                 raise Conflict(refusal.why, hint=refusal.hint)
@@ -130,13 +150,6 @@ class Recovery:
             raise Conflict("nothing was changed", hint="`meshd recover --yes` does not ask")
         await trio.to_thread.run_sync(self._begin, kept)
         say("recovered: start this server with `meshd up`, and on the discarded ones run `meshd rejoin` first")
-
-    def _read(self) -> Kept:
-        lineage = kept_lineage(self._home)
-        if lineage is not None and len(self._file.own.lineage) > len(lineage):
-            raise left_behind(lineage, self._file.own.lineage)
-        self._disk = DirectoryDisk(self._home.raft)
-        return read_kept(self._disk, mesh=self._mesh.mesh, me=self._key.node_id, random=secrets.token_hex(16))
 
     def _say_what_follows(self, kept: Kept, asked: Sequence[Asked], say: Callable[[str], None]) -> None:
         me, now_ms = self._key.node_id, time.time_ns() // 1_000_000
@@ -150,9 +163,7 @@ class Recovery:
             "tasks that ended since then may run again"
         )
         held = list(jobs_to_hold(kept, me=me, random=self._random, wall_ms=now_ms))
-        say(
-            f"  held until `mesh job release`: {len(held)} unfinished jobs that may not run twice (on_lost wait or fail)"
-        )
+        say(f"  held until `mesh job release`: what may not run twice (on_lost wait or fail), in all {len(held)}")
         for job in held[:HELD_SHOWN]:
             say(f"    {job.id} {job.name}".rstrip())
 
@@ -167,7 +178,7 @@ class Recovery:
 
     # --- asking the others --------------------------------------------------------------------------------------------
 
-    async def _ask_all(self, kept: Kept) -> list[Asked]:
+    async def _ask_all(self, kept: Kept, epochs: Epochs) -> list[Asked]:
         """Every server that this directory or its log knows of, all at once."""
         counters = replace(self._home.counters(), starts=self._home.counters().starts + 1)
         await trio.to_thread.run_sync(self._home.write_counters, counters)
@@ -176,13 +187,12 @@ class Recovery:
             self._mesh.mesh,
             bytes.fromhex(self._mesh.public_key),
             verify,
-            [*(_as_peer(member) for member in kept.machine.members().values()), *self._home.peers()],
+            _known(self._home.peers(), kept.machine.members().values()),
         )
-        epochs = Epochs(self._mesh.mesh, bytes.fromhex(self._mesh.public_key), verify, self._file, on_news=lambda: None)
         start_random = secrets.token_bytes(16)
         greeting = Greeting(
             self._mesh.certificate, counters.starts, start_random, time.time_ns() // 1_000_000, self._mesh.name, (),
-            "", "", self._file.own,
+            "", "", epochs.own,
         )  # fmt: skip
         transport = Libp2pTransport(self._key, [], gate=directory.gate, book=directory.book, events=_Deaf())
         greetings = Greetings(
@@ -223,17 +233,16 @@ class Recovery:
                 for node in servers:
                     asking.start_soon(ask, node)
             services.cancel_scope.cancel()
-        if epochs.decide() is not None:
-            await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
-            raise Conflict(
-                "the mesh was recovered already, without this server",
-                hint="`meshd rejoin` lets this server join the recovered mesh",
-            )
         return sorted(found, key=lambda each: each.node)
 
 
-def _as_peer(member: Member) -> KnownPeer:
-    return KnownPeer(member.node, member.name, member.addresses)
+def _known(peers: Iterable[KnownPeer], members: Iterable[Member]) -> list[KnownPeer]:
+    """Where others may be found: as this node last saw them, and as they told the log."""
+    known = {member.node: KnownPeer(member.node, member.name, member.addresses) for member in members}
+    for peer in peers:
+        told = known[peer.node].addresses if peer.node in known else ()
+        known[peer.node] = replace(peer, addresses=tuple(dict.fromkeys((*peer.addresses, *told))))
+    return list(known.values())
 
 
 class _Deaf:

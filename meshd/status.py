@@ -6,12 +6,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from meshd.directory import Directory
+from meshd.epochs import Epochs
 from meshd.errors import MeshError, Unavailable
 from meshd.gossip.membership import Health
 from meshd.gossip.service import GossipService
 from meshd.model import NodeId, Role
 from meshd.neighbours import Neighbours
 from meshd.quorum import describe_stop
+from meshd.raft.lineage import name_of
 from meshd.raft.log import RaftStatus
 from meshd.raft.remote import MeshLog
 from meshd.units import format_duration
@@ -35,6 +37,7 @@ async def cluster_status(
     neighbours: Neighbours,
     directory: Directory,
     clock_offset_ms: Callable[[NodeId], int | None],
+    epochs: Epochs,
 ) -> ClusterStatus:
     """Also without a quorum: then from what this node last knew, and it says so."""
     warnings: list[str] = []
@@ -77,6 +80,8 @@ async def cluster_status(
         )
     if raft is not None:
         warnings.extend(_clock_warnings(raft, directory.name(raft.me) or (my_name if raft.me == me else raft.me)))
+    if (torn := epochs.torn()) is not None:
+        warnings.append(f"{torn.message}: {torn.hint}")
     voters = raft.voters if raft else ()
     alive = {node.node for node in nodes if node.health == "alive"}
     survived = raft.failures_survived if raft else 0
@@ -92,6 +97,7 @@ async def cluster_status(
         nodes=tuple(nodes),
         warnings=tuple(warnings),
         clock_moves=members.clock_moves if members else (),
+        recovery=name_of(epochs.lineage) if epochs.lineage else "",
     )
 
 

@@ -313,3 +313,5 @@ class ClusterStatus(Struct, frozen=True, gc=False):
     warnings: tuple[str, ...] = ()
     clock_moves: tuple[ClockMove, ...] = ()
     """The last times that the mesh's time jumped by over a minute, and by whom."""
+    recovery: str = ""
+    """The recovery epoch of the node asked; empty when the mesh was never recovered."""

@@ -35,6 +35,7 @@ def status(session: Session) -> None:
         plural = "" if view.failures_survived == 1 else "s"
         yield from facts(
             ("mesh", view.mesh),
+            ("recovery", view.recovery),
             ("leader", names.get(view.leader, view.leader) if view.leader else "none is known"),
             ("voters", ", ".join(names.get(voter, voter) for voter in view.voters)),
             ("survives", f"{view.failures_survived} failure{plural}"),

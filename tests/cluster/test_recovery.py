@@ -49,6 +49,7 @@ def test_two_of_three_servers_gone_for_good_the_third_goes_on_and_a_discarded_on
     mesh.start("node1")
     with mesh.client("node1") as client:
         eventually(lambda: client.cluster().leader, within_s=10)
+        assert client.cluster().recovery.startswith("1-")
         for job in done:
             assert client.job(job).state.value == "done"
         view = client.job(once)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import Raw
 from msgspec.structs import replace
 
-from meshd import certificates
-from meshd.allegiance import Allegiance, open_epochs
+from meshd import certificates, codec
+from meshd.allegiance import Allegiance, kept_lineage, open_epochs
 from meshd.epochs import FOUNDED, EpochFile, Epochs, Follow, Torn, certify_epoch, choose
-from meshd.errors import InvalidRequest, NotAllowed, StartRefused, Unavailable
+from meshd.errors import Conflict, InvalidRequest, NotAllowed, StartRefused, Unavailable
 from meshd.home import Home, KnownPeer, MeshFile
-from meshd.model import NodeId, Role
+from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
+from meshd.raft.commands import Batch, Found, Stamped
 from meshd.raft.disk import DirectoryDisk
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal
 from meshd.raft.lineage import RECOVERIES_MAX, name_of
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId
-from meshd.recover import Asked, Refusal, judge
+from meshd.raft.recovery import as_entry
+from meshd.recover import Asked, Recovery, Refusal, judge
 from meshd.rejoin import rejoin
 
 MESH_KEY = KeyPair.generate()
@@ -231,3 +234,62 @@ def test_a_mesh_is_not_recovered_where_it_lives_or_where_another_has_more(what, 
         assert refusal is None, what
     else:
         assert isinstance(refusal, Refusal) and why in refusal.why and hint in refusal.hint, (what, refusal)
+
+
+# --- the command itself, with nobody to ask --------------------------------------------------------------------------
+
+
+def alone_home(path) -> Home:
+    """A server whose log knows it as the only member."""
+    home = home_of(path, has_journal=True, journal=None)
+    ME.save(home.identity_key)
+    disk = DirectoryDisk(home.raft)
+    journal = create_journal(disk, LocalHeader(MESH, "01", 1, "aa", founding=(VoterId(f"{ME.node_id}/01"),)))
+    member = Member(ME.node_id, "me", (Role.SERVER, Role.WORKER))
+    found = Stamped(ME.node_id, Raw(codec.encode(Found(MESH, member))))
+    journal.add(as_entry(codec.encode(Batch(0, 1, (found,)))), 2, 1)
+    journal.commit()
+    journal.close()
+    disk.close()
+    return home
+
+
+async def recover(home: Home, *, is_forced: bool = False, is_agreed: bool = True) -> list[str]:
+    said: list[str] = []
+    await Recovery(home).run(is_forced=is_forced, say=said.append, is_agreed=lambda: is_agreed)
+    return said
+
+
+async def test_nothing_is_changed_unless_the_operator_agrees(tmp_path) -> None:
+    home = alone_home(tmp_path)
+    with pytest.raises(Conflict, match="1 of 1 voters are there"):
+        await recover(home)
+    with pytest.raises(Conflict, match="nothing was changed"):
+        await recover(home, is_forced=True, is_agreed=False)
+    assert kept_lineage(home) == () and home.epochs() == EpochFile()
+    said = await recover(home, is_forced=True)
+    [random] = kept_lineage(home) or ()
+    assert home.epochs() == EpochFile(epoch(random)) and any(name_of((random,)) in line for line in said)
+
+
+async def test_a_server_that_was_left_behind_recovers_only_when_forced(tmp_path) -> None:
+    home = alone_home(tmp_path)
+    home.write_epochs(EpochFile(epoch("a")))
+    with pytest.raises(Conflict, match="recovered already") as refused:
+        await recover(home)
+    assert "meshd rejoin" in refused.value.hint
+    await recover(home, is_forced=True)
+    lineage = kept_lineage(home)
+    assert lineage is not None and len(lineage) == 1 and lineage != ("a",)
+    assert open_epochs(home, MESH).own.lineage == lineage
+
+
+async def test_only_a_member_that_is_a_server_recovers(tmp_path) -> None:
+    with pytest.raises(StartRefused, match="no server of the mesh"):
+        await recover(home_of(tmp_path / "stranger", has_journal=True))
+    with pytest.raises(StartRefused, match="of a worker"):
+        Recovery(home_of(tmp_path / "worker", Role.WORKER, journal=None))
+    keyless = alone_home(tmp_path / "keyless")
+    keyless.mesh_key.unlink()
+    with pytest.raises(StartRefused, match="mesh's key"):
+        await recover(keyless)
