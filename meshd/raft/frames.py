@@ -28,7 +28,7 @@ from msgspec import Struct
 from meshd import codec
 from meshd.errors import Corrupt, MeshError
 from meshd.raft.lineage import Lineage
-from meshd.raft.messages import VoterId
+from meshd.raft.messages import Number, VoterId
 
 BLOCK = 4096
 """A sync of one frame never touches the pages of another."""
@@ -56,18 +56,18 @@ class LocalHeader(Struct, frozen=True):
 
     mesh: str
     incarnation: str
-    start: int
+    start: Number
     """How often this journal has been opened."""
     random: str
     """Of this start, in hex."""
-    term: int = 0
+    term: Number = 0
     vote: VoterId | None = None
     is_in_doubt: bool = False
     founding: tuple[VoterId, ...] = ()
     """The first configuration; only the founder's is not empty."""
-    takes_over: tuple[int, int] | None = None
+    takes_over: tuple[Number, Number] | None = None
     """(segment, offset): what that segment holds from there on is ignored, not judged."""
-    base: tuple[int, int] = (FIRST_INDEX, 0)
+    base: tuple[Number, Number] = (FIRST_INDEX, 0)
     """(index, term) of the last entry before this segment."""
     lineage: Lineage = ()
     """The recoveries of the mesh that this log has been through."""
@@ -133,7 +133,7 @@ def read_segment(header: LocalHeader, number: int, data: bytes, limit: int | Non
 
 
 def _next_frame(header: LocalHeader, number: int, data: bytes, offset: int, size: int) -> Frame | None:
-    for later in range(offset + BLOCK, size, BLOCK):
+    for later in range(offset + BLOCK, min(size, len(data)), BLOCK):
         if (frame := _frame_at(header, number, data, later)) is not None:
             return frame
     return None
@@ -201,12 +201,14 @@ def read_header(number: int, data: bytes) -> LocalHeader | None:
     return None if _frame_at(header, number, data, 0) is None else header
 
 
-def records_of(name: str, offset: int, body: bytes) -> list[Record]:
+def records_of(name: str, offset: int, body: bytes) -> Sequence[Record]:
     try:
-        records: Sequence[Record] = codec.unpack(body, bytes_max=FRAME_BODY_BYTES_MAX)
+        records = codec.unpack(body, bytes_max=FRAME_BODY_BYTES_MAX)
     except MeshError as error:
         raise Corrupt(f"journal {name} at byte {offset}: {error.message}") from error
-    return list(records)
+    if not isinstance(records, tuple):
+        raise Corrupt(f"journal {name} at byte {offset}: no list of records")
+    return records
 
 
 def segment_name(number: int) -> str:
@@ -216,7 +218,7 @@ def segment_name(number: int) -> str:
 def numbers(names: Sequence[str]) -> list[int]:
     """The segments among these files, oldest first."""
     found = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
-    return sorted(int(rest) for rest in found if rest.isdigit())
+    return sorted(int(rest) for rest in found if rest.isascii() and rest.isdigit())
 
 
 def aligned(offset: int) -> int:

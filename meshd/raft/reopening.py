@@ -112,7 +112,7 @@ def open_journal(
         )  # fmt: skip
         # A log that the snapshot covers whole, or contradicts, begins behind it.
         reset: list[Record] = [("r", *last)] if len(verdict.entries) == 1 and replay.last != last else []
-        frames = [records] if (records := replay.unproven + reset) else []
+        frames = [records] if (records := [*replay.unproven, *reset]) else []
         journal.begin_segment(replay.durable_offset, frames)
         if not verdict.doubt:
             disk.shorten(segment_name(kept[-1].number), replay.durable_offset)

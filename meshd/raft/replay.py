@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meshd import codec
-from meshd.errors import Corrupt
+from meshd.errors import Corrupt, InvalidRequest
+from meshd.raft.configurations import voters_of
 from meshd.raft.frames import (
     FIRST_INDEX,
     End,
@@ -23,7 +23,7 @@ from meshd.raft.frames import (
     read_segment,
     records_of,
 )
-from meshd.raft.messages import MEMBERSHIP, NO_OP, Entry, VoterId
+from meshd.raft.messages import NO_OP, TERM_MAX, Entry, VoterId
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Replay:
         self.vote: VoterId | None = None
         self.durable_offset = 0
         self.durable_last = (FIRST_INDEX, 0)
-        self.unproven: list[Record] = []
+        self.unproven: Sequence[Record] = ()
         self.gaps: list[str] = []
         """What could not be read, by file and offset."""
         self._pieces: list[_Piece] = []
@@ -77,7 +77,7 @@ class Replay:
                     self.gap(f"{name} at byte {offset}")
                 case Frame(0, end):
                     # The header was synced before its segment got a name.
-                    self.durable_offset, self.durable_last, self.unproven = end, self.last, []
+                    self.durable_offset, self.durable_last, self.unproven = end, self.last, ()
                 case Frame(offset, _, body):
                     self.durable_offset, self.durable_last = offset, self.last
                     self.unproven = records_of(name, offset, body)
@@ -94,15 +94,19 @@ class Replay:
 
     @property
     def last(self) -> tuple[int, int]:
-        """(index, term) of the last entry that was read."""
-        return (self._pieces[-1].last if self._pieces else None) or (FIRST_INDEX, 0)
+        """(index, term) of the last entry that was read, also when there is a gap behind it."""
+        return next((last for piece in reversed(self._pieces) if (last := piece.last)), (FIRST_INDEX, 0))
 
     def voters(self, of_snapshot: Sequence[VoterId], founding: Sequence[VoterId]) -> tuple[VoterId, ...]:
-        """The newest configuration that anything readable names."""
+        """The newest configuration that anything readable names. Raises Corrupt."""
         for piece in reversed(self._pieces):
-            for command, _, _ in reversed(piece.entries):
-                if command[:1] == MEMBERSHIP:
-                    return tuple(codec.unpack(command[1:]))
+            for command, index, _ in reversed(piece.entries):
+                try:
+                    voters = voters_of(command)
+                except InvalidRequest as error:
+                    raise Corrupt(f"entry {index} of the journal cannot be read: {error.message}") from error
+                if voters is not None:
+                    return voters
         return tuple(self._hint or of_snapshot or founding)
 
     def verdict(self, snapshot: tuple[int, int] | None, *, is_sole: bool) -> Verdict:
@@ -143,7 +147,7 @@ class Replay:
     def _take(self, name: str, offset: int, record: Record) -> None:
         piece = self._pieces[-1]
         match record:
-            case ("e", bytes(command), int(index), int(term)):
+            case ("e", bytes(command), int(index), int(term)) if 0 < index <= TERM_MAX and 0 <= term <= TERM_MAX:
                 if piece.last is None or piece.last[0] != index - 1:
                     if piece.base is not None:
                         self.gaps.append(f"{name} at byte {offset}, where entry {index} follows {self.last[0]}")
@@ -151,16 +155,16 @@ class Replay:
                     piece.base = (index - 1, None)
                 piece.entries.append((command, index, term))
                 self.term = max(self.term, term)
-            case ("t", int(term), vote):
-                self.term, self.vote = max(self.term, term), vote
+            case ("t", int(term), str() | None as vote) if 0 <= term <= TERM_MAX:
+                self.term, self.vote = max(self.term, term), None if vote is None else VoterId(vote)
                 self._may_have_voted = False
-            case ("x", int(index)):
+            case ("x", int(index)) if 0 < index <= TERM_MAX:
                 while piece.entries and piece.entries[-1][1] >= index:
                     piece.entries.pop()
                 if piece.last is not None and piece.last[0] >= index:
                     # Reaches behind a gap, or into segments that were given back: only a snapshot covers what lies before.
                     piece.base = (index - 1, None)
-            case ("r", int(index), int(term)):
+            case ("r", int(index), int(term)) if 0 < index <= TERM_MAX and 0 <= term <= TERM_MAX:
                 # What was before matters no more, nor what of it is lost.
                 self._pieces[:] = [_Piece((index, term))]
                 self.gaps.clear()

@@ -218,6 +218,11 @@ def test_a_sole_voter_does_not_mind_a_damaged_witness() -> None:
     disk.flip(journal_names(disk)[0], (3 * BLOCK + 10) * 8)
     reopened = alone(disk)
     assert not reopened.is_in_doubt and [entry[1] for entry in entries(reopened)] == [2, 3, 4]
+    # The segment of that start says what it follows, across the gap: the next start found "entry 4 follows 1", and refused.
+    reopened.add(b"later", 5, 1)
+    reopened.commit()
+    reopened.commit()
+    assert [entry[1] for entry in entries(alone(disk, random="cc"))] == [2, 3, 4, 5]
 
 
 def test_a_file_that_the_disk_cannot_give_back_is_damaged() -> None:
