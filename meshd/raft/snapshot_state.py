@@ -127,7 +127,18 @@ def _pieces(jobs: list[JobRecord]) -> Iterator[bytes]:
 
 
 def restore(data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue) -> bytes:
-    """Fill empty parts with what was captured; returns the digest. Raises Corrupt."""
+    """Fill empty parts with what was captured; returns the digest. Raises Corrupt.
+
+    What was captured is whole. Bytes that can be read and still are no state come from a fault of memory or from a
+    leader that lies: then the parts are left half filled, and nobody uses them.
+    """
+    try:
+        return _restore(data, moment, members, matching, queue)
+    except (LookupError, ValueError, OverflowError, AssertionError) as error:
+        raise Corrupt(f"the snapshot is no state of the queue: {error!r}") from error
+
+
+def _restore(data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue) -> bytes:
     try:
         pieces = codec.decode(data, list[bytes], bytes_max=SNAPSHOT_BYTES_MAX)
         if len(pieces) < 2:
@@ -164,6 +175,8 @@ def restore(data: bytes, moment: Moment, members: Members, matching: Matching, q
         )
     for record in records:
         _restore_job(record, matching, queue)
+    if not members.records.keys() <= matching.nodes.keys() or not queue.finished.keys() <= queue.jobs.keys():
+        raise ValueError("members without a place, or finished jobs that are not there")
     matching.settle()
     return header.digest
 
