@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Agents start in a third of the time with compiled modules at hand.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint unit cluster torture bench clean
+.PHONY: demo test lint unit cluster torture bench fuzz clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -36,6 +36,14 @@ torture: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/run.py
+
+# Ten minutes for each decoder; SECONDS and JOBS say otherwise. atheris is not among the locked packages: it has no wheels
+# for every Python that meshd runs on, and `make test` replays what it found without it.
+SECONDS ?= 600
+JOBS ?= 2
+fuzz: $(READY)
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python -m fuzz --all --seconds $(SECONDS) --jobs $(JOBS)
 
 $(READY): pyproject.toml requirements.lock
 	@deploy/setup-venv "$(PYTHON)" "$(VENV)"

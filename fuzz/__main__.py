@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seed", action="store_true")
     parser.add_argument("--replay", action="store_true")
     parser.add_argument("--input", type=Path)
     arguments = parser.parse_args()
@@ -43,11 +42,7 @@ def main() -> None:
     if not names:
         parser.error("name a target, or say --all")
     be_quiet()
-    if arguments.seed:
-        for name in names:
-            target = load(name)
-            target.keep(target.corpus())
-    elif arguments.replay or arguments.input:
+    if arguments.replay or arguments.input:
         for name in names:
             target = load(name)
             inputs = [arguments.input.read_bytes()] if arguments.input else target.corpus()
@@ -80,7 +75,7 @@ def _attack_all(names: list[str], seconds: int, jobs: int) -> int:
 def _attack(name: str, seconds: int) -> None:
     """libFuzzer ends the process that it runs in, so it gets one of its own; its findings go into the corpus here."""
     target = load(name)
-    known = [*target.corpus(), *target.seeds()]
+    known = target.corpus()
     CRASHES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as directory:
         corpus, smaller = Path(directory, "corpus"), Path(directory, "smaller")
@@ -129,7 +124,7 @@ def instrumented(name: str) -> None:
     be_quiet()
     with atheris.instrument_imports(include=INSTRUMENTED):
         target = load(name)
-    others = list(target.corpus() or target.seeds())
+    others = target.corpus()
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         random = Random(seed)  # noqa: S311

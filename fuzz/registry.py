@@ -34,18 +34,18 @@ class Target:
         return CORPUS / f"{self.name}.txt"
 
     def corpus(self) -> list[bytes]:
-        if not self.corpus_file.exists():
-            return []
-        return [base64.b64decode(line) for line in self.corpus_file.read_text().split()]
+        """What was found, and valid messages as they are now."""
+        found = self.corpus_file.read_text().split() if self.corpus_file.exists() else ()
+        return sorted({*self.seeds(), *(base64.b64decode(line) for line in found)})
 
     def keep(self, inputs: Iterable[bytes]) -> None:
-        """As the corpus: all seeds, then the small ones first, as far as there is room."""
-        kept = set(self.seeds())
-        size = sum(map(len, kept))
-        for data in sorted({*inputs} - kept, key=lambda data: (len(data), data)):
+        """What was found, the small ones first, as far as there is room; seeds are made anew each time."""
+        kept: list[bytes] = []
+        size = 0
+        for data in sorted({*inputs}.difference(self.seeds()), key=lambda data: (len(data), data)):
             size += len(data)
             if len(kept) < CORPUS_INPUTS_MAX and len(data) <= INPUT_BYTES_MAX and size <= CORPUS_BYTES_MAX:
-                kept.add(data)
+                kept.append(data)
         self.corpus_file.write_text("".join(base64.b64encode(data).decode() + "\n" for data in sorted(kept)))
 
 

@@ -23,6 +23,12 @@ def be_quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
+def be_heard() -> None:
+    """As before: for tests that share their process with others."""
+    structlog.reset_defaults()
+    logging.disable(logging.NOTSET)
+
+
 def _drop(logger: object, method: str, event: MutableMapping[str, object]) -> str:
     raise structlog.DropEvent
 

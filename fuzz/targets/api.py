@@ -1,7 +1,7 @@
 """Requests of somebody who may do everything: each endpoint's path, query and JSON body.
 
-May be raised: nothing; the answer is never 500. A frame is an endpoint's number, then path parameter, query and body,
-each behind a zero byte.
+May be raised: nothing; the answer is never 500. A frame is an endpoint's number, then what stands in its path (a second
+such thing behind a byte 1), query and body, each behind a zero byte.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ FRAMED = True
 
 
 def fuzz(data: bytes) -> None:
-    requests = [_request(frame) for frame in split(data) if frame]
-    if requests:
+    requests = [_SUBMIT, *(_request(frame) for frame in split(data) if frame)]
+    if len(requests) > 1:
         client = Client([*requests, b"GET /v1/health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"])
         world.run(lambda: serve(client, user="root"))
         answer = bytes(client.answer)
@@ -34,11 +34,18 @@ def _request(frame: bytes) -> bytes:
     parameter, _, rest = frame[1:].partition(b"\0")
     query, _, body = rest.partition(b"\0")
     path = endpoint.path
-    for name in ("job", "task", "node", "hash", "name", "stream", "path"):
-        path = path.replace("{" + name + "}", quote_from_bytes(parameter, safe=""))
+    first, _, second = parameter.partition(b"\1")
+    path = path.replace("{task}", quote_from_bytes(second, safe=""))
+    for name in ("job", "node", "hash", "name"):
+        path = path.replace("{" + name + "}", quote_from_bytes(first, safe=""))
     target = f"{path}?{quote_from_bytes(query, safe='=&%')}"
     head = f"{endpoint.method} {target} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode("ascii") + body
+
+
+_SPEC = b'{"spec":{"run":{"args":["echo","hi"]},"array":2}}'
+_SUBMIT = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(_SPEC), _SPEC)
+"""So that there is a job to ask for."""
 
 
 @cache
@@ -54,7 +61,9 @@ def seeds() -> Iterator[bytes]:
 
     endpoints = _endpoints()
     for number, endpoint in enumerate(endpoints):
-        yield join([frame(number, parameter) for parameter in ("last", "self", "0", "a" * 64, "x\r\n", "\0")])
+        yield join(
+            [frame(number, parameter) for parameter in ("last\x010", "last\x01²", "self", "a" * 64, "x\r\n", "\0")]
+        )
         if endpoint.path == "/v1/jobs" and endpoint.method == "POST":
             for spec in (
                 {"run": {"args": ["echo", "hi"]}}, {"run": {"args": ["hang"]}, "array": 3, "needs": {"labels": "a in (b)"}},

@@ -38,7 +38,7 @@ from meshd.model import AttemptKey, BlobRef, EndReason, JobId, JobSpec, Member, 
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import Committed, Leash, ProposeResult
 from meshd.raft.commands import Batch, OpenSession, Stamped
-from meshd.raft.log import RaftStatus
+from meshd.raft.log import Newest, RaftStatus
 from meshd.raft.machine import Machine
 from meshd.raft.replica import EventsCall, ProposeCall, ReadCall, Replica, WaitCall
 from meshd.session_messages import DIGEST_BYTES, Notice, Renew
@@ -67,9 +67,9 @@ async def _call(frames: list[bytes]) -> None:
         for frame in frames:
             if frame:
                 peer = SERVER if frame[0] & 0x80 else WORKER
-                with suppress(MeshError), trio.move_on_after(40):
+                with suppress(MeshError), trio.move_on_after(6):
                     await node.rpc.methods[names[(frame[0] & 0x7F) % len(names)]](peer, frame[1:])
-        await trio.sleep(30)  # what was started ends, is resent, times out
+        await trio.sleep(3)  # what was started ends, is resent, times out
         nursery.cancel_scope.cancel()
     assert node.machine.faults == 0
 
@@ -147,6 +147,9 @@ class _Node:
 
     def status(self) -> RaftStatus:
         return RaftStatus(ME, 1, ME, True, (), 0, self.index, self.index, 1, self.index, 0, False)
+
+    def newest(self) -> Newest:
+        return Newest(1, self.index, True, True)
 
     async def _find_member(self, node: NodeId) -> Member | None:
         await trio.lowlevel.checkpoint()

@@ -47,6 +47,7 @@ from meshd.raft.messages import (
     VoterId,
     node_of,
 )
+from meshd.raft.segments import JournalSizes
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, pack_image
@@ -59,6 +60,7 @@ ME, B, C, D = (VoterId(f"{name}/01") for name in (NODE_A, "node-b", "node-c", "n
 PEERS = (B, C, D)
 """Two voters and a server that is none."""
 SETTINGS = RaftSettings(checkpoint_entries=2, snapshot_entries=4, retain_entries=1)
+SIZES = JournalSizes(segment=1 << 16, step=1 << 13, reserve=1 << 13, reserves=1, release=1 << 14)
 BY_RULE = ("two leaders in term", "contradicts entry")
 
 # The first byte of a frame: a peer's message, or one of these.
@@ -99,7 +101,7 @@ class World:
         self.machine = Machine()
         founding = (ME,) if is_alone else (ME, B, C)
         disk = MemoryDisk()
-        journal = create_journal(disk, LocalHeader(MESH, "01", 1, "aa", founding=founding))
+        journal = create_journal(disk, LocalHeader(MESH, "01", 1, "aa", founding=founding), SIZES)
         self.server = Server(
             node=NODE_A,
             journal=journal,

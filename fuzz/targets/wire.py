@@ -19,8 +19,9 @@ from fuzz.world import GivenStream, GivenTransport
 from meshd import codec
 from meshd.errors import MeshError
 from meshd.model import NodeId
+from meshd.raft.acquaintances import Acquaintances
 from meshd.raft.server import Mail
-from meshd.raft.wire import INBOX_BYTES_MAX, PROTOCOL, Greeting, Wire
+from meshd.raft.wire import INBOX_BYTES_MAX, PROTOCOL, Greeting, Refused, Wire
 
 FRAMED = True
 OURS = Greeting("mesh", (), "01", 1, "aa")
@@ -35,7 +36,14 @@ async def _both_ways(pieces: list[bytes]) -> None:
     """As whoever is called, and as whoever calls."""
     outward = GivenStream(pieces)
     transport = GivenTransport(NodeId("me"), [outward])
-    wire = Wire(transport, OURS, Random(1), lambda: None)  # type: ignore[arg-type]  # noqa: S311
+    wire = Wire(
+        transport,  # type: ignore[arg-type]
+        lambda: OURS,
+        Random(1),  # noqa: S311
+        lambda: None,
+        acquaintances=Acquaintances(),
+        on_refused=lambda node, why: None,
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(wire.serve)
         with suppress(MeshError, trio.TooSlowError):
@@ -61,6 +69,9 @@ def seeds() -> Iterator[bytes]:
     yield join([hello + b"".join(framed(message) for message in messages[20:40])])
     yield join([hello[:3], hello[3:], *(framed(message) for message in messages[40:60])])
     yield join([framed(codec.encode(Greeting("another", ("ab",), "02", 5, "x")))])
+    yield join([framed(codec.encode(Refused("you are older")))])
+    yield join([hello, framed(codec.encode(Refused("you are older"))), framed(messages[0])])
+    yield join([framed(codec.encode(Greeting("mesh", (), "02", 2**53, "x", 2**53, True))), framed(messages[0])])
     yield join([hello, b"\xff\xff\xff\xff", b"x"])
     yield join([hello, framed(b"\xc1"), framed(b"\x91" * 3000)])
     yield join([framed(b"\xa5" * 1025)])
