@@ -15,11 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import Enum
+from functools import lru_cache
 
 from msgspec import Struct
 
 from meshd.errors import InvalidRequest
-from meshd.model import JobSpec, Offer, Resources
+from meshd.model import JobSpec, Needs, Offer, Resources
 from meshd.units import AMOUNT_MAX
 
 TERMS_MAX = 32
@@ -112,7 +113,13 @@ class Demand(Struct, frozen=True):
 
     @classmethod
     def of(cls, spec: JobSpec) -> Demand:
-        return cls(spec.backend, tuple(amounts_of(spec.needs.resources).items()), parse_labels(spec.needs.labels))
+        return _demand_of(spec.backend, spec.needs)
+
+
+@lru_cache(maxsize=1024)
+def _demand_of(backends: tuple[str, ...], needs: Needs) -> Demand:
+    """Remembered: most jobs ask for what others ask for, and each asks twice."""
+    return Demand(backends, tuple(amounts_of(needs.resources).items()), parse_labels(needs.labels))
 
 
 def amounts_of(resources: Resources) -> dict[str, int]:

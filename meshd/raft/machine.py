@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from meshd import codec
 from meshd.errors import InvalidRequest, MeshError, NotAllowed
-from meshd.model import AttemptKey, JobId, JobSpec, Member, NodeId
+from meshd.model import AttemptKey, JobId, JobSpec, Member, NodeId, TaskState
 from meshd.raft import queries, snapshot_state
 from meshd.raft.commands import (
     BATCH_COMMANDS_MAX,
@@ -192,6 +192,11 @@ class Machine:
     def stops_of(self, node: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
         """Which of these are cancelled or timed out: tell the node again while they stand."""
         return self._sessions.stops_of(node, epoch)
+
+    def state_of(self, job: JobId) -> TaskState | None:
+        """What the job as a whole is doing; None when it is forgotten."""
+        found = self._queue.jobs.get(job)
+        return None if found is None else found.state
 
     def spec_of(self, job: JobId) -> JobSpec | None:
         found = self._queue.jobs.get(job)

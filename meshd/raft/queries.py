@@ -147,10 +147,12 @@ def _job_view(state: State, job: Job) -> JobView:
 
 
 def _counts(job: Job) -> Counts:
-    counted = dict.fromkeys(TaskState, 0)
-    for state in TaskState:
-        counted[_shown(job, state)] += job.count(state)
-    return Counts(**{state.value: count for state, count in counted.items()})
+    waiting, ready, held = job.waiting, len(job.ready), job.held
+    if job.hold:
+        # Nothing of it is ready: it is held, whatever it will be afterwards.
+        waiting, ready, held = 0, 0, waiting + ready + held
+    ended = {state.value: len(tasks) for state, tasks in job.ended.items()}
+    return Counts(waiting, ready, job.leased, job.running, held, **ended)
 
 
 def _shown(job: Job, state: TaskState) -> TaskState:

@@ -16,7 +16,7 @@ import trio
 from msgspec import Raw, Struct
 
 from meshd import codec
-from meshd.errors import Busy, MeshError, Unavailable
+from meshd.errors import Busy, Unavailable
 from meshd.model import Count, JobId, NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult, Rpc, Unknown
 from meshd.raft.commands import (
@@ -174,9 +174,7 @@ class Replica:
         wall_ms = self.machine.wall_ms
         match event:
             case JobChanged():
-                try:
-                    state = self._job(event.job).state
-                except MeshError:
+                if (state := self.machine.state_of(event.job)) is None:
                     return None  # forgotten by retention within the same entry
                 kind = "job.ended" if event.is_final else "job.changed"
                 return EventView(position, kind, wall_ms, job=event.job, state=state)
