@@ -85,20 +85,24 @@ class Allegiance:
     async def settle(self) -> bool:
         """Whether this node has followed to another epoch; durable then. Raises StartRefused when its log was left behind."""
         epochs, ours = self._epochs, self._epochs.lineage
-        match epochs.decide():
+        decision = epochs.decide()
+        if isinstance(decision, Follow):
+            epochs.belong(decision.to)
+        # Also what is not followed: `meshd rejoin --recovery` chooses from it.
+        await trio.to_thread.run_sync(self._remember, epochs.file())
+        match decision:
             case Follow(to):
-                epochs.belong(to)
-                await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
                 if self._holds_log():
                     raise left_behind(ours, to.lineage)
                 log.warning("recovery.followed", recovery=name_of(to.lineage))
                 return True
-            case Torn() as torn:
-                await trio.to_thread.run_sync(self._home.write_epochs, epochs.file())
-                refusal = torn.refusal()
-                if self._holds_log():
-                    raise refusal
-                log.error("recovery.torn", stays=name_of(ours), why=refusal.message, hint=refusal.hint)
+            case Torn() if self._holds_log():
+                raise decision.refusal()
+            case _:
+                if (torn := epochs.torn()) is not None:
+                    log.error("recovery.torn", stays=name_of(ours), why=torn.message, hint=torn.hint)
                 return False
-            case None:
-                return False
+
+    def _remember(self, file: EpochFile) -> None:
+        if file != self._home.epochs():
+            self._home.write_epochs(file)

@@ -23,6 +23,7 @@ from meshd.errors import NotAllowed, StartRefused, Unavailable
 from meshd.model import EpochCertificate, NodeId
 from meshd.raft.lineage import RECOVERIES_MAX, Lineage, descends, name_of
 
+KEEP_ONE = "keep one: on each node that is not of it, `meshd rejoin --recovery NAME`"
 HEARD_MAX = 8
 """Epochs of others that are remembered: two are a mistake, more change nothing."""
 
@@ -54,7 +55,7 @@ class Torn:
         names = " and ".join(name_of(epoch.lineage) for epoch in self.between)
         return StartRefused(
             f"the mesh was recovered twice without this node, as {names}",
-            hint="keep one: on each node that is not of it, `meshd rejoin --recovery NAME`",
+            hint=KEEP_ONE,
         )
 
 
@@ -91,6 +92,7 @@ class Epochs:
         self._on_news = on_news
         self.own = file.own
         self._heard = {epoch.lineage: epoch for epoch in file.heard}
+        self._beside: set[Lineage] = set()
 
     @property
     def lineage(self) -> Lineage:
@@ -103,13 +105,21 @@ class Epochs:
         return choose(self.lineage, self._heard.values())
 
     def torn(self) -> StartRefused | None:
-        """Why this node stays where it is although it has heard of recoveries."""
+        """Two recoveries of one mesh, as far as this node has met their members since its start; None: it has not."""
         decision = self.decide()
-        return decision.refusal() if isinstance(decision, Torn) else None
+        if isinstance(decision, Torn):
+            return decision.refusal()
+        if not self._beside:
+            return None
+        others = " and ".join(sorted(name_of(lineage) for lineage in self._beside))
+        return StartRefused(
+            f"the mesh was recovered twice, as {name_of(self.lineage)} here and as {others} elsewhere", hint=KEEP_ONE
+        )
 
     def belong(self, epoch: EpochCertificate) -> None:
         """This node has followed; what can no longer be followed is forgotten."""
         self.own = epoch
+        self._beside.clear()
         self._heard = {each.lineage: each for each in self._heard.values() if descends(each.lineage, epoch.lineage)}
 
     def meet(self, peer: NodeId, theirs: EpochCertificate) -> None:
@@ -123,9 +133,10 @@ class Epochs:
         theirs_name, ours_name = name_of(theirs.lineage), name_of(self.lineage)
         if descends(theirs.lineage, self.lineage):
             raise Unavailable(f"{peer} is of recovery {theirs_name}; this node is still of {ours_name}")
+        self._beside.add(theirs.lineage)
         raise Unavailable(
             f"{peer} is of recovery {theirs_name}, this node of {ours_name}: two recoveries of one mesh",
-            hint="keep one: on each node of the other, `meshd rejoin --recovery NAME`",
+            hint=KEEP_ONE,
         )
 
 

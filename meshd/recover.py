@@ -127,6 +127,8 @@ class Recovery:
         term, index = kept.newest
         lineage = kept.journal.header.lineage
         say(f"mesh {self._mesh.mesh}, recovery {name_of(lineage)}: this log ends at entry {index} of term {term}")
+        if kept.journal.doubt:
+            say(f"  it is damaged: {kept.journal.doubt}")
         public_key = bytes.fromhex(self._mesh.public_key)
         known = EpochFile(certify_epoch(self._sign, self._mesh.mesh, lineage), (self._file.own, *self._file.heard))
         epochs = Epochs(self._mesh.mesh, public_key, verify, known, on_news=lambda: None)

@@ -368,7 +368,7 @@ class ServerLog:
         header = self._journal.header
         return Greeting(
             self._mesh, self._lineage, header.incarnation, header.start, header.random, self._durable_term,
-            header.is_in_doubt,
+            bool(self._journal.doubt),
         )  # fmt: skip
 
     def _was_refused(self, peer: NodeId, why: str) -> None:

@@ -68,7 +68,7 @@ class Greeting(Struct, frozen=True, array_like=True, tag=True):
     term: Number = 0
     """The newest that is on its disk."""
     is_in_doubt: bool = False
-    """It may have lost the end of its log, and terms with it: its votes do not count now."""
+    """It may have lost the end of its log, and terms with it, before this start."""
 
 
 class Refused(Struct, frozen=True, array_like=True, tag=True):

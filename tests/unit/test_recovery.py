@@ -168,6 +168,20 @@ async def test_a_server_between_two_recoveries_stops_too_and_names_both(tmp_path
     assert open_epochs(home, MESH).own == epoch("b")
 
 
+async def test_a_server_of_one_recovery_that_meets_the_other_goes_on_and_can_be_brought_over(tmp_path) -> None:
+    home = with_another_server(home_of(tmp_path, has_journal=True, journal=("a",)))
+    file = open_epochs(home, MESH)
+    ours = Epochs(MESH, MESH_KEY.public_bytes, verify, file, on_news=lambda: None)
+    with pytest.raises(Unavailable, match="two recoveries of one mesh"):
+        ours.meet(PEER, epoch("b"))
+    assert not await Allegiance(home, ours, holds_log=lambda: True).settle()
+    torn = ours.torn()
+    assert torn is not None and "1-a here and as 1-b elsewhere" in torn.message and "--recovery" in torn.hint
+    assert open_epochs(home, MESH).own == epoch("a")
+    rejoin(home, recovery="1-b")
+    assert open_epochs(home, MESH) == EpochFile(epoch("b"))
+
+
 def test_a_recovery_that_was_cut_short_after_the_journal_is_completed_at_the_next_start(tmp_path) -> None:
     home = home_of(tmp_path, has_journal=True, journal=("a",))
     assert open_epochs(home, MESH) == EpochFile(epoch("a"))
