@@ -77,7 +77,7 @@ class Processes:
         """Raises NeverReady when the process has ended by itself."""
         if node in self._ready:
             return True
-        said = self.output(node).read_bytes()[self._begins[node] :].decode(errors="replace")
+        said = self._said(node)
         if "ready\n" in said:
             self._ready.add(node)
             return True
@@ -98,8 +98,14 @@ class Processes:
         return f"{'ready' if node in self._ready else 'starting'} since {self.age_s(node):.0f} s"
 
     def last_words(self, node: str) -> str:
-        said = self.output(node).read_bytes()[self._begins[node] :].decode(errors="replace")
+        said = self._said(node)
         return f"code {self._running[node].returncode}: {said.strip()[-500:]}"
+
+    def _said(self, node: str) -> str:
+        """Since its last start."""
+        with self.output(node).open("rb") as file:
+            file.seek(self._begins[node])
+            return file.read().decode(errors="replace")
 
     def pid(self, node: str) -> int:
         return self._running[node].pid

@@ -40,6 +40,8 @@ ROUND_ACKNOWLEDGED_MAX = 6_000
 """A mesh forgets finished jobs past 10,000: a check has to come before."""
 POLL_S = 0.02
 WATCH_EVERY_S = 0.25
+STATUS_EVERY_S = 0.5
+"""A status costs each node some milliseconds: asked in a tight loop it is a load of its own."""
 STEADY_S, STEADY_SHARE = 2.0, 0.5
 """Before a drill strikes: so long, at least so much of the load that was asked for."""
 RESTART_S = 1.0
@@ -136,7 +138,7 @@ class Torture:
         nodes = self._network.nodes
         begun_s = time.monotonic()
         if self._options.drill:
-            self._wait(self._is_steady, WHOLE_S, "the mesh is not whole")
+            self._wait(self._is_steady, WHOLE_S, "the mesh is not whole", every_s=STATUS_EVERY_S)
         rng = Random(cycle.picks + 3)  # noqa: S311
         hit_s = time.monotonic()
         if cycle.weather is plan.Weather.BIT_FLIP:
@@ -183,7 +185,12 @@ class Torture:
             self._say(f"      {error}")
 
     def _wait_whole(self) -> None:
-        self._wait(lambda: self._all_ready() and not self._engine.behind(self._network.nodes), WHOLE_S, "not whole")
+        self._wait(
+            lambda: self._all_ready() and not self._engine.behind(self._network.nodes),
+            WHOLE_S,
+            "not whole",
+            every_s=STATUS_EVERY_S,
+        )
 
     def _is_steady(self) -> bool:
         """Whole, and writing without a break."""
@@ -222,9 +229,9 @@ class Torture:
             self._start(node)
         return is_ready
 
-    def _wait(self, check: Callable[[], bool], within_s: float, otherwise: str) -> None:
+    def _wait(self, check: Callable[[], bool], within_s: float, otherwise: str, *, every_s: float = POLL_S) -> None:
         try:
-            wait_until(check, within_s, otherwise, every_s=POLL_S)
+            wait_until(check, within_s, otherwise, every_s=every_s)
         except NeverReady as error:
             states = {node: self._processes.state(node) for node in self._network.nodes}
             self._troubles.append(f"{error}: {states}")
@@ -249,7 +256,7 @@ class Torture:
         self._end_faults()
         self._wait(self._all_ready, COME_BACK_S, "not all are back")
         with suppress(NeverReady):
-            wait_until(lambda: not self._engine.behind(nodes), WHOLE_S, "the mesh is not whole")
+            wait_until(lambda: not self._engine.behind(nodes), WHOLE_S, "the mesh is not whole", every_s=STATUS_EVERY_S)
         behind = self._engine.behind(nodes)
         self._troubles += [f"{node} {why} {WHOLE_S:.0f} s after the faults" for node, why in behind.items()]
         round_ = self._load.round
