@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import structlog
 import trio
+from msgspec import structs
 
 from meshd.certificates import Sign
 from meshd.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch, choose
@@ -29,6 +30,9 @@ def open_epochs(home: Home, mesh: str) -> EpochFile:
     """Which epoch this directory is of (blocks). Raises StartRefused for a log that a recovery has left behind, Corrupt."""
     file = home.epochs()
     journal = kept_lineage(home)
+    if file.own.lineage and home.mesh_key.exists():
+        # The mesh's key may be another one than when this was signed.
+        file = structs.replace(file, own=certify_epoch(mesh_key(home), mesh, file.own.lineage))
     if journal is None:
         return file
     if journal == file.own.lineage:

@@ -92,7 +92,7 @@ class Epochs:
         self._on_news = on_news
         self.own = file.own
         self._heard = {epoch.lineage: epoch for epoch in file.heard}
-        self._beside: set[Lineage] = set()
+        self._beside: dict[NodeId, Lineage] = {}
 
     @property
     def lineage(self) -> Lineage:
@@ -105,13 +105,13 @@ class Epochs:
         return choose(self.lineage, self._heard.values())
 
     def torn(self) -> StartRefused | None:
-        """Two recoveries of one mesh, as far as this node has met their members since its start; None: it has not."""
+        """Two recoveries of one mesh, while members of both are met; None: this node knows of one."""
         decision = self.decide()
         if isinstance(decision, Torn):
             return decision.refusal()
         if not self._beside:
             return None
-        others = " and ".join(sorted(name_of(lineage) for lineage in self._beside))
+        others = " and ".join(sorted({name_of(lineage) for lineage in self._beside.values()}))
         return StartRefused(
             f"the mesh was recovered twice, as {name_of(self.lineage)} here and as {others} elsewhere", hint=KEEP_ONE
         )
@@ -125,6 +125,7 @@ class Epochs:
     def meet(self, peer: NodeId, theirs: EpochCertificate) -> None:
         """A member showed its epoch. Raises Unavailable where this node is not of it (yet), NotAllowed for a forged one."""
         if theirs.lineage == self.lineage or descends(self.lineage, theirs.lineage):
+            self._beside.pop(peer, None)
             return
         check_epoch(theirs, self._mesh, self._public_key, self._verify)
         if theirs.lineage not in self._heard and len(self._heard) < HEARD_MAX:
@@ -133,7 +134,7 @@ class Epochs:
         theirs_name, ours_name = name_of(theirs.lineage), name_of(self.lineage)
         if descends(theirs.lineage, self.lineage):
             raise Unavailable(f"{peer} is of recovery {theirs_name}; this node is still of {ours_name}")
-        self._beside.add(theirs.lineage)
+        self._beside[peer] = theirs.lineage
         raise Unavailable(
             f"{peer} is of recovery {theirs_name}, this node of {ours_name}: two recoveries of one mesh",
             hint=KEEP_ONE,

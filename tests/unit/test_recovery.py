@@ -178,8 +178,27 @@ async def test_a_server_of_one_recovery_that_meets_the_other_goes_on_and_can_be_
     torn = ours.torn()
     assert torn is not None and "1-a here and as 1-b elsewhere" in torn.message and "--recovery" in torn.hint
     assert open_epochs(home, MESH).own == epoch("a")
+    ours.meet(PEER, epoch("a"))
+    assert ours.torn() is None, "it was brought over"
     rejoin(home, recovery="1-b")
     assert open_epochs(home, MESH) == EpochFile(epoch("b"))
+
+
+def test_a_server_signs_its_epoch_with_the_key_that_the_mesh_has_now(tmp_path) -> None:
+    home = home_of(tmp_path, has_journal=True, journal=("a",))
+    home.write_epochs(EpochFile(epoch("a")))
+    rotated = KeyPair.generate()
+    home.mesh_key.unlink()
+    rotated.save(home.mesh_key)
+    assert open_epochs(home, MESH).own == epoch("a", key=rotated)
+
+
+def test_a_rejoin_that_was_cut_short_is_done_again(tmp_path) -> None:
+    home = with_another_server(home_of(tmp_path, has_journal=True, is_founder=True))
+    home.put_journal_aside()
+    assert rejoin(home) is None
+    mesh = home.mesh()
+    assert mesh is not None and not mesh.has_journal and not mesh.is_founder
 
 
 def test_a_recovery_that_was_cut_short_after_the_journal_is_completed_at_the_next_start(tmp_path) -> None:
