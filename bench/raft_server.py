@@ -170,7 +170,7 @@ def transport_of(carrier: str, name: str, ports: dict[str, int]) -> tuple[Any, d
 
 async def load(log: ServerLog, me: NodeId, width: int, items: int, seconds: float) -> dict[str, Any]:
     """`width` commands in flight, each of so many items."""
-    pool = cycle([codec.pack([os.urandom(ITEM_BYTES) for _ in range(items)]) for _ in range(POOL)])
+    pool = cycle([codec.pack([os.urandom(ITEM_BYTES // 2).hex() for _ in range(items)]) for _ in range(POOL)])
 
     async def propose() -> None:
         result = await log.propose(me, next(pool), timeout_s=10)

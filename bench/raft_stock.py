@@ -26,7 +26,7 @@ class Counter(SyncObj):  # type: ignore[misc]
         self.items = 0
 
     @replicated  # type: ignore[untyped-decorator]
-    def put(self, items: list[bytes]) -> int:
+    def put(self, items: list[str]) -> int:
         self.items += len(items)
         return self.items
 
@@ -43,7 +43,7 @@ class CutsBelowApplied(logging.Handler):
 
 
 def load(counter: Counter, width: int, items: int, seconds: float) -> dict[str, Any]:
-    command = [os.urandom(ITEM_BYTES) for _ in range(items)]
+    command = [os.urandom(ITEM_BYTES // 2).hex() for _ in range(items)]
     took_ms: list[float] = []
     counts_from = time.perf_counter() + WARM_S
     until = counts_from + seconds

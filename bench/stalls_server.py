@@ -1,4 +1,4 @@
-"""One of the three servers that bench/stalls.py watches: the real log and the real queue, frames on loopback TCP."""
+"""One of the three servers that bench/stalls.py watches: the real log and the real queue, frames on libp2p's streams."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHURN_WIDTH = 32
 
 class Server:
     def __init__(self, config: dict[str, Any]) -> None:
-        transport, self._nodes = transport_of("tcp", config["me"], config["ports"])
+        transport, self._nodes = transport_of("libp2p", config["me"], config["ports"])
         self.transport = transport
         self.me = self._nodes[config["me"]]
         self.machine = Machine()
