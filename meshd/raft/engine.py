@@ -8,7 +8,7 @@ commitment and sending are ours. The holes F1 … F20 that stock has, and where 
     F2  it committed what nobody had verified           following.on_append: bounded by the last verified entry
     F3  one step back for each round trip               following._merge: answers commit + 1 at once
     F4  answers of an older term counted                Engine._on_answer: by term; newer ones depose
-    F5  resend storms                                   progress.py: probe, window, resend after a silence
+    F5  resend storms                                   progress.py, flow.py: probe, window; resent is what an answer shows missing
     F6  an exception stopped applying for ever          applying.go_on: total, the index always moves
     F7  … and so did one in a caller's callback         applying._resolve
     F8  a paused process campaigned on waking           election.ask_when_due: reads its mail first, once
@@ -33,6 +33,7 @@ own switch: who is not in its own configuration follows, answers votes, and neve
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import inf
 from random import Random
 from typing import Any
 
@@ -287,6 +288,10 @@ class Engine(RaftState):
         """Append a configuration that differs from the present one by one server."""
         self._leadership().change_voters(voters)
 
+    def write_rate(self) -> float:
+        """Bytes of commands a second that the log may grow by, so that a peer that is far behind comes level."""
+        return inf if (leading := self._elections.leading) is None else leading.write_rate()
+
     def set_learners(self, learners: Sequence[VoterId]) -> None:
         """Whom to feed beyond the voters; not counted."""
         if self.learners != (wanted := frozenset(learners)):
@@ -306,6 +311,10 @@ class Engine(RaftState):
             leading.reconfigure()
 
     # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_sending_snapshot(self) -> bool:
+        return any(progress.transfer is not None for progress in self.progress.values())
 
     @property
     def arrived(self) -> Arrived | None:
@@ -328,5 +337,6 @@ class Engine(RaftState):
 
     def compact(self, index: int) -> None:
         """A durable snapshot covers up to `index`: forget what nobody needs any more."""
-        pinned = [] if (leading := self._elections.leading) is None else leading.pinned()
-        self.forget_to(max(self.first, min([index - self.settings.retain_entries, *pinned])))
+        pinned = None if (leading := self._elections.leading) is None else leading.pinned()
+        kept = index - self.settings.retain_entries
+        self.forget_to(max(self.first, kept if pinned is None else min(kept, pinned)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshd.raft.messages import SNAPSHOT_BYTES_MAX, Append, Chunk, Entry, VoterId
-from meshd.raft.progress import CHUNK_BYTES, CHUNKS_AHEAD, Progress, Transfer
+from meshd.raft.progress import CHUNK_BYTES, Progress, Transfer
 from meshd.raft.pysyncobj_state import RaftState
 
 APPEND_BYTES_MAX = 256 << 10
@@ -27,24 +27,20 @@ class Feeder:
         self._ends_doubt = ends_doubt
         self._round = round_
         self._agreed = agreed
-        if progress.has_gone_silent(now):
-            progress.restart(progress.match + 1 if progress.match else progress.next)
-            progress.moved_s = now
-            if (transfer := progress.transfer) is not None and transfer.sent == len(transfer.data):
-                # It has everything, yet its last word was lost or its disk is slow.
-                self._send_chunk(peer, transfer, now)
         if progress.transfer is not None or progress.next <= self._raft.first:
             self._feed_snapshot(peer, progress, now, is_round)
             return
         has_sent = False
         until = self._raft.sendable
         while progress.next <= until and progress.may_send():
-            entries, size = self._entries_from(progress.next, until)
+            entries, size = self._entries_from(progress.next, until, min(APPEND_BYTES_MAX, progress.flow.message_bytes))
             if not self._send_append(peer, progress, entries, now):
                 return
             progress.sent(entries[-1][1], size, now)
             has_sent = True
-        if not has_sent and (is_round or progress.commit_told < self._raft.commit):
+        # To one whose link is full the news of a commit only adds to the line: it comes with the next entries.
+        is_news = progress.commit_told < self._raft.commit and progress.flow.has_room
+        if not has_sent and (is_round or is_news):
             self._send_append(peer, progress, (), now)
 
     def _send_append(self, peer: VoterId, progress: Progress, entries: tuple[Entry, ...], now: float) -> bool:
@@ -58,11 +54,11 @@ class Feeder:
         progress.commit_told = raft.commit
         return True
 
-    def _entries_from(self, index: int, until: int) -> tuple[tuple[Entry, ...], int]:
+    def _entries_from(self, index: int, until: int, bytes_max: int) -> tuple[tuple[Entry, ...], int]:
         first, size = self._raft.first, 0
         entries: list[Entry] = []
         for entry in self._raft.log[index - first : min(index + APPEND_ENTRIES_MAX, until + 1) - first]:
-            if entries and size + len(entry[0]) > APPEND_BYTES_MAX:
+            if entries and size + len(entry[0]) > bytes_max:
                 break
             entries.append(entry)
             size += len(entry[0])
@@ -71,25 +67,31 @@ class Feeder:
     def _feed_snapshot(self, peer: VoterId, progress: Progress, now: float, is_round: bool) -> None:
         if progress.transfer is None and (packed := self._raft.snapshot()) is not None:
             assert len(packed.data) <= SNAPSHOT_BYTES_MAX
-            progress.transfer = Transfer(packed.index, packed.term, packed.data, packed.digest)
-            progress.moved_s = now
+            progress.begin_transfer(Transfer(packed.index, packed.term, packed.data, packed.digest))
+        if (transfer := progress.transfer) is None:
+            if is_round:
+                self._raft.send(peer, Append(self._raft.term, self._round, int(now * 1000), 0, 0, 0))
+            return
         has_sent = False
-        if (transfer := progress.transfer) is not None:
-            while transfer.sent < len(transfer.data) and transfer.sent - transfer.acked < CHUNKS_AHEAD * CHUNK_BYTES:
-                if not self._send_chunk(peer, transfer, now):
-                    return
-                has_sent = True
+        while transfer.sent < len(transfer.data) and progress.flow.has_room:
+            size = min(CHUNK_BYTES, progress.flow.message_bytes)
+            if not self._send_chunk(peer, transfer, transfer.data[transfer.sent : transfer.sent + size], now):
+                return
+            progress.flow.sent(transfer.sent, size, now)
+            has_sent = True
         if is_round and not has_sent:
-            self._raft.send(peer, Append(self._raft.term, self._round, int(now * 1000), 0, 0, 0))
+            # How far is it? Something may be lost; or it has everything, and its last word was.
+            self._send_chunk(peer, transfer, b"", now)
 
-    def _send_chunk(self, peer: VoterId, transfer: Transfer, now: float) -> bool:
-        """The next range; at the end an empty one, which asks how far the peer is."""
-        data = transfer.data[transfer.sent : transfer.sent + CHUNK_BYTES]
+    def _send_chunk(self, peer: VoterId, transfer: Transfer, data: bytes, now: float) -> bool:
+        raft = self._raft
         chunk = Chunk(
-            self._raft.term, self._round, int(now * 1000), transfer.index, transfer.term,
+            raft.term, self._round, int(now * 1000), transfer.index, transfer.term,
             len(transfer.data), transfer.digest, transfer.sent, data,
         )  # fmt: skip
-        if not self._raft.send(peer, chunk):
+        if not raft.send(peer, chunk):
             return False
-        transfer.sent += len(data)
+        if data:
+            transfer.sent += len(data)
+            transfer.sent_round = self._round
         return True

@@ -64,6 +64,8 @@ class Journal(StockJournal):  # type: ignore[misc]
         self._disk_last = (entries[-1][1], entries[-1][2])
         self._has_failed = False
         self._is_witnessed = True
+        self.bytes_added = 0
+        """Of commands, since the start: how much the log has grown between two moments."""
         self.durable_index = entries[-1][1]
         """The last entry that is on this disk for sure."""
         self.witnessed_index = entries[-1][1]
@@ -73,6 +75,7 @@ class Journal(StockJournal):  # type: ignore[misc]
 
     def add(self, command: bytes, idx: int, term: int) -> None:
         self._entries.append((command, idx, term))
+        self.bytes_added += len(command)
         self._staged.append(("e", command, idx, term))
         self._staged_bytes += len(command) + RECORD_BYTES
 

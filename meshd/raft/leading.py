@@ -16,6 +16,7 @@ from meshd.raft.configurations import VOTERS_MAX, as_command
 from meshd.raft.feeding import Feeder
 from meshd.raft.frames import FIRST_INDEX
 from meshd.raft.messages import NO_OP, Appended, Received, TimeoutNow, VoterId
+from meshd.raft.pinning import Pins
 from meshd.raft.progress import Progress
 from meshd.raft.pysyncobj_state import RaftState
 
@@ -38,6 +39,7 @@ class Leadership:
         self._raft = raft
         self._feeder = Feeder(raft)
         self._excused = excused
+        self._pins = Pins(raft)
         self._comparison = Comparison(raft.me, raft.checkpoints)
         self.elected_s = now
         self.progress: dict[VoterId, Progress] = {}
@@ -104,6 +106,7 @@ class Leadership:
             self._barriers += [_Barrier(self._round, raft.commit, answer) for answer in self._barriers_new]
             self._barriers_new = []
             self._settle_debts()
+            self._pins.watch(self.progress)
         for peer, progress in self.progress.items():
             if progress.is_connected:
                 ends_doubt = progress.is_in_doubt and self._may_end_doubt(peer, progress)
@@ -150,24 +153,16 @@ class Leadership:
             if m.next > self._raft.last + 1:
                 raise PeerFault(f"{peer} acknowledged entry {m.next - 1}, which does not exist")
             if progress.transfer is not None and m.next > progress.transfer.index:
-                progress.transfer = None
-                progress.restart(m.next)
+                progress.installed(m.next)
             progress.succeeded(m.next, self._raft.now())
         elif m.next and progress.transfer is None:
             # The first item of every log is the same: there is no snapshot that ends before it.
-            progress.refused(max(m.next, FIRST_INDEX + 1))
+            progress.refused(max(m.next, FIRST_INDEX + 1), m.round, self._round)
 
     def on_received(self, peer: VoterId, m: Received) -> None:
         progress = self._answered(peer, m)
-        transfer = progress.transfer
-        if transfer is None or transfer.index != m.index:
-            return
-        if m.offset < transfer.acked:
-            transfer.sent = m.offset  # the peer started anew
-        if m.offset != transfer.acked:
-            progress.moved_s = self._raft.now()
-        transfer.acked = m.offset
-        transfer.sent = max(transfer.sent, m.offset)
+        if progress.transfer is not None and progress.transfer.index == m.index:
+            progress.received(m.offset, m.round, self._raft.now())
 
     def _answered(self, peer: VoterId, m: Appended | Received) -> Progress:
         progress = self.progress[peer]
@@ -183,7 +178,7 @@ class Leadership:
             # It may be another start of it, that has lost more: its doubt is not the one that was excused.
             progress.is_in_doubt = False
             self._excused.discard(peer)
-            progress.restart(progress.match + 1 if progress.match else self._raft.last + 1)
+            progress.begin_anew(self._raft.last)
 
     def peer_down(self, peer: VoterId) -> None:
         if (progress := self.progress.get(peer)) is not None:
@@ -259,6 +254,10 @@ class Leadership:
             return False
         return raft.send(voter, TimeoutNow(raft.term))
 
-    def pinned(self) -> list[int]:
-        """The indices of snapshots that are on their way: the entries after them must stay."""
-        return [progress.transfer.index for progress in self.progress.values() if progress.transfer is not None]
+    def pinned(self) -> int | None:
+        """The entry behind which nothing may be forgotten: a peer that is far behind needs it."""
+        return self._pins.lowest(self.progress)
+
+    def write_rate(self) -> float:
+        """Bytes of commands a second, so that one who is far behind comes level."""
+        return self._pins.rate

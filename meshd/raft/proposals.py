@@ -72,12 +72,12 @@ class Pending:
         self._bytes += len(proposal.command)
         return True
 
-    def take_batch(self) -> list[Proposal]:
+    def take_batch(self, bytes_max: int = BATCH_BYTES_MAX) -> list[Proposal]:
         batch: list[Proposal] = []
         size = 0
         while self._queue and len(batch) < BATCH_COMMANDS:
             proposal = self._queue[0]
-            if batch and size + len(proposal.command) > BATCH_BYTES_MAX:
+            if batch and size + len(proposal.command) > bytes_max:
                 break
             self._queue.popleft()
             self._bytes -= len(proposal.command)

@@ -37,7 +37,17 @@ from meshd.raft.messages import (
     node_of,
     voter_id,
 )
-from meshd.raft.proposals import Forwarded, Pending, Proposal, Resolve, as_message, is_readable, resolver, stamped
+from meshd.raft.proposals import (
+    BATCH_BYTES_MAX,
+    Forwarded,
+    Pending,
+    Proposal,
+    Resolve,
+    as_message,
+    is_readable,
+    resolver,
+    stamped,
+)
 from meshd.raft.reads import Reads
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed
@@ -56,6 +66,8 @@ TICK_MS_MIN = 10
 """Between ticks, whatever the state machine says."""
 TICK_MS_MAX = 60_000
 """One entry counts at most a minute, so while something is pending there is one each minute."""
+SLOWED_S = 0.5
+"""While a peer that is far behind slows the log down there is a batch so often, of as much as may be written in that time."""
 HAND_OVER_PAUSE_S = 0.5
 """No batches for so long after another voter was asked to lead: it must have everything."""
 SEATS_TOLD_S = 10.0
@@ -207,6 +219,7 @@ class Server:
         self._pending = Pending()
         self._forwarded = Forwarded()
         self._batch_at = (0, 0)
+        self._batched_s, self._batched_bytes = float("-inf"), 0
         self._steered_s = float("-inf")
         self._paused_until_s = float("-inf")
         self._written_s = float("-inf")
@@ -260,6 +273,8 @@ class Server:
         due = [self.engine.next_deadline(), self._tick_due_s()]
         if self.engine.is_leader:
             due.append(self._steered_s + STEER_IDLE_S)
+        if self._pending and (free_s := self._may_batch_s()) > self._now():
+            due.append(free_s)
         if self._journal.wants_witness:
             due.append(self._written_s + WITNESS_S)
         return min((at for at in due if at is not None), default=None)
@@ -362,13 +377,18 @@ class Server:
         """One batch at a time: what arrives meanwhile makes the next one larger."""
         term, index = self._batch_at
         is_free = term != self.engine.term or self.engine.applied >= index
-        return self.engine.is_settled() and is_free and self._now() >= self._paused_until_s
+        return self.engine.is_settled() and is_free and self._now() >= self._may_batch_s()
+
+    def _may_batch_s(self) -> float:
+        """When the next batch may be written, if nothing else is in its way."""
+        pause_s = min(SLOWED_S, self._batched_bytes / self.engine.write_rate())
+        return max(self._paused_until_s, self._batched_s + pause_s)
 
     def _propose_batch(self) -> None:
         """What arrived while the last batch was being committed; or a tick, when something timed is due."""
         if not self._may_batch():
             return
-        batch = self._pending.take_batch()
+        batch = self._pending.take_batch(int(min(BATCH_BYTES_MAX, SLOWED_S * self.engine.write_rate())))
         if goes_on_alone := self.engine.is_in_doubt:
             # Only a sole voter leads in doubt, and its first entry ends that: both are in one frame (protocol.md 9).
             self._journal.end_doubt()
@@ -381,6 +401,7 @@ class Server:
         elapsed_ms = max(0, now_ms - int(self.engine.received_s * 1000))
         entry = Batch(elapsed_ms, self._stamp_wall(now_ms, elapsed_ms), stamped(batch))
         self._batch_at = (self.engine.term, self.engine.last + 1)
+        self._batched_s, self._batched_bytes = self._now(), sum(len(proposal.command) for proposal in batch)
         self.engine.propose(codec.encode(entry), resolver(batch))
 
     def _tell_doubt(self) -> None:

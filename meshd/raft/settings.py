@@ -23,3 +23,7 @@ class RaftSettings:
     """… or bytes of them, whichever comes first."""
     retain_entries: int = 1_000
     """Kept behind a snapshot, so that a peer that blinked needs no snapshot."""
+    pinned_s: float = 60.0
+    """What a peer needs that is further behind stays while it comes further at least so often …"""
+    pinned_bytes: int = 1 << 30
+    """… and while so much was written meanwhile: all of it is in memory."""

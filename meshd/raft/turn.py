@@ -68,6 +68,8 @@ class Turns:
             server.synced()
         server.finish()
         self._flush()
+        if not server.engine.is_sending_snapshot:
+            self._packed = None  # up to a gigabyte, for nobody
         if self._release_to is not None and not journal.is_dirty:
             index, self._release_to = self._release_to, None
             yield partial(journal.release, index)

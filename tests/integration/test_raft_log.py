@@ -53,7 +53,7 @@ class Machine:
         return lambda: codec.encode((seen, wall_ms))
 
     def unpack(self, data: bytes) -> Callable[[], None]:
-        seen, wall_ms = codec.decode(data, tuple[list[str], int])
+        seen, wall_ms = codec.decode(data, tuple[list[str], int], bytes_max=64 << 20)
         return lambda: self.__dict__.update(seen=seen, wall_ms=wall_ms)
 
     def next_timer_ms(self) -> int | None:

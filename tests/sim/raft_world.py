@@ -27,10 +27,12 @@ from meshd.raft.segments import JournalSizes
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
 from meshd.raft.turn import Turns
+from meshd.raft.wire import BUFFER_BYTES_MAX
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
 SIZES = JournalSizes(segment=256 << 10, step=16 << 10, reserve=32 << 10, reserves=3, release=16 << 10)
-
+REMEMBERED_BYTES = 32
+"""Of each command; the rest of a long one is weight on the links."""
 CREEP_S = 2e-6
 """Time goes on a little with each look at the clock, as it does outside."""
 
@@ -61,7 +63,7 @@ class Machine:
         self._world.applied(self._node, index, batch)
         answers = []
         for command in entry.commands:
-            self.seen.append(bytes(command.body))
+            self.seen.append(bytes(command.body)[:REMEMBERED_BYTES])
             answers.append(codec.encode(len(self.seen)))
         return answers
 
@@ -69,11 +71,11 @@ class Machine:
         return blake3(codec.encode((self.wall_ms, self.elapsed_ms, self.seen))).hexdigest()
 
     def capture(self) -> Callable[[], bytes]:
-        state = (self.wall_ms, self.elapsed_ms, tuple(self.seen))
+        state = (self.wall_ms, self.elapsed_ms, tuple(self.seen), bytes(self._world.ballast_bytes))
         return lambda: codec.encode(state)
 
     def unpack(self, data: bytes) -> Callable[[], None]:
-        wall_ms, elapsed_ms, seen = codec.decode(data, tuple[int, int, list[bytes]], bytes_max=1 << 30)
+        wall_ms, elapsed_ms, seen, _ = codec.decode(data, tuple[int, int, list[bytes], bytes], bytes_max=1 << 30)
         return lambda: self.__dict__.update(wall_ms=wall_ms, elapsed_ms=elapsed_ms, seen=seen)
 
     def next_timer_ms(self) -> int | None:
@@ -99,7 +101,7 @@ class Node:
     # --- Links
 
     def send(self, peer: VoterId, message: AnyMessage) -> bool:
-        if peer not in self.world.linked(self.name):
+        if peer not in self.world.linked(self.name) or self.world.is_full(self.name, node_of(peer)):
             return False
         self.staged.append((peer, message))
         return True
@@ -220,9 +222,11 @@ class RaftWorld:
         loss: float = 0.0,
         settings: RaftSettings | None = None,
         payload: int = 0,
+        ballast_bytes: int = 0,
     ) -> None:
-        """`payload` bytes are added to every command under load."""
+        """`payload` bytes are added to every command under load, `ballast_bytes` to every snapshot."""
         self.payload = bytes(k % 251 + 1 for k in range(payload))
+        self.ballast_bytes = ballast_bytes
         self.random = Random(seed)
         self.now = 1000.0
         self.delay_s = delay_s
@@ -241,6 +245,9 @@ class RaftWorld:
         self.counts: Counter[str] = Counter()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
+        self.bandwidth: dict[tuple[NodeId, NodeId], float] = {}
+        """Bytes a second from one to the other, where that is bounded; frames wait in line for it."""
+        self._free_at: dict[tuple[NodeId, NodeId], float] = {}
         self._arrival: dict[tuple[NodeId, NodeId], float] = {}
         self._streams: Counter[tuple[NodeId, NodeId]] = Counter()
         for node in self.nodes.values():
@@ -307,6 +314,11 @@ class RaftWorld:
             self.cuts.discard((one, other))
             self._announce(one, other)
 
+    def is_full(self, one: NodeId, other: NodeId) -> bool:
+        """The wire's buffer to a slow peer takes no more."""
+        bandwidth = self.bandwidth.get((one, other))
+        return bandwidth is not None and (self._free_at.get((one, other), 0) - self.now) * bandwidth > BUFFER_BYTES_MAX
+
     def carry(self, sender: Node, peer: VoterId, message: AnyMessage) -> None:
         """As bytes, first in first out in each direction, unless it is lost on the way."""
         target = node_of(peer)
@@ -316,9 +328,13 @@ class RaftWorld:
         if self.random.random() < self.loss:
             return
         pair = (sender.name, target)
-        arrival = max(self.now + self.random.uniform(*self.delay_s), self._arrival.get(pair, 0.0) + 1e-6)
+        body = codec.encode(message)
+        leaves = self.now
+        if (bandwidth := self.bandwidth.get(pair)) is not None:
+            leaves = self._free_at[pair] = max(self.now, self._free_at.get(pair, 0.0)) + len(body) / bandwidth
+        arrival = max(leaves + self.random.uniform(*self.delay_s), self._arrival.get(pair, 0.0) + 1e-6)
         self._arrival[pair] = arrival
-        stream, me, body = self._streams[pair], sender.id, codec.encode(message)
+        stream, me = self._streams[pair], sender.id
         self.at(arrival - self.now, lambda: self._arrive(pair, stream, Mail(me, codec.decode(body, AnyMessage))))
 
     def _arrive(self, pair: tuple[NodeId, NodeId], stream: int, mail: Mail) -> None:
@@ -397,10 +413,11 @@ class RaftWorld:
         if server is None:
             return
         body = codec.encode(command)
-        self.outcomes[body] = None
+        kept = body[:REMEMBERED_BYTES]
+        self.outcomes[kept] = None
 
         def resolve(result: ProposeResult) -> None:
-            self.outcomes[body] = result
+            self.outcomes[kept] = result
             self.counts[type(result).__name__] += 1
 
         if server.submit(name, body, resolve) is None:
