@@ -20,7 +20,7 @@ from meshd.ports import Committed
 from meshd.raft import machine as queue
 from meshd.raft.clocks import wall_clock_ms
 from meshd.raft.commands import Cancel, Command, Found, Submit
-from meshd.raft.disk import DirectoryDisk, OpenFile
+from meshd.raft.disk import DirectoryDisk, OpenFile, Room
 from meshd.raft.log import ServerLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
@@ -40,6 +40,10 @@ class SlowFile:
     def write_at(self, offset: int, data: bytes) -> None:
         self._disk.seen()
         self._file.write_at(offset, data)
+
+    def reserve(self, size: int) -> None:
+        self._disk.seen()
+        self._file.reserve(size)
 
     def sync(self) -> None:
         self._disk.seen()
@@ -82,6 +86,14 @@ class SlowDisk:
     def remove(self, name: str) -> None:
         self.seen()
         self._disk.remove(name)
+
+    def shorten(self, name: str, size: int) -> None:
+        self.seen()
+        self._disk.shorten(name, size)
+
+    def room(self) -> Room:
+        self.seen()
+        return self._disk.room()
 
     def sync_directory(self) -> None:
         self.seen()
