@@ -82,14 +82,14 @@ def begin_epoch(kept: Kept, *, me: NodeId, random: str, wall_ms: int) -> Lineage
     term = max(term, journal.getCurrentTerm()) + 1
     journal.setCurrentTerm(term, alone)
     journal.add(as_command([alone]), index + 1, term)
-    journal.add(as_entry(_first_batch(me, lineage, wall_ms)), index + 2, term)
+    journal.add(as_entry(_first_batch(kept, me, lineage, wall_ms)), index + 2, term)
     journal.begin_epoch(lineage)
     return lineage
 
 
 def jobs_to_hold(kept: Kept, *, me: NodeId, random: str, wall_ms: int) -> Iterator[JobView]:
     """What the recovery will hold until it is released; the kept machine has applied it afterwards."""
-    batch = _first_batch(me, (*kept.journal.header.lineage, random), wall_ms)
+    batch = _first_batch(kept, me, (*kept.journal.header.lineage, random), wall_ms)
     kept.machine.apply(kept.newest[1] + 2, batch)
     query = ListJobs(states=(TaskState.HELD,), limit=PAGE_MAX)
     while True:
@@ -100,9 +100,9 @@ def jobs_to_hold(kept: Kept, *, me: NodeId, random: str, wall_ms: int) -> Iterat
         query = ListJobs(states=(TaskState.HELD,), limit=PAGE_MAX, before=page.next)
 
 
-def _first_batch(me: NodeId, lineage: Lineage, wall_ms: int) -> bytes:
+def _first_batch(kept: Kept, me: NodeId, lineage: Lineage, wall_ms: int) -> bytes:
     # No time passes in it: the state's clocks go on when a leader stamps its first own batch.
-    return codec.encode(Batch(0, 0, (Stamped(me, Raw(codec.encode(Recovered(lineage, wall_ms)))),)))
+    return codec.encode(Batch(0, kept.machine.wall_ms, (Stamped(me, Raw(codec.encode(Recovered(lineage, wall_ms)))),)))
 
 
 def as_entry(batch: bytes) -> bytes:

@@ -21,8 +21,10 @@ from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.agreement import Diverged
 from meshd.raft.commands import Batch
+from meshd.raft.lineage import Lineage
 from meshd.raft.messages import AnyMessage, VoterId, node_of
 from meshd.raft.opening import open_log
+from meshd.raft.recovery import Kept, batch_in, begin_epoch
 from meshd.raft.segments import JournalSizes
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
@@ -129,7 +131,7 @@ class Node:
         self.journal, image = open_log(
             self.disk,
             mesh="m",
-            lineage=(),
+            lineage=world.lineage,
             me=self.name,
             is_founding=self.life == 1 and self.name == world.founder,
             random=random,
@@ -233,6 +235,8 @@ class RaftWorld:
         self.loss = loss
         self.settings = settings or RaftSettings()
         self.founder = NodeId("n0")
+        self.lineage: Lineage = ()
+        self.discarded: set[NodeId] = set()
         self.names = [NodeId(f"n{k}") for k in range(servers)]
         self.servers = list(self.names)
         self.draining: list[NodeId] = []
@@ -390,6 +394,8 @@ class RaftWorld:
 
     def revive(self, name: NodeId) -> None:
         node = self.nodes[name]
+        if name in self.discarded:
+            return
         if node.server is None:
             try:
                 node.start()
@@ -405,6 +411,31 @@ class RaftWorld:
         self.nodes[name] = Node(self, name)
         self.nodes[name].start()
         return name
+
+    def recover(self, name: NodeId) -> int:
+        """All servers are dead, and but for this one gone for good; returns where its log ends. What came after it may be lost."""
+        assert all(node.server is None for node in self.nodes.values())
+        journal, image = open_log(
+            self.nodes[name].disk, mesh="m", lineage=self.lineage, me=name, is_founding=False, random="recover",
+            incarnation="", sizes=SIZES, is_recovery=True,
+        )  # fmt: skip
+        machine = Machine(self, name)
+        if image is not None:
+            machine.unpack(image.state)()
+        for command, index, _ in journal[1:]:
+            if (batch := batch_in(command)) is not None:
+                machine.apply(index, batch)
+        kept = Kept(journal, machine, ())  # type: ignore[arg-type]
+        _, end = kept.newest
+        self.lineage = begin_epoch(kept, me=name, random=f"r{len(self.lineage)}", wall_ms=0)
+        self.discarded = {*self.names} - {name}
+        self.servers, self.leaders = [name], {}
+        self.history = {index: batch for index, batch in self.history.items() if index <= end}
+        for command, outcome in list(self.outcomes.items()):
+            if isinstance(outcome, Committed) and outcome.position > end:
+                del self.outcomes[command]
+        self.revive(name)
+        return end
 
     # --- load
 

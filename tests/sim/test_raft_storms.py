@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshd.model import NodeId
+from meshd.ports import Committed
 from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
 from tests.sim.raft_world import RaftWorld, Violation, power_cuts, rough_weather
@@ -114,3 +115,27 @@ def test_a_leader_learns_from_others_that_a_voter_it_cannot_reach_still_speaks()
     assert world.leader() is leader
     seen = leader.server._peer(lost.id)
     assert seen.silent_ms > 12_000 and seen.unheard_ms < 3_000
+
+
+@pytest.mark.parametrize("seed", range(400, 420))
+def test_a_recovery_keeps_all_that_was_acknowledged_up_to_the_end_of_the_log_it_begins_from(seed: int) -> None:
+    world = formed(seed, settings=TRIMMING if seed % 2 else None)
+    rough_weather(world, 8)
+    world.settle()
+    for recovery in range(2):
+        for number in range(60):
+            world.at(
+                number * 0.01,
+                lambda n=number, r=recovery: world.propose(world.random.choice(world.servers), b"%d-%d" % (r, n)),
+            )
+        world.run(world.random.uniform(0.2, 0.9))
+        for node in world.nodes.values():
+            if node.server is not None:
+                world.die(node, has_power=world.random.random() < 0.5)
+        end = world.recover(world.random.choice(world.servers))
+        world.add_server()
+        world.add_server()
+        world.run_until(lambda: world.leader() is not None and len(world.voters()) == 3, 30, "three voters again")
+        world.settle()
+        acknowledged = [each for each in world.outcomes.values() if isinstance(each, Committed)]
+        assert len(acknowledged) > 20 and max(world.history) > end
