@@ -36,6 +36,9 @@ OWNER_BYTES_MAX = 12 << 20
 OWNER_CHUNKS_MAX = 4096
 """An honest owner stays under 1,100 (own.py); chunks with gaps between them count too."""
 
+GONE_MAX = 2 * KEYS_MAX
+"""Keys taken back and remembered, of one owner: an honest one writes itself anew long before."""
+
 _PAST_EVERYTHING = 2**53
 
 Verify = Callable[[NodeId, bytes, bytes], bool]
@@ -69,7 +72,9 @@ class _Owner:
         self.chunks: dict[int, SignedChunk] = {}
         # Two levels, the part before "/" first: whoever looks for offers need not pass 20,000 blobs.
         self.spaces: dict[str, dict[str, tuple[int, bytes]]] = {}
+        # A key taken back is remembered only while something older may still arrive; by key, and by chunk.
         self._gone: dict[str, int] = {}
+        self._gone_in: dict[int, list[str]] = {}
         self._bytes = 0
         self._keys = 0
 
@@ -86,10 +91,9 @@ class _Owner:
             self._raise_floor(chunk.floor)
         while self.upto + 1 in self.chunks:
             self.upto += 1
-        if self._gone:
-            # A key taken back is remembered only while something older may still arrive.
-            self._gone = {key: number for key, number in self._gone.items() if number > self.upto}
-        return self._bytes <= OWNER_BYTES_MAX and len(self.chunks) <= OWNER_CHUNKS_MAX and self._keys <= KEYS_MAX
+        self._forget_gone()
+        is_honest = self._keys <= KEYS_MAX and len(self._gone) <= GONE_MAX
+        return is_honest and self._bytes <= OWNER_BYTES_MAX and len(self.chunks) <= OWNER_CHUNKS_MAX
 
     def lacking(self, upto: int) -> list[SignedChunk]:
         """What someone needs who has everything to `upto`, in the order that helps most."""
@@ -111,8 +115,15 @@ class _Owner:
             self.spaces[name] = space
             return
         self._gone[key] = number
+        self._gone_in.setdefault(number, []).append(key)
         if old is not None:
             self._drop(name, key)
+
+    def _forget_gone(self) -> None:
+        for number in [number for number in self._gone_in if number <= self.upto]:
+            for key in self._gone_in.pop(number):
+                if self._gone.get(key) == number:
+                    del self._gone[key]
 
     def _drop(self, name: str, key: str) -> None:
         space = self.spaces[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from msgspec import Raw
@@ -10,8 +10,11 @@ from msgspec import Raw
 from fuzz.targets import raft
 from meshd import codec
 from meshd.errors import PeerFault
-from meshd.model import Array, BackendOffer, Needs, Offer, Resources
-from meshd.raft.commands import AnyAnswer, Batch, Claim, Rejected, RevokeToken, Stamped, Submit
+from meshd.gossip.facts import GONE_MAX, Facts, Merged
+from meshd.gossip.messages import Chunk as FactsChunk
+from meshd.gossip.messages import SignedChunk
+from meshd.model import Array, BackendOffer, Needs, NodeId, Offer, Resources, TaskState
+from meshd.raft.commands import AnyAnswer, Batch, Cancel, Claim, Rejected, RevokeToken, Stamped, Submit
 from meshd.raft.configurations import as_command
 from meshd.raft.machine import Machine
 from meshd.raft.messages import NO_OP, Append, Appended, Chunk, VoterId
@@ -122,3 +125,42 @@ def test_a_peer_that_wants_the_log_from_before_its_beginning_is_not_looked_up_ag
     for _ in world.turns.turn():
         world.journal.commit()
     assert world.turns.beside() is None
+
+
+# --- time that a few bytes may take ------------------------------------------------------------------------------------
+
+
+def test_a_cancel_of_a_thousand_ranges_looks_at_each_task_once() -> None:
+    """Ranges times tasks: one command of a few KiB held every voter for seconds."""
+
+    class Counted(dict[int, object]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Counted.looks += len(self)
+            return super().__iter__()
+
+        def items(self):  # type: ignore[no-untyped-def]
+            Counted.looks += len(self)
+            return super().items()
+
+    scene = Scene(A, slots=50)
+    scene.do(A, Submit(job_id(1), spec(count=3000)))
+    job = scene.machine._queue.jobs[job_id(1)]
+    job.rows = Counted(job.rows)  # type: ignore[assignment]
+    scene.do(A, Cancel(job_id(1), tuple((3 * k, 3 * k + 2) for k in range(1000))))
+    assert Counted.looks <= 10 * 50
+    assert job.count(TaskState.CANCELLED) == 2000 - sum(row.stop is not None for row in job.rows.values())
+
+
+def test_keys_taken_back_behind_a_gap_do_not_pile_up() -> None:
+    """Chunk 1 never comes, and each later one takes more keys back: 32 of them in a message took seconds."""
+    me, other = NodeId("me"), NodeId("other")
+    facts = Facts(me, 1, lambda payload: b"s" * 64, lambda *_: True)
+    facts.set_members([me, other])
+    results = []
+    for number in range(2, 200):
+        keys = tuple((f"{number}.{key}", None) for key in range(1000))
+        body = codec.encode(FactsChunk(other, 3, number, 1, keys))
+        results.append(facts.merge(SignedChunk(body, b"s" * 64))[0])
+    assert results.count(Merged.NEW) <= GONE_MAX // 1000 and Merged.OVER_LIMIT in results
