@@ -360,7 +360,8 @@ class Worker:
     # --- attempts -----------------------------------------------------------------------------------------------------
 
     def _noticed(self, notice: Notice) -> None:
-        if notice.epoch != self.epoch:
+        if notice.epoch != self.epoch or self.state is State.CLOSED:
+            # Closed, the epoch is that of the process before this one: what was leased to it may have been started.
             return
         if self.state is State.OPENING or self.attempts.has_strays:
             # Often ahead of the answer to the open, by another way.

@@ -327,3 +327,13 @@ def test_a_node_that_has_followed_its_mesh_to_a_new_epoch_opens_a_session_there_
     late = NoticeArrived(Notice(old, (key(6),), ((JOB, spec()),)))
     assert only(worker.handle(late, T0 + 300), Start) == []
     assert Worker(epoch=1).handle(Recovered(), T0) == [], "it has no session yet"
+
+
+def test_a_restarted_node_obeys_nothing_that_was_leased_to_the_process_before_it() -> None:
+    worker = Worker(epoch=6)
+
+    # The leader may be this very node, restarted: its keeper tells every lease of the live session again.
+    assert worker.handle(notice(worker, 5), T0) == []
+
+    [effect] = worker.handle(Offering(2, OFFER), T0 + 100)
+    assert effect == Open(7, OpenSession(7, (), 2, OFFER))
