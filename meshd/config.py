@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from meshd.errors import InvalidRequest
 from meshd.model import Role
+from meshd.room import FREE_BYTES_MIN
 
 DEFAULT_PORT = 7373
 
@@ -54,6 +55,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes offered; 0 is nine tenths of what the machine has."""
     custom: tuple[str, ...] = ()
     """name=amount of further resources, as gpu=1 or license=3."""
+    disk_free: int = FREE_BYTES_MIN
+    """Bytes of its disk below which this node takes no new work; a twentieth of the disk where that is more."""
     term_grace_s: float = 5.0
     """Between TERM and KILL when an attempt is stopped."""
     log_level: str = "info"

@@ -64,7 +64,7 @@ from meshd.node import Node
 from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.quorum import describe_stop
-from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, UpdateMember
+from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, UpdateMember, adds_work
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
 from meshd.raft.queue import FENCES_LOST_MAX
@@ -159,7 +159,9 @@ async def run(
         if mesh_file.refused:
             raise StartRefused(mesh_file.refused, hint=REJOIN_HINT)
         epochs = await trio.to_thread.run_sync(open_epochs, home, mesh_file.mesh)
-        daemon = _Daemon(config, home, key, mesh_file, epochs, settings or RaftSettings(), stop)
+        daemon = _Daemon(
+            config, home, key, mesh_file, epochs, settings or RaftSettings(disk_free_min=config.disk_free), stop
+        )
         try:
             await daemon.run(is_founded, task_status)
         finally:
@@ -335,6 +337,7 @@ class _Daemon:
                 on_leadership=self._leadership_changed,
                 lineage=self.epochs.lineage,
                 after_doubt=lambda: codec.encode(RaiseFences(machine.fence + FENCES_LOST_MAX)),
+                adds_work=adds_work,
             )
             self.replica = Replica(self.server_log, machine, self._events_happened)
             self.replica.register(self.rpc)
@@ -421,7 +424,7 @@ class _Daemon:
     async def _start_blobs(self, stages: AsyncExitStack) -> None:
         assert self.gossip is not None
         gossip = self.gossip
-        self.store = await Store.open(self.home.blobs)
+        self.store = await Store.open(self.home.blobs, new_leaves_free=self.config.disk_free)
         for ref in await self.store.list():
             self._blob_changed(ref.hash, True)
         self.store.on_change(self._blob_changed)

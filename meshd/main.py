@@ -42,6 +42,9 @@ def main() -> None:
 @click.option("--slots", type=int, help="Attempts held at a time.  [four for each core]")
 @click.option("--cpu", type=float, help="Cores offered.  [all]")
 @click.option("--memory", help="Memory offered, as 4Gi.  [nine tenths]")
+@click.option(
+    "--disk-free", help="No new work when less of its disk is free, as 4Gi.  [1Gi, or a twentieth of the disk]"
+)
 @click.option("--resource", "custom", metavar="NAME=AMOUNT", multiple=True, help="Further resources, as gpu=1.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def up(invite: str | None, resume: bool, config_file: Path | None, **flags: Any) -> None:
@@ -89,8 +92,9 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
     from meshd import config, invites
     from meshd.units import parse_size
 
-    if flags.get("memory"):
-        flags["memory"] = parse_size(flags["memory"])
+    for size in ("memory", "disk_free"):
+        if flags.get(size):
+            flags[size] = parse_size(flags[size])
     settings = config.load(flags, os.environ, config_file)
     invite = invites.parse(invite_text) if invite_text else None
     _set_up_logging(settings.log_level)

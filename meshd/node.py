@@ -51,6 +51,8 @@ from meshd.views import (
 EVENTS_STAND_S = 20.0
 REPLICATE_S = 30.0
 ASK_S = 5.0
+LOOK_BYTES = 64 << 20
+"""Of an upload, between looks at the room on the disk."""
 LIVE_PAGES_MAX = 100
 """Pages of unfinished jobs looked through before a blob is removed."""
 
@@ -153,10 +155,16 @@ class Node:
         return self._logs.follow(job, task, stream, offset=offset, is_followed=follow, is_stale_ok=is_stale_ok)
 
     async def put_blob(self, chunks: AsyncIterator[bytes], *, replicas: int) -> BlobView:
+        await self._store.check_room_for_new()
         writer = await self._store.create()
+        size = 0
         try:
             async for chunk in chunks:
                 await writer.write(chunk)
+                size += len(chunk)
+                if size >= LOOK_BYTES:
+                    size = 0
+                    await self._store.check_room_for_new()
             ref = await writer.commit()
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -166,6 +174,7 @@ class Node:
         return BlobView(ref.hash, ref.size, tuple(sorted(holders)))
 
     async def put_many(self, datas: Sequence[bytes], *, replicas: int) -> Sequence[BlobRef]:
+        await self._store.check_room_for_new()
         refs = await self._store.put_many(datas)
         await self.ensure_blobs(refs, replicas=replicas)
         return refs

@@ -118,6 +118,9 @@ class NotCommitted:
     """The command is certainly not in the log: send it again."""
 
     why: str
+    code: str = ""
+    """Of the error to tell the caller: sent again now it would end the same way."""
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,10 @@ class BlobStore(Protocol):
 
     def path(self, blob: str) -> Path:
         """Where it lies, for reading only and for a moment; it was verified when it was put there. Raises NotFound."""
+        ...
+
+    async def check_room_for_new(self) -> None:
+        """Ask before bytes are taken that can wait. Raises Busy when the disk is nearly full."""
         ...
 
     async def create(self) -> BlobWriter:

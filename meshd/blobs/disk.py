@@ -33,12 +33,13 @@ from blake3 import blake3
 
 from meshd.errors import Busy, Corrupt, InvalidRequest, MeshError, NotFound, StartRefused, TooLarge, Unavailable
 from meshd.model import BlobRef
+from meshd.room import soft_mark
 
 CHUNK_BYTES = 1 << 20
 """One read, write or hash step: large enough that Python's share of the work is small, small enough to stop between."""
 
 FREE_BYTES_MIN = 64 << 20
-"""What blobs leave free, so that a flood of them does not take the last bytes from the log on the same disk."""
+"""What all blobs leave free, so that a flood of them does not take the last bytes from the log on the same disk."""
 
 SYNCS_MAX = 8
 """At a time: concurrent ones share the disk's own commits, which is what they cost."""
@@ -62,11 +63,14 @@ def is_blob_name(name: str) -> bool:
 
 
 class Disk:
-    def __init__(self, root: Path, *, free_bytes_min: int = FREE_BYTES_MIN, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, root: Path, *, free_bytes_min: int = FREE_BYTES_MIN, new_leaves_free: int = 0, checkpoint: Checkpoint
+    ) -> None:
         self.root = root
         self.index: dict[str, int] = {}
         """Size of every blob by its hash. Written in threads under the lock, read anywhere."""
         self._free_bytes_min = free_bytes_min
+        self._new_leaves_free = new_leaves_free
         self._checkpoint = checkpoint
         self.changes: deque[tuple[str, bool]] = deque()
         """(blob, is here now), in order, for whoever tells others; taken by the store after each piece of work."""
@@ -188,6 +192,22 @@ class Disk:
                 f"blob store {self.root} has no room for {bytes_wanted} bytes: {free} free, "
                 f"{self._free_bytes_min} of them kept for the log",
                 hint="remove blobs with `mesh blob rm`, or give the node a larger disk",
+            )
+
+    def check_room_for_new(self) -> None:
+        """For what can wait. Raises Busy below the soft mark, above which outputs and copies still find room."""
+        if not self._new_leaves_free:
+            return
+        with disk_errors("look for room"):
+            status = os.statvfs(self.root)
+        free, mark = (
+            status.f_bavail * status.f_frsize,
+            soft_mark(status.f_blocks * status.f_frsize, self._new_leaves_free),
+        )
+        if free < mark:
+            raise Busy(
+                f"busy: disk full: {free} bytes are free at {self.root}, and {mark} are kept for what ends work",
+                hint="remove blobs with `mesh blob rm`, give the node a larger disk, or ask another node",
             )
 
     def temporary_path(self) -> Path:

@@ -38,9 +38,18 @@ class Store:
         self._listeners: list[OnChange] = []
 
     @classmethod
-    async def open(cls, directory: Path, *, free_bytes_min: int = FREE_BYTES_MIN) -> Store:
-        """Sweep what a crash left and read what is there. Raises StartRefused when the directory cannot be used."""
-        store = cls(Disk(directory, free_bytes_min=free_bytes_min, checkpoint=trio.from_thread.check_cancelled))
+    async def open(cls, directory: Path, *, free_bytes_min: int = FREE_BYTES_MIN, new_leaves_free: int = 0) -> Store:
+        """Sweep what a crash left and read what is there. Raises StartRefused when the directory cannot be used.
+
+        `new_leaves_free`: see `check_room_for_new`; 0 checks nothing.
+        """
+        disk = Disk(
+            directory,
+            free_bytes_min=free_bytes_min,
+            new_leaves_free=new_leaves_free,
+            checkpoint=trio.from_thread.check_cancelled,
+        )
+        store = cls(disk)
         await store._run(store._disk.open)
         return store
 
@@ -67,6 +76,10 @@ class Store:
         """See ports.BlobStore. Raises NotFound."""
         self.size(blob)
         return self._disk.path_of(blob)
+
+    async def check_room_for_new(self) -> None:
+        """Ask before bytes are taken that can wait. Raises Busy."""
+        await self._run(self._disk.check_room_for_new)
 
     async def create(self) -> Writer:
         await self._run(self._disk.check_room, 0)

@@ -13,6 +13,8 @@ from typing import Annotated
 
 from msgspec import Meta, Raw, Struct
 
+from meshd import codec
+from meshd.errors import MeshError
 from meshd.model import AttemptKey, Count, JobId, JobSpec, Member, NodeId, Offer, Outcome, Role, ShortText
 
 BATCH_COMMANDS_MAX = 1000
@@ -221,6 +223,14 @@ AnyCommand = (
     | RaiseFences
     | ClockSet
 )
+
+
+def adds_work(command: bytes) -> bool:
+    """Whether it can wait until there is room on a disk; asked only where there is none."""
+    try:
+        return isinstance(codec.decode(command, AnyCommand, bytes_max=codec.COMMAND_BYTES_MAX), Submit)
+    except MeshError:
+        return False
 
 
 class Stamped(Struct, frozen=True, gc=False, array_like=True):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from meshd.errors import Corrupt, InvalidRequest, PeerFault
 from meshd.raft.configurations import voters_of
 from meshd.raft.election import Elections
+from meshd.raft.journal import RECORD_BYTES
 from meshd.raft.messages import Append, Appended, Entry, VoterId
 from meshd.raft.pysyncobj_state import RaftState
 
@@ -29,7 +30,8 @@ class Following:
             raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0, is_in_doubt=raft.is_in_doubt))
             return
         self._elections.hear(peer, m.term)
-        is_ok, next_index = self._merge(peer, m) if m.prev_index else (False, 0)
+        fits = not m.entries or raft.has_room_for(sum(len(e[0]) + RECORD_BYTES for e in m.entries))
+        is_ok, next_index = self._merge(peer, m) if m.prev_index and fits else (False, 0)
         if m.agreed:
             raft.checkpoints.agree(m.agreed, m.agreed_state)
         if is_ok:
@@ -38,8 +40,9 @@ class Following:
             if m.ends_doubt:
                 raft.log.end_doubt()
         answer = Appended(
-            raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms(), *raft.checkpoints.newest, raft.is_in_doubt
-        )
+            raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms(), *raft.checkpoints.newest,
+            raft.is_in_doubt, raft.is_disk_full,
+        )  # fmt: skip
         raft.send(peer, answer)
 
     def _merge(self, peer: VoterId, m: Append) -> tuple[bool, int]:

@@ -164,6 +164,11 @@ class Journal(StockJournal):  # type: ignore[misc]
         """What can still be staged for sure, on a disk however full: room that is this journal's own already."""
         return self._segments.bytes_left(self._offset) - self._staged_bytes
 
+    @property
+    def bytes_for_votes(self) -> int:
+        """Of these, what frames need that say only a term, a vote or nothing: 1,000 of them."""
+        return self._segments.sizes.reserve
+
     def commit(self) -> None:
         """Write what was staged as one frame and sync it (blocks). Raises when the disk fails, and ever after:
 
@@ -279,7 +284,10 @@ class Journal(StockJournal):  # type: ignore[misc]
             if not is_full(error):
                 raise
             # Nothing of this frame counts: the next segment takes over where it began.
-            self._go_on_in_next([records])
+            for part in parted(records, self._segments.sizes.reserve // 2) or [[]]:
+                self._go_on_in_next([part])
+                if part and part[-1][0] == "e":
+                    self._disk_last = (part[-1][2], part[-1][3])
         else:
             self._segments.file.sync()
 
@@ -307,6 +315,20 @@ class Journal(StockJournal):  # type: ignore[misc]
             where,
             hint="this server stops so that it never acknowledges what it may lose; check the disk, then start it",
         )
+
+
+def parted(records: list[Record], bytes_max: int) -> list[list[Record]]:
+    """In order, each with about so many bytes and all but the last one up to an entry: what fits into a file of the reserve."""
+    parts: list[list[Record]] = []
+    size = 0
+    for record in records:
+        added = RECORD_BYTES + (len(record[1]) if record[0] == "e" else 0)
+        if not parts or (size + added > bytes_max and parts[-1][-1][0] == "e"):
+            parts.append([])
+            size = 0
+        parts[-1].append(record)
+        size += added
+    return parts
 
 
 @dataclass(slots=True)

@@ -145,6 +145,7 @@ class Leadership:
 
     def on_appended(self, peer: VoterId, m: Appended) -> None:
         progress = self._answered(peer, m)
+        progress.is_disk_full = m.is_disk_full
         if m.checkpoint:
             self._comparison.told(peer, m.checkpoint, m.state)
         if m.wall_ms:

@@ -74,6 +74,10 @@ class RaftStatus(Struct, frozen=True):
     """This sole voter's clock jumped; the mesh's dates go on by elapsed time until an operator sets it."""
     disputed: int = 0
     """The entry at which the voters' states differ, none with a majority: nothing more is applied; only the leader knows."""
+    doubt: str = ""
+    """Why this server is in doubt, or went on alone although its last frame may be lost."""
+    full: tuple[NodeId, ...] = ()
+    """Voters whose disks are full; others than itself only the leader knows."""
     clock_ahead_ms: int = 0
     """The mesh's time, had an entry been written now, less this server's clock."""
 
@@ -117,16 +121,18 @@ class ServerLog:
         random: Random | None = None,
         lineage: Lineage = (),
         after_doubt: Callable[[], bytes] | None = None,
+        adds_work: Callable[[bytes], bool] = lambda command: False,
     ) -> None:
         """`servers`, `draining` and `zones` are read from the replicated state; both callbacks are called from the loop and must not wait.
 
         `founding` is for the empty directory of a mesh's first server, and for nobody else. `after_doubt` makes the
-        command with which a sole voter goes on although its last frame may be lost.
+        command with which a sole voter goes on although its last frame may be lost; what `adds_work` a full disk refuses.
         """
         self._directory = directory
         self._mesh = mesh
         self._lineage = lineage
         self._after_doubt = after_doubt
+        self._adds_work = adds_work
         self._me = me
         self._machine = machine
         self._transport = transport
@@ -165,7 +171,7 @@ class ServerLog:
         deadline = trio.current_time() + timeout_s
         while True:
             result = await self._propose_once(origin, command, deadline)
-            if not isinstance(result, NotCommitted):
+            if not isinstance(result, NotCommitted) or result.code:
                 return result
             # Certainly not done: whoever leads next gets it.
             await self._wait_moved(deadline)
@@ -261,6 +267,8 @@ class ServerLog:
             last=engine.last,
             journal_bytes=self._journal.bytes_on_disk,
             is_clock_refused=server.own_clock.is_refused,
+            doubt=self._journal.doubt if engine.is_in_doubt or server.went_on_alone else "",
+            full=tuple(node_of(voter) for voter in server.fullness.full_voters()),
             clock_ahead_ms=server.clock_ahead_ms(),
             disputed=engine.disputed,
         )
@@ -329,6 +337,7 @@ class ServerLog:
                 packed=lambda: self._turns.packed(),
                 report=lambda event, fields: log.info(event, **fields),
                 after_doubt=self._after_doubt,
+                adds_work=self._adds_work,
             )
             self._turns = Turns(server, self._journal, self._disk, self._mesh, self._machine, self._wire.flush)
             self._told = (server.engine.applied, False, None)
@@ -358,6 +367,7 @@ class ServerLog:
             is_founding=self._is_founding,
             random=secrets.token_hex(16),
             incarnation=secrets.token_hex(8),
+            sizes=self._settings.journal,
         )
         if image is not None:
             self._machine.unpack(image.state)()

@@ -95,6 +95,7 @@ class Appended(Message, frozen=True, array_like=True, tag=True):
     state: StateHash = b""
     is_in_doubt: bool = False
     """What it holds counts for nobody's commit until a leader ends that."""
+    is_disk_full: bool = False
 
 
 class Chunk(Message, frozen=True, array_like=True, tag=True):
@@ -159,6 +160,9 @@ class Proposed(Message, frozen=True, array_like=True, tag=True):
     answer: bytes = b""
     position: Number = 0
     why: str = ""
+    code: ShortText = ""
+    """Of an error that sending it again does not change now."""
+    hint: str = ""
 
 
 class Read(Message, frozen=True, array_like=True, tag=True):

@@ -64,6 +64,7 @@ class Progress:
     """When an answer of this term last came."""
     clock_offset_ms: int | None = None
     """Its wall clock minus our CLOCK_BOOTTIME, as told in this term."""
+    is_disk_full: bool = False
     is_in_doubt: bool = False
     doubted_round: int = 0
     """A round that was sent after it said so, or later …"""

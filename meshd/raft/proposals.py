@@ -59,17 +59,17 @@ class Pending:
 
     def __init__(self) -> None:
         self._queue: deque[Proposal] = deque()
-        self._bytes = 0
+        self.bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._queue)
 
     def add(self, proposal: Proposal) -> bool:
         """False, and nothing kept, when the queue is full."""
-        if len(self._queue) >= PENDING_MAX or self._bytes >= PENDING_BYTES_MAX:
+        if len(self._queue) >= PENDING_MAX or self.bytes >= PENDING_BYTES_MAX:
             return False
         self._queue.append(proposal)
-        self._bytes += len(proposal.command)
+        self.bytes += len(proposal.command)
         return True
 
     def take_batch(self, bytes_max: int = BATCH_BYTES_MAX) -> list[Proposal]:
@@ -80,7 +80,7 @@ class Pending:
             if batch and size + len(proposal.command) > bytes_max:
                 break
             self._queue.popleft()
-            self._bytes -= len(proposal.command)
+            self.bytes -= len(proposal.command)
             if not proposal.is_over:
                 size += len(proposal.command)
                 proposal.is_batched = True
@@ -88,7 +88,7 @@ class Pending:
         return batch
 
     def refuse_all(self, why: str) -> None:
-        queue, self._queue, self._bytes = self._queue, deque(), 0
+        queue, self._queue, self.bytes = self._queue, deque(), 0
         for proposal in queue:
             proposal.end(NotCommitted(why))
 
@@ -161,7 +161,7 @@ class Forwarded:
             case "committed":
                 proposal.end(Committed(m.answer, m.position))
             case "not_committed":
-                proposal.end(NotCommitted(m.why))
+                proposal.end(NotCommitted(m.why, m.code, m.hint))
             case _:
                 proposal.end(Unknown(m.why))
 
@@ -176,7 +176,7 @@ def as_message(request: int, result: ProposeResult) -> Proposed:
     match result:
         case Committed(answer, position):
             return Proposed(request, "committed", answer, position)
-        case NotCommitted(why):
-            return Proposed(request, "not_committed", why=why)
+        case NotCommitted(why, code, hint):
+            return Proposed(request, "not_committed", why=why, code=code, hint=hint)
         case Unknown(why):
             return Proposed(request, "unknown", why=why)

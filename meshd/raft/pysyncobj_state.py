@@ -100,6 +100,8 @@ class RaftState(SyncObj):  # type: ignore[misc]
         """Whom a leader feeds beyond the voters; they do not count."""
         self.checkpoints = Checkpoints(settings.checkpoint_entries)
         """Hashes of the state here, for the others to compare."""
+        self.is_disk_full = False
+        """Below the soft mark: only what ends work is taken."""
         self.received_s = now()
         """When the last entry of the log was received, read at the start, or written here as a batch."""
         base = journal[0][1]
@@ -165,6 +167,10 @@ class RaftState(SyncObj):  # type: ignore[misc]
     def is_in_doubt(self) -> bool:
         """Something that this voter has acknowledged, or voted for, may be missing here (protocol.md 9)."""
         return self.log.is_in_doubt
+
+    def has_room_for(self, size: int) -> bool:
+        """On a full disk the last file of the journal's reserve is for terms, votes and the next start."""
+        return not self.is_disk_full or self.log.bytes_left - size >= self.log.bytes_for_votes
 
     @property
     def electorate(self) -> set[VoterId]:

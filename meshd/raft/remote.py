@@ -69,7 +69,7 @@ class MeshLog:
     # --- commands ----------------------------------------------------------------------------------------------------
 
     async def propose(self, command: AnyCommand, *, timeout_s: float) -> AnyAnswer:
-        """Resent until answered. Raises the rejection's error, UnknownOutcome, or Unavailable (certainly not done)."""
+        """Resent until answered. Raises the rejection's error, UnknownOutcome, Busy or Unavailable (certainly not done)."""
         body = codec.encode(command)
         deadline = trio.current_time() + timeout_s
         is_unknown = False
@@ -78,8 +78,9 @@ class MeshLog:
             match await self.propose_once(body, timeout_s=min(left_s, ATTEMPT_S)):
                 case Committed(answer, _):
                     return _accepted(codec.decode(answer, AnyAnswer))
-                case NotCommitted(why):
-                    pass
+                case NotCommitted(why, code, hint):
+                    if code:
+                        raise from_code(code, why, hint)
                 case Unknown(why):
                     is_unknown = True
             await trio.sleep(min(pause_s * random.uniform(0.5, 1.5), max(0.0, deadline - trio.current_time())))  # noqa: S311
@@ -109,7 +110,7 @@ class MeshLog:
             self._last_good = peer
             if reply.answer is not None:
                 return Committed(reply.answer, reply.position)
-            return Unknown(reply.why) if reply.is_unknown else NotCommitted(reply.why)
+            return Unknown(reply.why) if reply.is_unknown else NotCommitted(reply.why, reply.code, reply.hint)
         return NotCommitted(why)
 
     # --- reads -------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from msgspec import structs
 from meshd.errors import Corrupt, StartRefused
 from meshd.raft.disk import Disk
 from meshd.raft.frames import LocalHeader, Record, numbers, read_header, segment_name
-from meshd.raft.journal import Journal
+from meshd.raft.journal import Journal, parted
 from meshd.raft.lineage import Lineage, name_of
-from meshd.raft.messages import Entry, VoterId
+from meshd.raft.messages import VoterId
 from meshd.raft.replay import Replay
 from meshd.raft.segments import JournalSizes, Segments, forget_unfinished, set_aside
 
@@ -99,7 +99,7 @@ def open_journal(
     last = (verdict.entries[-1][1], verdict.entries[-1][2])
     kept: list[_Segment] = []
     if verdict.is_loss:
-        frames = _rewritten(verdict.entries[1:])
+        frames = parted([("e", *entry) for entry in verdict.entries[1:]], REWRITE_BYTES)
         journal.goes_on_from([], term=replay.term, vote=replay.vote, last=verdict.entries[0][1:])
         journal.begin_segment(None, frames)
     else:
@@ -161,15 +161,3 @@ def _readable(disk: Disk, name: str) -> bytes:
         return disk.read(name)
     except OSError:
         return b""  # a disk that cannot give it back has damaged it
-
-
-def _rewritten(entries: list[Entry]) -> list[list[Record]]:
-    frames: list[list[Record]] = []
-    size = REWRITE_BYTES
-    for command, index, term in entries:
-        if size >= REWRITE_BYTES:
-            frames.append([])
-            size = 0
-        frames[-1].append(("e", command, index, term))
-        size += len(command)
-    return frames

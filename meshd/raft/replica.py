@@ -53,6 +53,8 @@ class ProposeReply(Struct, frozen=True, array_like=True):
     position: int
     is_unknown: bool
     why: str
+    code: str = ""
+    hint: str = ""
 
 
 class ReadCall(Struct, frozen=True, array_like=True):
@@ -201,8 +203,8 @@ class Replica:
         match result:
             case Committed(answer, position):
                 return codec.encode(ProposeReply(answer, position, False, ""))
-            case NotCommitted(why):
-                return codec.encode(ProposeReply(None, 0, False, why))
+            case NotCommitted(why, code, hint):
+                return codec.encode(ProposeReply(None, 0, False, why, code, hint))
             case Unknown(why):
                 return codec.encode(ProposeReply(None, 0, True, why))
 

@@ -32,7 +32,7 @@ class JournalSizes:
     reserve: int = 4 << 20
     """Of one reserved file; several, because each start on a full disk needs one …"""
     reserves: int = 4
-    """… and together they hold the completions of some hours."""
+    """… and together they hold thousands of completions."""
     release: int = 4 << 20
     """A snapshot begins a new segment only when the present one is worth giving back."""
 

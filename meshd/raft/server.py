@@ -22,7 +22,9 @@ from meshd.errors import Corrupt, MeshError
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult
 from meshd.raft.commands import Batch
+from meshd.raft.disk import Room
 from meshd.raft.engine import Engine
+from meshd.raft.fullness import Fullness
 from meshd.raft.hearsay import Hearsay
 from meshd.raft.journal import Journal
 from meshd.raft.messages import (
@@ -179,6 +181,7 @@ class Server:
         packed: Callable[[], Packed | None],
         report: Callable[[str, dict[str, object]], None],
         after_doubt: Callable[[], bytes] | None = None,
+        adds_work: Callable[[bytes], bool] = lambda command: False,
     ) -> None:
         """`image` is the newest snapshot, already the machine's state; `packed` gives it as bytes to send, or None while it is fetched.
 
@@ -212,6 +215,9 @@ class Server:
         self._node = node
         self._after_doubt = after_doubt
         self._was_in_doubt = False
+        self.went_on_alone = False
+        """A sole voter, although its last frame may be lost."""
+        self.fullness = Fullness(self.engine, settings.disk_free_min, adds_work)
         self.reads = Reads()
         self.own_clock = OwnClock()
         self._hearsay = Hearsay(clocks.now_s)
@@ -247,6 +253,14 @@ class Server:
         self.engine.doTick(0.0)
 
     @property
+    def wants_look_at_disk(self) -> bool:
+        return self._now() >= self.fullness.next_look_s()
+
+    def looked_at_disk(self, room: Room) -> None:
+        if change := self.fullness.looked(room, self._now()):
+            self.report("raft.disk_full" if self.fullness.is_full else "raft.disk_has_room", {"why": change})
+
+    @property
     def may_send_early(self) -> bool:
         return self.engine.is_leader and not self._journal.is_vote_staged
 
@@ -277,6 +291,8 @@ class Server:
             due.append(free_s)
         if self._journal.wants_witness:
             due.append(self._written_s + WITNESS_S)
+        if self.fullness.is_full:
+            due.append(self.fullness.next_look_s())
         return min((at for at in due if at is not None), default=None)
 
     def stop(self) -> None:
@@ -367,6 +383,8 @@ class Server:
     def _admit(self, proposal: Proposal) -> None:
         if not self.engine.is_leader:
             proposal.end(NotCommitted("this server does not lead"))
+        elif (refusal := self.fullness.refusal(proposal.command)) is not None:
+            proposal.end(refusal)
         elif not self._pending.add(proposal):
             proposal.end(NotCommitted("the leader's queue is full"))
 
@@ -377,7 +395,8 @@ class Server:
         """One batch at a time: what arrives meanwhile makes the next one larger."""
         term, index = self._batch_at
         is_free = term != self.engine.term or self.engine.applied >= index
-        return self.engine.is_settled() and is_free and self._now() >= self._may_batch_s()
+        has_room = self.engine.has_room_for(min(self._pending.bytes, BATCH_BYTES_MAX))
+        return self.engine.is_settled() and is_free and has_room and self._now() >= self._may_batch_s()
 
     def _may_batch_s(self) -> float:
         """When the next batch may be written, if nothing else is in its way."""
@@ -392,6 +411,7 @@ class Server:
         if goes_on_alone := self.engine.is_in_doubt:
             # Only a sole voter leads in doubt, and its first entry ends that: both are in one frame (protocol.md 9).
             self._journal.end_doubt()
+            self.went_on_alone = True
             if self._after_doubt is not None:
                 batch.insert(0, Proposal(self._node, self._after_doubt(), lambda result: None))
         tick_s = self._tick_due_s()
@@ -486,6 +506,9 @@ class Server:
             leading_ms=int(engine.leading_s * 1000),
             zones=self._zones(),
         )
+        if (successor := self.fullness.successor(now)) is not None:
+            self._hand_over_to(successor)
+            return
         engine.set_learners(learners(view))
         self._tell_seats_taken(view)
         if not engine.may_change_voters() or not engine.leads():

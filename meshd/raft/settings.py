@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshd.raft.segments import JournalSizes
+from meshd.room import FREE_BYTES_MIN
+
 
 @dataclass(frozen=True, slots=True)
 class RaftSettings:
@@ -21,6 +24,9 @@ class RaftSettings:
     """Applied entries after which the state is written down and the log trimmed …"""
     snapshot_bytes: int = 64 << 20
     """… or bytes of them, whichever comes first."""
+    disk_free_min: int = FREE_BYTES_MIN
+    """Bytes of its disk below which a server takes no new work."""
+    journal: JournalSizes = JournalSizes()
     retain_entries: int = 1_000
     """Kept behind a snapshot, so that a peer that blinked needs no snapshot."""
     pinned_s: float = 60.0

@@ -60,6 +60,8 @@ class Turns:
         if (finished := self._finished) is not None:
             self._finished = None
             finished()
+        if server.wants_look_at_disk:
+            yield self._look_at_disk
         server.begin()
         if server.may_send_early:
             self._flush()
@@ -73,6 +75,16 @@ class Turns:
         if self._release_to is not None and not journal.is_dirty:
             index, self._release_to = self._release_to, None
             yield partial(journal.release, index)
+
+    def _look_at_disk(self) -> None:
+        try:
+            self._server.looked_at_disk(self._disk.room())
+        except OSError as error:
+            raise Corrupt(
+                f"the disk does not tell its room: {error}", hint="check the disk, then start again"
+            ) from error
+        if not self._journal.is_reserve_whole:
+            self._journal.refill_reserve()
 
     @property
     def has_finished(self) -> bool:

@@ -16,7 +16,7 @@ from random import Random
 from blake3 import blake3
 
 from meshd import codec
-from meshd.errors import Corrupt
+from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.agreement import Diverged
@@ -30,9 +30,9 @@ from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
 from meshd.raft.turn import Turns
 from meshd.raft.wire import BUFFER_BYTES_MAX
-from meshd.testing.raft_disk import MemoryDisk, PowerCut
+from meshd.testing.raft_disk import BYTES_TOTAL, MemoryDisk, PowerCut
 
-SIZES = JournalSizes(segment=256 << 10, step=16 << 10, reserve=32 << 10, reserves=3, release=16 << 10)
+SIZES = JournalSizes(segment=256 << 10, step=16 << 10, reserve=32 << 10, reserves=4, release=16 << 10)
 REMEMBERED_BYTES = 32
 """Of each command; the rest of a long one is weight on the links."""
 CREEP_S = 2e-6
@@ -90,7 +90,7 @@ class Node:
     def __init__(self, world: RaftWorld, name: NodeId) -> None:
         self.world = world
         self.name = name
-        self.disk = MemoryDisk()
+        self.disk = MemoryDisk(bytes_total=world.disk_bytes)
         self.life = 0
         self.server: Server | None = None
         self.machine: Machine
@@ -157,6 +157,7 @@ class Node:
             random=world.random,
             packed=lambda: self.turns.packed(),
             report=world.report,
+            adds_work=lambda command: codec.unpack(command)[:3] == b"new",
         )
         self.turns = Turns(self.server, self.journal, self.disk, "m", self.machine, self.flush)
         world.connect(self)
@@ -172,6 +173,10 @@ class Node:
             self._turn()
         except PowerCut:
             self.world.die(self, has_power=False)
+        except Busy:
+            self.world.counts["stopped for a full disk"] += 1
+            self.world.die(self, has_power=True)
+            self.world.at(1.0, lambda: self.world.revive(self.name))
         except Diverged:
             self.world.counts["diverged"] += 1
             self.world.die(self, has_power=True)
@@ -225,8 +230,10 @@ class RaftWorld:
         settings: RaftSettings | None = None,
         payload: int = 0,
         ballast_bytes: int = 0,
+        disk_bytes: int = BYTES_TOTAL,
     ) -> None:
         """`payload` bytes are added to every command under load, `ballast_bytes` to every snapshot."""
+        self.disk_bytes = disk_bytes
         self.payload = bytes(k % 251 + 1 for k in range(payload))
         self.ballast_bytes = ballast_bytes
         self.random = Random(seed)
@@ -403,6 +410,9 @@ class RaftWorld:
                 node.server = None
                 node.disk.lose_power(self.random)
                 self.at(0.5, lambda: self.revive(name))
+            except StartRefused:
+                self.counts["refused for a full disk"] += 1
+                self.at(1.0, lambda: self.revive(name))
 
     def add_server(self) -> NodeId:
         name = NodeId(f"n{len(self.names)}")
