@@ -61,6 +61,7 @@ from meshd.raft.messages import (
     VoterId,
 )
 from meshd.raft.progress import Progress
+from meshd.raft.pulse import Pulse
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, Packed
@@ -96,6 +97,7 @@ class Engine(RaftState):
         self._elections = Elections(self, servers)
         self._following = Following(self, self._elections)
         self._arrival = Arrival(self, self._elections)
+        self.pulse = Pulse(self, self._elections)
         self._applying = Applying(self, digest, on_bug)
         super().__init__(
             me=me, voters=voters, journal=journal, send=send, snapshot=snapshot, now=now, wall_ms=wall_ms,

@@ -15,7 +15,7 @@ from meshd.raft.agreement import Comparison
 from meshd.raft.configurations import VOTERS_MAX, as_command
 from meshd.raft.feeding import Feeder
 from meshd.raft.frames import FIRST_INDEX
-from meshd.raft.messages import NO_OP, Appended, Received, TimeoutNow, VoterId
+from meshd.raft.messages import NO_OP, AnyMessage, Append, Appended, Received, TimeoutNow, VoterId
 from meshd.raft.pinning import Pins
 from meshd.raft.progress import Progress
 from meshd.raft.pysyncobj_state import RaftState
@@ -115,6 +115,22 @@ class Leadership:
                 )
         if self._barriers:
             self._answer_barriers()
+
+    def beat(self, say: Callable[[VoterId, AnyMessage], bool]) -> None:
+        """A round about no entry, when one is due: the disk has not answered yet."""
+        raft, now = self._raft, self._raft.now()
+        if now < raft.heartbeat_at:
+            return
+        self._round += 1
+        raft.heartbeat_at = now + raft.settings.heartbeat_s
+        for peer, progress in self.progress.items():
+            if progress.is_connected:
+                say(peer, Append(raft.term, self._round, int(now * 1000), 0, 0, 0))
+
+    def hear_of(self, peer: VoterId, m: Appended | Received) -> None:
+        """An answer in this term that is not read yet: at least its peer knows this leader."""
+        if peer in self.progress:
+            self._answered(peer, m)
 
     def _answer_barriers(self) -> None:
         answered = self._raft.configurations.reached(self._round_of)

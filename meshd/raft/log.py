@@ -29,7 +29,7 @@ from meshd.raft.lineage import Lineage
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.opening import open_log
 from meshd.raft.proposals import is_readable
-from meshd.raft.server import Clocks, Server, StateMachine
+from meshd.raft.server import Clocks, Mail, Server, StateMachine
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image
 from meshd.raft.turn import Turns, Work
@@ -38,6 +38,8 @@ from meshd.raft.wire import Greeting, Wire
 RETRY_S = 0.05
 """Between tries while nobody leads, unless something changes sooner."""
 HAND_OVER_S = 3.0
+PULSE_S = 0.05
+"""A turn that waits longer for its disk is spoken for; well below a heartbeat."""
 REMEMBER_S = 2.0
 """What is remembered of other servers is written down no more often: they start and elect rarely."""
 
@@ -153,6 +155,9 @@ class ServerLog:
         self._nursery: trio.Nursery
         # Of its own, so that no crowd of other threads can hold up a heartbeat.
         self._disk_turn = trio.CapacityLimiter(1)
+        self._disk_since_s: float | None = None
+        """Since when a turn has waited for the disk."""
+        self._disk_used = trio.Event()
         self._woken = trio.Event()
         self._moved = trio.Event()
         self._told: tuple[int, bool, VoterId | None] = (0, False, None)
@@ -344,6 +349,7 @@ class ServerLog:
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self._wire.serve)
                 self._nursery.start_soon(self._keep_acquaintances)
+                self._nursery.start_soon(self._keep_pulse, server)
                 task_status.started()
                 self._failure = await self._run(server)
                 self._nursery.cancel_scope.cancel()
@@ -419,13 +425,35 @@ class ServerLog:
 
     async def _turn(self, server: Server) -> None:
         for work in self._turns.turn():
-            await trio.to_thread.run_sync(work, limiter=self._disk_turn)
+            self._disk_since_s = self._clocks.now_s()
+            self._disk_used.set()
+            try:
+                await trio.to_thread.run_sync(work, limiter=self._disk_turn)
+            finally:
+                self._disk_since_s = None
             if not self._journal.is_vote_staged:
                 # Before anything leaves that is said in it: peers remember what they hear.
                 self._durable_term = self._journal.getCurrentTerm()
         if (beside := self._turns.beside()) is not None:
             self._nursery.start_soon(self._do_beside, beside)
         self._tell(server)
+
+    async def _keep_pulse(self, server: Server) -> None:
+        """While a turn waits for its disk, say what needs no disk."""
+        while True:
+            await self._disk_used.wait()
+            self._disk_used = trio.Event()
+            await trio.sleep(PULSE_S)
+            since_s, looked_at = self._disk_since_s, 0
+            while since_s is not None and since_s == self._disk_since_s:
+                waited_s = self._clocks.now_s() - since_s
+                if waited_s >= PULSE_S and server.engine.term == self._durable_term:
+                    unread = self._wire.unread(looked_at)
+                    looked_at += len(unread)
+                    mail = [(each.peer, each.message) for each in unread if isinstance(each, Mail)]
+                    server.engine.pulse.beat(mail, waited_s, self._wire.send_at_once)
+                    self._tell(server)
+                await trio.sleep(PULSE_S)
 
     async def _do_beside(self, work: Work) -> None:
         try:

@@ -16,6 +16,8 @@ class RaftSettings:
     election_max_s: float = 1.6
     heartbeat_s: float = 0.15
     contact_s: float = 1.0
+    disk_hangs_s: float = 2.0
+    """A sync that takes longer ends the leadership: it is no slow disk any more."""
     apply_slice_s: float = 0.008
     """Applying stops after so long and goes on in the next turn."""
     checkpoint_entries: int = 256

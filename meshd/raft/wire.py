@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import Annotated
 
@@ -161,6 +162,19 @@ class Wire:
         link.staged.append(len(body).to_bytes(4, "little") + body)
         link.bytes += 4 + len(body)
         return True
+
+    def send_at_once(self, peer: VoterId, message: AnyMessage) -> bool:
+        """Past everything that waits for the disk."""
+        if not self.send(peer, message):
+            return False
+        link = self._links[NodeId(peer.partition("/")[0])]
+        link.leaving.append(link.staged.pop())
+        link.wake.set()
+        return True
+
+    def unread(self, since: int) -> list[Incident]:
+        """What waits to be taken, without the first so many."""
+        return list(islice(self._inbox, since, None))
 
     def flush(self) -> None:
         """What was staged may leave."""
