@@ -172,11 +172,12 @@ class Recovery:
     def _begin(self, kept: Kept) -> None:
         """The journal first: a start after a power cut finds the epoch there, and signs it."""
         now_ms = time.time_ns() // 1_000_000
+        if self._mesh.refused:
+            # Cut short after this, the older copy that it is would be refused again by whoever remembers.
+            self._home.write_mesh(replace(self._mesh, refused=""))
         lineage = begin_epoch(kept, me=self._key.node_id, random=self._random, wall_ms=now_ms)
         kept.journal.close()
         self._home.write_epochs(EpochFile(certify_epoch(self._sign, self._mesh.mesh, lineage)))
-        if self._mesh.refused:
-            self._home.write_mesh(replace(self._mesh, refused=""))
 
     # --- asking the others --------------------------------------------------------------------------------------------
 

@@ -162,6 +162,21 @@ def test_the_epoch_begins_in_a_term_above_all_that_this_server_has_promised() ->
     assert terms == sorted(terms)
 
 
+def test_a_server_that_never_voted_recovers_from_its_copy() -> None:
+    disk = MemoryDisk()
+    journal = create_journal(disk, LocalHeader("m", "01", 1, "aa"))
+    journal.add(as_command(VOTERS[1:2]), 2, 3)
+    for index, batch in enumerate(a_life().entries, start=3):
+        journal.add(as_entry(batch), index, 4)
+    journal.commit()
+    journal.close()
+    assert kept(disk).voters == VOTERS[1:2]
+    recovered(disk)
+    alone = Alone(disk)
+    alone.run(3)
+    assert alone.server.engine.leads() and alone.server.engine.voters == (ME,)
+
+
 def test_it_says_beforehand_what_it_will_hold() -> None:
     disk = written(a_life())
     found = kept(disk)

@@ -250,6 +250,8 @@ SILENT = Asked(C, "name-c", None, "no answer")
     ("what", "voters", "others", "why", "hint"),
     [
         ("nobody answers", VOTERS, [SILENT], "", ""),
+        ("the only voter is gone, and this is a learner", [VoterId("b/1")], [], "", ""),
+        ("the only voter is there", [VoterId("b/1")], [asked(B, 3, 9)], "1 of 1 voters are there", "start this server"),
         ("a quorum is there", VOTERS, [asked(B, 3, 9), SILENT], "2 of 3 voters are there", "start this server"),
         ("somebody leads", VOTERS, [asked(B, 3, 9, leads=True)], "name-b leads it", "start this server"),
         ("a voter has more", [*VOTERS, VoterId("d/1"), VoterId("e/1")], [asked(B, 3, 11)], "name-b has more", "recover there: stop the agent of name-b"),
@@ -303,6 +305,16 @@ async def test_nothing_is_changed_unless_the_operator_agrees(tmp_path) -> None:
     said = await recover(home, is_forced=True)
     [random] = kept_lineage(home) or ()
     assert home.epochs() == EpochFile(epoch(random)) and any(name_of((random,)) in line for line in said)
+
+
+async def test_an_older_copy_that_is_all_there_is_may_be_recovered_from(tmp_path) -> None:
+    home = alone_home(tmp_path)
+    mesh = home.mesh()
+    assert mesh is not None
+    home.write_mesh(replace(mesh, refused="an older copy"))
+    await recover(home, is_forced=True)
+    mesh = home.mesh()
+    assert mesh is not None and mesh.refused == ""
 
 
 async def test_a_server_that_was_left_behind_recovers_only_when_forced(tmp_path) -> None:
