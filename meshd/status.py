@@ -79,6 +79,7 @@ async def cluster_status(
             )
         )
     if raft is not None:
+        warnings.extend(_disk_warnings(raft, lambda node: directory.name(node) or (my_name if node == me else node)))
         warnings.extend(_clock_warnings(raft, directory.name(raft.me) or (my_name if raft.me == me else raft.me)))
     if (torn := epochs.torn()) is not None:
         warnings.append(f"{torn.message}: {torn.hint}")
@@ -99,6 +100,21 @@ async def cluster_status(
         clock_moves=members.clock_moves if members else (),
         recovery=name_of(epochs.lineage) if epochs.lineage else "",
     )
+
+
+def _disk_warnings(raft: RaftStatus, name: Callable[[NodeId], str]) -> list[str]:
+    """What voters have lost, or cannot write any more."""
+    warnings = [
+        f"{name(row.node)} may have lost what it acknowledged and does not count until it is brought up to date"
+        for row in raft.servers
+        if row.is_in_doubt and row.node != raft.me
+    ]
+    if raft.doubt:
+        warnings.append(f"{name(raft.me)}: {raft.doubt}; see docs/disk.md")
+    if raft.full:
+        names = ", ".join(name(node) for node in raft.full)
+        warnings.append(f"disk full at {names}: make room, or new work waits; running work goes on meanwhile")
+    return warnings
 
 
 def _clock_warnings(raft: RaftStatus, name: str) -> list[str]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from meshd.client.address import Address
-from meshd.errors import MeshError, NotAllowed, Unavailable, UnknownOutcome, from_code
+from meshd.errors import Busy, MeshError, NotAllowed, Unavailable, UnknownOutcome, from_code
 
 if TYPE_CHECKING:
     import ssl
@@ -152,7 +152,9 @@ class Requester:
                     self._addresses.remove(address)
                     self._addresses.insert(0, address)
                     return found
-            if not is_anyone_there or time.monotonic() > gives_up_s:
+            # What is at its bound, as a full disk, is not so for a moment: the user shall hear of it.
+            is_busy = all(isinstance(error, Busy | Unreachable) for _, error in failures)
+            if not is_anyone_there or is_busy or time.monotonic() > gives_up_s:
                 raise _summary(failures)
             time.sleep(PAUSE_S)
 
@@ -282,7 +284,8 @@ def _error_of(status: int, data: bytes) -> MeshError:
 
 
 def _summary(failures: list[tuple[Address, MeshError]]) -> MeshError:
-    if len(failures) == 1:
-        return failures[0][1]
+    busy = [error for _, error in failures if isinstance(error, Busy)]
+    if len(failures) == 1 or busy:
+        return busy[0] if busy else failures[0][1]
     tried = "; ".join(f"{address}: {error.message}" for address, error in failures)
     return Unavailable(f"no node answers: {tried}"[:2000], hint=failures[0][1].hint)

@@ -55,6 +55,8 @@ class VoterStatus(Struct, frozen=True):
     lag: int
     silent_ms: int | None
     """Since it last answered the leader; None: never, or this is not the leader."""
+    is_in_doubt: bool = False
+    """It may have lost what it acknowledged, and counts for nothing until it is brought up to date."""
 
 
 class RaftStatus(Struct, frozen=True):
@@ -296,12 +298,13 @@ class ServerLog:
     def _row(self, server: Server, voter: VoterId, *, is_voter: bool) -> VoterStatus:
         engine, (node, _, incarnation) = server.engine, voter.partition("/")
         if voter == engine.me:
-            return VoterStatus(self._me, incarnation, is_voter, engine.last, 0, 0)
+            return VoterStatus(self._me, incarnation, is_voter, engine.last, 0, 0, engine.is_in_doubt)
         progress = engine.progress.get(voter)
         if progress is None:
             return VoterStatus(NodeId(node), incarnation, is_voter, 0, 0, None)
         silent_ms = None if progress.heard_s == -inf else server.silent_ms(progress.heard_s)
-        return VoterStatus(NodeId(node), incarnation, is_voter, progress.match, engine.last - progress.match, silent_ms)
+        lag = engine.last - progress.match
+        return VoterStatus(NodeId(node), incarnation, is_voter, progress.match, lag, silent_ms, progress.is_in_doubt)
 
     async def _wait_moved(self, deadline: float = inf) -> None:
         with trio.move_on_at(min(deadline, trio.current_time() + RETRY_S)):
