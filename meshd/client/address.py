@@ -32,7 +32,7 @@ def parse_address(text: str) -> Address:
         return Address(path=text.removeprefix("unix:"))
     host, _, port = text.removeprefix("https://").rstrip("/").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536 or "/" in host:
         raise InvalidRequest(f"{text!r} is not an address", hint="write HOST:PORT, or unix:PATH for a local agent")
     return Address(host=host, port=int(port))
 

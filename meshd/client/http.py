@@ -226,7 +226,7 @@ class Requester:
             raise NotAllowed(f"the agent's socket {address.path} belongs to another user", hint="use sudo, or --node HOST:PORT with a token") from error  # fmt: skip
         except BlockingIOError as error:
             raise Unavailable(f"{address} has more callers than it can take just now") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that no resolver takes is a ValueError
             if type(error).__name__ == "SSLCertVerificationError":
                 raise NotAllowed(
                     f"{address} is not a node of this mesh", hint="its certificate is signed by somebody else"
@@ -236,7 +236,9 @@ class Requester:
                 if address.host
                 else "the agent is not running: `meshd up`"
             )
-            raise Unreachable(f"cannot reach {address}: {error.strerror or error}", hint=hint) from error
+            raise Unreachable(
+                f"cannot reach {address}: {getattr(error, 'strerror', None) or error}", hint=hint
+            ) from error
         return connection
 
     def _open(self, address: Address) -> http.client.HTTPConnection:

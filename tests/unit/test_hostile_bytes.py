@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
+import trio
 from msgspec import Raw
 
 from fuzz.targets import raft
 from meshd import codec
-from meshd.errors import PeerFault
+from meshd.errors import PeerFault, Unavailable
 from meshd.gossip.facts import GONE_MAX, Facts, Merged
 from meshd.gossip.messages import Chunk as FactsChunk
 from meshd.gossip.messages import SignedChunk
 from meshd.model import Array, BackendOffer, Needs, NodeId, Offer, Resources, TaskState
+from meshd.net.identity_key import KeyPair
+from meshd.net.libp2p.transport import Libp2pTransport
 from meshd.raft.commands import AnyAnswer, Batch, Cancel, Claim, Rejected, RevokeToken, Stamped, Submit
 from meshd.raft.configurations import as_command
 from meshd.raft.machine import Machine
@@ -164,3 +168,16 @@ def test_keys_taken_back_behind_a_gap_do_not_pile_up() -> None:
         body = codec.encode(FactsChunk(other, 3, number, 1, keys))
         results.append(facts.merge(SignedChunk(body, b"s" * 64))[0])
     assert results.count(Merged.NEW) <= GONE_MAX // 1000 and Merged.OVER_LIMIT in results
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "...", "a..b", "x" * 250, "℀.example", "a\0b"])
+async def test_an_address_that_no_resolver_takes_is_a_node_that_is_not_there(host: str) -> None:
+    """Any member tells where it is; whoever dialled such a name lost the task that dialled, and the agent with it."""
+    key, peer = KeyPair.generate(), KeyPair.generate().node_id
+    events = SimpleNamespace(peer_up=lambda peer: None, peer_down=lambda peer: None)
+    transport = Libp2pTransport(key, [], gate=lambda *_: True, book=lambda peer: (f"/dns/{host}/tcp/1",), events=events)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.serve)
+        with pytest.raises(Unavailable, match="cannot reach"):
+            await transport.open_stream(peer, "/meshd/raft/1", timeout_s=20)
+        nursery.cancel_scope.cancel()

@@ -193,7 +193,7 @@ class Libp2pTransport:
             host, port = multiaddrs.parse(address)
             peer_id = ID(_peer_id_bytes(peer))
             socket = await trio.open_tcp_stream(host, port)
-        except (OSError, InvalidRequest) as error:
+        except (OSError, InvalidRequest, ValueError) as error:  # a name that no resolver takes is a ValueError
             raise Unavailable(f"{address}: {error}") from error
         wire = Wire(socket, is_initiator=True)
         try:
