@@ -1,6 +1,6 @@
 """The nodes' disks: small ones in memory that can be filled, and files that can be damaged while nobody uses them.
 
-HOME/node1/          a tmpfs where disks are to be filled, else a directory
+HOME/node1/          a tmpfs where its disk is to be filled, else a directory
 HOME/node1/data/     the agent's data directory
 HOME/node1/ballast   what fills the disk
 """
@@ -39,16 +39,16 @@ def remove_stale() -> list[str]:
 
 
 class Disks:
-    def __init__(self, home: Path, nodes: Sequence[str], *, are_small: bool) -> None:
+    def __init__(self, home: Path, nodes: Sequence[str], *, small: Sequence[str]) -> None:
         self._home = home
         self._nodes = list(nodes)
-        self._are_small = are_small
+        self.small = list(small)
         self._full: set[str] = set()
 
     def __enter__(self) -> Disks:
         for node in self._nodes:
             (self._home / node).mkdir(mode=0o700)
-            if self._are_small:
+            if node in self.small:
                 source = f"{PREFIX}-{os.getpid()}"
                 command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", source, str(self._home / node)]
                 subprocess.run(command, check=True)
@@ -56,7 +56,7 @@ class Disks:
 
     def __exit__(self, *error: object) -> None:
         """What a failed run left on a disk in memory is moved beside it."""
-        for node in self._nodes if self._are_small else ():
+        for node in self.small:
             self._ballast(node).unlink(missing_ok=True)
             kept = self._home / f"{node}-disk"
             subprocess.run(["cp", "-a", str(self._home / node), str(kept)], check=False)

@@ -77,10 +77,12 @@ class Faults:
             case Weather.REPLACE:
                 self._membership.replace(one, self._processes, self.environment(one))
                 return f"{one} is removed, and another joins"
-            case Weather.DISK_FULL:
+            case Weather.DISK_FULL | Weather.DISKS_FULL:
                 left = rng.choice(LEFT_BYTES)
-                self._disks.fill(one, left)
-                return f"{one} has {left >> 20} MiB of disk left"
+                small = self._disks.small if cycle.weather is Weather.DISKS_FULL else self._disks.small[:1]
+                for node in small:
+                    self._disks.fill(node, left)
+                return f"{','.join(small)} has {left >> 20} MiB of disk left"
             case Weather.BIT_FLIP:
                 self._processes.kill([one])
                 what = self._disks.flip(one, rng)

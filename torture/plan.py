@@ -41,19 +41,23 @@ class Weather(StrEnum):
     REPLACE = "replace"
     """A node is removed for good, and a new one joins in its place."""
     DISK_FULL = "disk-full"
+    """Of the one node whose disk is small."""
+    DISKS_FULL = "disks-full"
+    """Of all nodes at once; then all disks are small, and lie in memory, where a sync costs nothing."""
     BIT_FLIP = "bit-flip"
     """One bit of a journal or snapshot, while its node is down and all others are whole."""
 
 
 PARTITIONS = frozenset({Weather.PARTITION, Weather.ONE_WAY, Weather.BRIDGE})
 FAULTS: tuple[str, ...] = (*(each.value for each in Kill), *(each.value for each in Weather))
-DEFAULT_FAULTS = tuple(fault for fault in FAULTS if fault not in (Weather.DISK_FULL, Weather.BIT_FLIP))
+DEFAULT_FAULTS = tuple(fault for fault in FAULTS if fault != Weather.DISKS_FULL)
 
 KILL_WEIGHTS = {Kill.LEADER: 4, Kill.FOLLOWER: 1, Kill.NODE: 3, Kill.MINORITY: 1, Kill.ALL: 1}
 WEATHER_WEIGHTS = {
     Weather.PARTITION: 4, Weather.ONE_WAY: 4, Weather.BRIDGE: 4,
     Weather.SLOW: 2, Weather.LOSSY: 2, Weather.PAUSE: 1, Weather.PAUSE_LEADER: 1, Weather.CLOCK: 1,
-    Weather.DRAIN: 1, Weather.REPLACE: 1, Weather.DISK_FULL: 1, Weather.BIT_FLIP: 1,
+    Weather.DRAIN: 1, Weather.REPLACE: 1, Weather.DISK_FULL: 1, Weather.DISKS_FULL: 1,
+    Weather.BIT_FLIP: 1,
 }  # fmt: skip
 WEATHER_SHARE = 0.4
 """Of the cycles; with the weights above a fifth and more of all cycles cut the network."""

@@ -287,8 +287,8 @@ def torture(options: Options, say: Say, on_begun: Callable[[Torture], None]) -> 
     """Raises NeverReady when not even the mesh comes to stand."""
     started, begun_s = datetime.now(UTC), time.monotonic()
     nodes = [f"node{number}" for number in range(1, options.nodes + 1)]
-    are_disks_small = plan.Weather.DISK_FULL.value in options.faults
-    with Network(nodes) as network, Disks(options.home, nodes, are_small=are_disks_small) as disks:
+    small = _small(nodes, options.faults)
+    with Network(nodes) as network, Disks(options.home, nodes, small=small) as disks:
         run = Torture(options, network, disks, say)
         on_begun(run)
         run.run()
@@ -307,6 +307,13 @@ def torture(options: Options, say: Say, on_begun: Callable[[Torture], None]) -> 
         client_errors=run.observers.errors,
         client_slowest_s=run.observers.slowest_s,
     )
+
+
+def _small(nodes: list[str], faults: Sequence[str]) -> list[str]:
+    """Whose disks are to be filled."""
+    if plan.Weather.DISKS_FULL in faults:
+        return nodes
+    return nodes[:1] if plan.Weather.DISK_FULL in faults else []
 
 
 def _command(argv: Sequence[str]) -> str:

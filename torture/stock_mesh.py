@@ -16,7 +16,7 @@ from torture.processes import Processes, wait_until
 
 class Stock:
     name = "stock"
-    cannot = frozenset({"clock", "drain", "replace", "disk-full", "bit-flip"})
+    cannot = frozenset({"clock", "drain", "replace", "disk-full", "disks-full", "bit-flip"})
     shapes: tuple[str, ...] = ("plain",)
 
     def __init__(self, network: Network, home: Path) -> None:
