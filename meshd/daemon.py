@@ -65,6 +65,7 @@ from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.quorum import describe_stop
 from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, UpdateMember, adds_work
+from meshd.raft.lineage import since
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
 from meshd.raft.queue import FENCES_LOST_MAX
@@ -418,6 +419,7 @@ class _Daemon:
             about_me=lambda: UpdateMember(self.mesh_file.name, self.addresses(), self.api_address, zone(self.config)),
             members_known=self._members_known,
             needs_key=self.has_log and not self.authority.holds_key,
+            lineage=lambda: self.epochs.lineage,
         )
         self.directory.on_change = self._directory_changed
 
@@ -627,7 +629,7 @@ class _Daemon:
     def _leadership_changed(self, is_leader: bool) -> None:
         log.info("raft.leading" if is_leader else "raft.following", term=self.server_log.term if self.server_log else 0)
         if is_leader and self.gossip is not None and self.server_log is not None:
-            self.gossip.publish(LEADER_FACT, codec.encode(self.server_log.term))
+            self.gossip.publish(LEADER_FACT, codec.encode(since(self.epochs.lineage, self.server_log.term)))
         self._feed(Tick(self.leading_term()))
 
     def _members_known(self, view: MembersView) -> None:

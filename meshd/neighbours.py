@@ -17,9 +17,9 @@ from meshd.gossip.service import GossipService
 from meshd.model import NodeId, Offer
 
 LEADER_FACT = "leader"
-"""Published by a server as it begins to lead: its term."""
+"""Published by a server as it begins to lead: its term, above all those before the newest recovery."""
 MEMBERS_FACT = "members"
-"""Published by voters: the log position of the newest change of members."""
+"""Published by voters: the log position of the newest change of members, above all those before the newest recovery."""
 OFFER_FACT = "offer"
 """Published by everybody: what the node can run, also for when no voter can be asked."""
 ADDRESS_FACT = "addr"

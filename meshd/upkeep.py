@@ -20,6 +20,7 @@ from meshd.home import Home
 from meshd.model import Member, NodeId
 from meshd.neighbours import ADDRESS_FACT, MEMBERS_FACT, Neighbours
 from meshd.raft.commands import UpdateMember
+from meshd.raft.lineage import Lineage, since
 from meshd.raft.remote import MeshLog
 from meshd.views import GetMembers, MembersView
 
@@ -50,6 +51,7 @@ class Upkeep:
         about_me: Callable[[], UpdateMember],
         members_known: Callable[[MembersView], None],
         needs_key: bool,
+        lineage: Callable[[], Lineage],
     ) -> None:
         self._me = me
         self._home = home
@@ -61,6 +63,7 @@ class Upkeep:
         self._about_me = about_me
         self._members_known = members_known
         self._needs_key = needs_key
+        self._lineage = lineage
         self._peers_changed = trio.Event()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -82,11 +85,12 @@ class Upkeep:
             if self._log.local is not None:
                 if self._directory.position != announced:
                     announced = self._directory.position
-                    self._gossip.publish(MEMBERS_FACT, codec.encode(announced))
+                    self._gossip.publish(MEMBERS_FACT, codec.encode(since(self._lineage(), announced)))
             else:
                 newest = max(self._neighbours.told_numbers(MEMBERS_FACT).values(), default=0)
                 is_due = trio.current_time() - asked_at > REFRESH_S_MAX
-                if newest > self._directory.position or is_due or self._directory.position == 0:
+                known = since(self._lineage(), self._directory.position)
+                if newest > known or is_due or self._directory.position == 0:
                     try:
                         self._members_known(await self._log.query(GetMembers(), MembersView, timeout_s=5))
                         asked_at = trio.current_time()

@@ -13,8 +13,10 @@ from __future__ import annotations
 Lineage = tuple[str, ...]
 
 RECOVERIES_MAX = 31
-"""A fence is the number times 2**48 plus a counter, and has to stay below 2**53."""
+"""A fence is the number times 2**48 plus a counter (protocol.md 5), and has to stay below 2**53."""
 
+NUMBER_BITS = 48
+"""Terms, positions and the counter in a fence stay below."""
 RANDOM_BYTES = 8
 
 
@@ -30,3 +32,8 @@ def is_next(lineage: Lineage, parent: Lineage) -> bool:
 def name_of(lineage: Lineage) -> str:
     """For people: the number, and enough of the random to tell two of the same number apart."""
     return f"{len(lineage)}-{lineage[-1][:8]}" if lineage else "0"
+
+
+def since(lineage: Lineage, number: int) -> int:
+    """A term, a log position, a fence's counter, so that those of a later recovery are larger: all begin lower than some that are lost."""
+    return (len(lineage) << NUMBER_BITS) + number

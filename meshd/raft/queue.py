@@ -38,7 +38,7 @@ from meshd.raft.commands import (
 )
 from meshd.raft.ids import SeenIds, date_ms_of, number_of
 from meshd.raft.jobs import Job, Row, after_loss, after_outcome, lost_after_ms
-from meshd.raft.lineage import Lineage, is_next
+from meshd.raft.lineage import NUMBER_BITS, Lineage, is_next, since
 from meshd.raft.matching import Matching, Node
 from meshd.raft.moment import Moment
 from meshd.raft.ranges import Ranges
@@ -58,8 +58,6 @@ OUTCOME_BYTES_MAX = 256 << 20
 CANCEL_RANGES_MAX = 1_000
 """Ranges in one Cancel; each is cut out of the job's sets."""
 
-RECOVERY_SHIFT = 48
-"""A fence is the recovery epoch times 2**48 plus a counter (protocol.md 5)."""
 FENCES_LOST_MAX = 1 << 32
 """More leases than any lost frame can have made; 65,000 such losses fit into the counter."""
 
@@ -100,7 +98,7 @@ class Queue:
     @property
     def fence(self) -> int:
         """The newest one given."""
-        return (len(self.lineage) << RECOVERY_SHIFT) + self.leases_made
+        return since(self.lineage, self.leases_made)
 
     def take_apart(self) -> None:
         """Free everything, the jobs last and one after the other: freed at once they hold the interpreter for 0.1 s."""
@@ -252,7 +250,7 @@ class Queue:
 
     def raise_fences(self, above: int) -> Accepted:
         """The next lease has a fence above this one, which is at most one raise ahead."""
-        ahead = min(above - self.fence, FENCES_LOST_MAX, (1 << RECOVERY_SHIFT) - 1 - self.leases_made)
+        ahead = min(above - self.fence, FENCES_LOST_MAX, (1 << NUMBER_BITS) - 1 - self.leases_made)
         self.leases_made += max(0, ahead)
         return Accepted()
 

@@ -6,9 +6,9 @@ import pytest
 
 from meshd.model import OnLost, TaskState
 from meshd.raft.commands import Accepted, Cancel, Recovered, Rejected, ReleaseJob, RemoveMember, Reported, Submit
-from meshd.raft.lineage import RECOVERIES_MAX
+from meshd.raft.lineage import NUMBER_BITS, RECOVERIES_MAX
 from meshd.raft.machine import Machine
-from meshd.raft.queue import RECOVERED_AHEAD_MS_MAX, RECOVERY_SHIFT
+from meshd.raft.queue import RECOVERED_AHEAD_MS_MAX
 from meshd.views import ListJobs, ListTasks
 from tests.scene import BAD, GOOD, WALL_MS, A, B, Scene, job_id, spec
 
@@ -27,9 +27,9 @@ def test_a_fence_given_after_a_recovery_is_above_all_before_it() -> None:
     scene.open(A, 2)
     scene.submit()
     [after] = scene.leases(A, 2)
-    assert before.fence < 1 << RECOVERY_SHIFT < after.fence
+    assert before.fence < 1 << NUMBER_BITS < after.fence
     recover(scene, "r1", "r2")
-    assert scene.machine.fence >> RECOVERY_SHIFT == 2
+    assert scene.machine.fence >> NUMBER_BITS == 2
 
 
 def test_a_recovery_applied_again_changes_nothing_and_another_that_does_not_follow_is_refused() -> None:

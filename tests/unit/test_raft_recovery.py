@@ -15,11 +15,10 @@ from meshd.raft.commands import Batch, Stamped, Submit
 from meshd.raft.configurations import as_command
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal, journal_lineage
-from meshd.raft.lineage import RECOVERIES_MAX, Lineage
+from meshd.raft.lineage import NUMBER_BITS, RECOVERIES_MAX, Lineage
 from meshd.raft.machine import Machine
 from meshd.raft.messages import AnyMessage, VoterId
 from meshd.raft.opening import open_log
-from meshd.raft.queue import RECOVERY_SHIFT
 from meshd.raft.recovery import Kept, as_entry, batch_in, begin_epoch, jobs_to_hold, read_kept
 from meshd.raft.server import Clocks, Server
 from meshd.raft.settings import RaftSettings
@@ -143,7 +142,7 @@ def test_a_server_left_alone_leads_again_with_everything_that_it_had(snapshot_at
     after.run(3)
     assert after.server.engine.leads() and after.server.engine.voters == (ME,)
     assert after.machine.lineage == ("r1",)
-    assert after.machine.fence >> RECOVERY_SHIFT == 1
+    assert after.machine.fence >> NUMBER_BITS == 1
     scene.machine = after.machine
     held, ready, rerun = job_id(1), job_id(2), job_id(3)
     assert scene.job(held).reason and scene.job(ready).reason and not scene.job(rerun).reason

@@ -17,7 +17,7 @@ from meshd.raft.commands import Batch, Found, Stamped
 from meshd.raft.disk import DirectoryDisk
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal
-from meshd.raft.lineage import RECOVERIES_MAX, name_of
+from meshd.raft.lineage import RECOVERIES_MAX, name_of, since
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId
 from meshd.raft.recovery import as_entry
@@ -338,3 +338,7 @@ async def test_only_a_member_that_is_a_server_recovers(tmp_path) -> None:
     keyless.mesh_key.unlink()
     with pytest.raises(StartRefused, match="mesh's key"):
         await recover(keyless)
+
+
+def test_terms_and_positions_of_a_recovered_mesh_are_told_as_later_than_all_before() -> None:
+    assert since((), 2**40) < since(("a",), 1) < since(("a", "b"), 0) < 2**53
