@@ -7,6 +7,7 @@ import pytest
 from meshd.errors import Corrupt
 from meshd.ports import Committed
 from meshd.raft.frames import BLOCK
+from meshd.raft.leading import Leadership
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.settings import RaftSettings
 from tests.sim.raft_world import Node, RaftWorld, Violation, power_cuts, rough_weather
@@ -18,10 +19,10 @@ def done(world: RaftWorld, command: bytes) -> bool:
     return any(isinstance(result, Committed) for body, result in world.outcomes.items() if command in body)
 
 
-def write(world: RaftWorld, command: bytes) -> None:
+def write(world: RaftWorld, command: bytes, *, weight: int = 0) -> None:
     leader = world.leader()
     assert leader is not None
-    world.propose(leader.name, command)
+    world.propose(leader.name, command + bytes(weight))
     world.run_until(lambda: done(world, command), 5, f"{command!r} is acknowledged")
 
 
@@ -225,3 +226,55 @@ def test_a_sole_voter_that_has_lost_more_than_a_last_frame_stops_and_changes_not
         with pytest.raises(Corrupt, match=rf"{name} at byte {5 * BLOCK}.*meshd recover"):
             voter.start()
     assert {name: voter.disk.read(name) for name in voter.disk.names()} == before
+
+
+def brought_half_way(seed: int) -> tuple[RaftWorld, Node, Node]:
+    """A follower lost more than one message can bring back; the leader dies in the moment when its doubt has ended."""
+    world = formed(seed)
+    leader = world.leader()
+    assert leader is not None
+    follower, away = others(world, leader)
+    write(world, b"before")
+    name = [name for name in follower.disk.names() if name.startswith("journal-")][-1]
+    lost = len(follower.disk.read(name).rstrip(b"\0")) // BLOCK + 1
+    for node in (leader, follower):
+        world.cut(node.name, away.name)
+        world.cut(away.name, node.name)
+    for number in range(12):
+        write(world, b"gone %02d" % number, weight=60_000)
+    world.die(follower, has_power=True)
+    follower.disk.flip(name, (lost * BLOCK + 24) * 8)
+    world.revive(follower.name)
+    assert follower.journal.is_in_doubt
+    for node in (leader, follower):
+        world.heal(node.name, away.name)
+        world.heal(away.name, node.name)
+    # The third has none of it, and stays away for a while: without it there is no quorum but with the follower.
+    world.die(away, has_power=False)
+    world.at(6.0, lambda: world.revive(away.name))
+    return world, leader, follower
+
+
+def ended_by_a_leader_that_dies(world: RaftWorld, leader: Node, follower: Node) -> None:
+    while follower.journal.is_in_doubt:
+        world.run(0.0005)
+    world.die(leader, has_power=True)
+    world.run(8)
+    world.revive(leader.name)
+    world.settle()
+
+
+@pytest.mark.parametrize("seed", range(11, 17))
+def test_doubt_ends_when_all_that_is_committed_is_there(seed: int) -> None:
+    ended_by_a_leader_that_dies(*brought_half_way(seed))
+
+
+def test_the_check_sees_what_is_lost_when_doubt_ends_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Leadership, "_may_end_doubt", lambda leading, peer, progress: True)
+    losses = 0
+    for seed in range(11, 17):
+        try:
+            ended_by_a_leader_that_dies(*brought_half_way(seed))
+        except (Violation, Corrupt):
+            losses += 1
+    assert losses
