@@ -29,7 +29,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
     return codec.encode(
         (
             (queue.jobs_made, queue.outcome_bytes, queue.finished_rows, len(queue.finished), len(queue.seen)),
-            (moment.moves, queue.seen.forgotten_ms),
+            (moment.moves, queue.seen.forgotten_ms, queue.lineage, queue.recovered_wall_ms),
             list(queue.totals.values()),
             queue.next_timer_ms(),
             list(members.records.values()),
@@ -60,7 +60,7 @@ def _whole(job: Job) -> object:
     """As it is, not as a snapshot would find it already written down."""
     has_many = len(job.rows) + len(job.results) > ROWS_MAX
     return (
-        job.id, job.number, job.spec, job.owner, job.version, job.ended_wall_ms, job.ready.packed(),
+        job.id, job.number, job.spec, job.owner, job.version, job.ended_wall_ms, job.hold, job.ready.packed(),
         [(state, tasks.packed()) for state, tasks in job.ended.items()],
         (len(job.rows), len(job.results)) if has_many else (job.rows, job.results),
     )  # fmt: skip

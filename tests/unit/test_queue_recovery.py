@@ -165,8 +165,8 @@ def test_a_snapshot_keeps_the_recovery_and_what_it_holds() -> None:
     recover(scene, wall_ms=WALL_MS + 10_000)
     restored = Machine()
     restored.restore(scene.machine.capture()())
+    assert restored.lineage == ("r1",) and restored.digest() == scene.machine.digest()
     scene.machine = restored
-    assert restored.lineage == ("r1",)
     scene.open(A, 2, slots=9)
     assert scene.state(leased) is scene.state(ready) is TaskState.HELD
     resent = job_id(9, WALL_MS + 9_999)

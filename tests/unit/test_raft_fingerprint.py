@@ -34,6 +34,9 @@ def twins() -> tuple[Scene, Machine]:
         lambda machine: machine._queue.totals.update({TaskState.READY: 1}),
         lambda machine: machine._members.revoked.update({B: None}),
         lambda machine: machine._queue.seen.remember(1),
+        lambda machine: setattr(machine._queue, "lineage", ("r1",)),
+        lambda machine: setattr(machine._queue, "recovered_wall_ms", 1),
+        lambda machine: setattr(next(iter(machine._queue.jobs.values())), "hold", 1),
     ],
 )
 def test_sums_and_sessions_show_at_once(tamper: Callable[[Machine], None]) -> None:
