@@ -1,4 +1,4 @@
-"""All figures, one bench after the other: `make bench`. Takes two to four minutes.
+"""All figures, one bench after the other: `make bench`. Takes four to six minutes.
 
     python bench/run.py [NAME …]
 
@@ -20,6 +20,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "idle": ("--seconds", "20"),
     "latency": ("--jobs", "100"),
     "raft": ("--seconds", "2"),
+    "stalls": ("--jobs", "20000", "--seconds", "3"),
     "machine": (),
     "rpc": (),
     "backends": ("2",),
