@@ -164,6 +164,8 @@ class Recovery:
             "  may be lost: what was acknowledged by others after this log's end: submissions, results, members, tokens; "
             "tasks that ended since then may run again"
         )
+        if kept.journal.doubt:
+            say(f"  lost on this disk: {kept.journal.doubt}; the damaged files are kept beside as *.bad-N")
         held = list(jobs_to_hold(kept, me=me, random=self._random, wall_ms=now_ms))
         say(f"  held until `mesh job release`: what may not run twice (on_lost wait or fail), in all {len(held)}")
         for job in held[:HELD_SHOWN]:

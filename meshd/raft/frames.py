@@ -73,6 +73,8 @@ class LocalHeader(Struct, frozen=True):
     """The recoveries of the mesh that this log has been through."""
     voters: tuple[VoterId, ...] = ()
     """The newest configuration that was known when it began: who can help when the entries that say so are lost."""
+    lost: str = ""
+    """In doubt: what of that was acknowledged for sure. A sole voter must not go on over it, however often it starts."""
 
 
 class End(Enum):

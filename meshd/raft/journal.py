@@ -261,7 +261,8 @@ class Journal(StockJournal):  # type: ignore[misc]
             is_in_doubt=self.is_in_doubt,
             takes_over=None if takes_over_at is None else (old, takes_over_at),
             base=self._disk_last,
-            voters=voters or self.header.voters,
+            voters=self.header.voters if self.is_in_doubt else voters or self.header.voters,
+            lost=self.header.lost if self.is_in_doubt else "",
         )
         head = codec.encode(header)
         number = self._segments.begin(sum(aligned(len(body) + FRAME_BYTES_MIN) for body in (head, *bodies)))

@@ -86,13 +86,14 @@ def open_journal(
     voters = replay.voters(found.voters, newest.founding)
     is_sole = len(voters) == 1 and voters[0].endswith(f"/{newest.incarnation}")
     verdict = replay.verdict(found.at, is_sole=is_sole)
-    if is_sole and verdict.is_loss and not is_recovery:
+    lost = verdict.doubt if verdict.is_loss else replay.lost
+    if is_sole and lost and not is_recovery:
         raise Corrupt(
-            f"the only voter of this mesh has lost what it acknowledged: {verdict.doubt}"
+            f"the only voter of this mesh has lost what it acknowledged: {lost}"
             + (f"; damaged: {', '.join(found.damaged)}" if found.damaged else ""),
-            hint="nobody else can have it back for sure: `meshd recover` goes on with what is left and says what that is",
+            hint="`meshd recover` goes on with what is left and says what that is; if other voters run, `meshd rejoin` here",
         )
-    header = structs.replace(newest, start=newest.start + 1, random=random, voters=voters)
+    header = structs.replace(newest, start=newest.start + 1, random=random, voters=voters, lost=lost)
     forget_unfinished(disk)
     journal = Journal(header, Segments(disk, sizes or JournalSizes()), verdict.entries)
     journal.doubt, journal.is_in_doubt = verdict.doubt, bool(verdict.doubt)

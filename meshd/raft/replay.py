@@ -64,7 +64,11 @@ class Replay:
         """What could not be read, by file and offset."""
         self._pieces: list[_Piece] = []
         self._hint: tuple[VoterId, ...] = ()
+        """Of the newest header."""
+        self._named: tuple[VoterId, ...] = ()
+        """Of that, or of an entry behind it."""
         self._was_in_doubt = False
+        self._lost = ""
         self._may_have_voted = False
         """A vote may have been in a gap."""
         self._unproven_end = ""
@@ -97,17 +101,14 @@ class Replay:
         """(index, term) of the last entry that was read, also when there is a gap behind it."""
         return next((last for piece in reversed(self._pieces) if (last := piece.last)), (FIRST_INDEX, 0))
 
+    @property
+    def lost(self) -> str:
+        """What an earlier start has found to be lost, while that is not mended."""
+        return self._lost if self._was_in_doubt else ""
+
     def voters(self, of_snapshot: Sequence[VoterId], founding: Sequence[VoterId]) -> tuple[VoterId, ...]:
-        """The newest configuration that anything readable names. Raises Corrupt."""
-        for piece in reversed(self._pieces):
-            for command, index, _ in reversed(piece.entries):
-                try:
-                    voters = voters_of(command)
-                except InvalidRequest as error:
-                    raise Corrupt(f"entry {index} of the journal cannot be read: {error.message}") from error
-                if voters is not None:
-                    return voters
-        return tuple(self._hint or of_snapshot or founding)
+        """The newest configuration that anything readable names; in doubt, that was readable when it began."""
+        return tuple((self._hint if self._was_in_doubt else self._named) or of_snapshot or founding)
 
     def verdict(self, snapshot: tuple[int, int] | None, *, is_sole: bool) -> Verdict:
         """`is_sole`: nobody else could have voted for anything else, so a gap between entries in a row held none."""
@@ -126,7 +127,7 @@ class Replay:
             return Verdict(entries, f"a vote may be lost: {', '.join(self.gaps)}")
         if self._unproven_end:
             return Verdict(entries, f"the last frame is damaged, and may have been acknowledged: {self._unproven_end}")
-        return Verdict(entries, "it was in doubt before this start" if self._was_in_doubt else "")
+        return Verdict(entries, (self._lost or "it was in doubt before this start") if self._was_in_doubt else "")
 
     # --- in order ------------------------------------------------------------------------------------------------------
 
@@ -141,8 +142,8 @@ class Replay:
         elif header.term == self.term and header.vote is not None:
             self.vote = header.vote
         self._may_have_voted = False
-        self._was_in_doubt = header.is_in_doubt
-        self._hint = header.voters or self._hint
+        self._was_in_doubt, self._lost = header.is_in_doubt, header.lost
+        self._hint = self._named = header.voters or self._named
 
     def _take(self, name: str, offset: int, record: Record) -> None:
         piece = self._pieces[-1]
@@ -154,13 +155,15 @@ class Replay:
                         self._pieces.append(piece := _Piece(None))
                     piece.base = (index - 1, None)
                 piece.entries.append((command, index, term))
+                self._named = _voters_in(piece.entries[-1:]) or self._named
                 self.term = max(self.term, term)
             case ("t", int(term), str() | None as vote) if 0 <= term <= TERM_MAX:
                 self.term, self.vote = max(self.term, term), None if vote is None else VoterId(vote)
                 self._may_have_voted = False
             case ("x", int(index)) if 0 < index <= TERM_MAX:
                 while piece.entries and piece.entries[-1][1] >= index:
-                    piece.entries.pop()
+                    if _voters_in([piece.entries.pop()]):
+                        self._named = _voters_in(piece.entries) or self._hint
                 if piece.last is not None and piece.last[0] >= index:
                     # Reaches behind a gap, or into segments that were given back: only a snapshot covers what lies before.
                     piece.base = (index - 1, None)
@@ -172,6 +175,18 @@ class Replay:
                 self._was_in_doubt = False
             case _:
                 raise Corrupt(f"journal {name} at byte {offset}: unknown record")
+
+
+def _voters_in(entries: list[Entry]) -> tuple[VoterId, ...]:
+    """The newest configuration among them. Raises Corrupt."""
+    for command, index, _ in reversed(entries):
+        try:
+            voters = voters_of(command)
+        except InvalidRequest as error:
+            raise Corrupt(f"entry {index} of the journal cannot be read: {error.message}") from error
+        if voters is not None:
+            return tuple(voters)
+    return ()
 
 
 def _in_a_row(pieces: list[_Piece]) -> list[_Piece]:

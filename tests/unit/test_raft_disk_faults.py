@@ -101,6 +101,39 @@ def test_a_sole_voter_without_a_snapshot_that_the_log_joins_stops_and_changes_no
     assert {name: disk.read(name) for name in disk.names()} == before
 
 
+def test_a_sole_voter_that_a_recovery_has_looked_at_still_does_not_go_on_by_itself() -> None:
+    disk = MemoryDisk()
+    written(disk, (ME,))
+    for name in snapshots(disk):
+        disk.flip(name, 800)
+    journal, _ = open_log(
+        disk, mesh="m", lineage=(), me=NodeId("a"), is_founding=False, random="bb", incarnation="", sizes=SIZES,
+        is_recovery=True,
+    )  # fmt: skip
+    assert "lost" in journal.doubt
+    for _ in range(2):
+        with pytest.raises(Corrupt, match="meshd recover"):
+            opened(disk, random="cc")
+
+
+def test_who_has_lost_the_entries_that_name_its_peers_does_not_take_itself_for_alone() -> None:
+    """Not at the second start either, when nothing of what named them is left."""
+    disk = MemoryDisk()
+    journal, _ = opened(disk, is_founding=True)
+    journal.setCurrentTerm(1, ME)
+    journal.add(as_command((ME,)), 2, 1)
+    journal.commit()
+    journal.add(as_command((ME, B, C)), 3, 1)
+    journal.commit()
+    add(journal, 8)
+    journal, _ = opened(disk)
+    disk.flip("journal-000000000000", (2 * 4096 + 24) * 8)
+    for start in range(3):
+        journal, _ = opened(disk, random=f"c{start}")
+        assert held(journal) == [2] and journal.is_in_doubt
+        assert set(journal.header.voters) == {ME, B, C}
+
+
 def test_a_snapshot_that_finds_no_room_changes_nothing() -> None:
     disk = MemoryDisk()
     journal = written(disk)
