@@ -148,10 +148,14 @@ class Elections:
         """Any server may ask and is answered: the candidate's configuration decides whether it counts."""
         raft, leading = self._raft, self.leading
         is_newer = (m.last_term, m.last_index) >= (raft.last_term, raft.last)
+        has_leader = (
+            raft.now() - self._heard_s < raft.settings.election_min_s if leading is None else leading.in_contact()
+        )
+        if has_leader and not m.is_trial and peer not in raft.voters:
+            # Nothing that a non-voter sends moves a term: not even one whom nobody told that it votes no more.
+            raft.send(peer, Voted(raft.term, m.term, False, False, raft.is_in_doubt))
+            return
         if m.is_trial:
-            has_leader = (
-                raft.now() - self._heard_s < raft.settings.election_min_s if leading is None else leading.in_contact()
-            )
             is_granted = is_newer and m.term > raft.term and not has_leader
             raft.send(peer, Voted(raft.term, m.term, is_granted, True, raft.is_in_doubt))
             if leading is not None:

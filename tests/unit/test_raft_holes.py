@@ -5,26 +5,31 @@ If a test of stock fails after an upgrade of PySyncObj, the hole may have been c
 
 from __future__ import annotations
 
+import gzip
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from random import Random
 from typing import Any
 
 import pytest
-from pysyncobj import SyncObj, SyncObjConf, replicated, syncobj
+from pysyncobj import SyncObj, SyncObjConf, replicated, serializer, syncobj
+from pysyncobj import pickle as stock_serialization
 from pysyncobj.journal import MemoryJournal
 from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
-from meshd.errors import Corrupt
+from meshd import codec
+from meshd.errors import Corrupt, PeerFault
 from meshd.raft.applying import ApplyFailed
 from meshd.raft.configurations import as_command
 from meshd.raft.engine import Engine
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal
-from meshd.raft.messages import Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
+from meshd.raft.messages import REPLICATED, Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
 from meshd.raft.reopening import Found, open_journal
 from meshd.raft.settings import RaftSettings
+from meshd.raft.snapshot import Image, unpack_image
 from meshd.testing.raft_disk import MemoryDisk
 
 A, B, C, D, E = (VoterId(f"{name}/01") for name in "abcde")
@@ -75,6 +80,10 @@ class Stock(SyncObj):  # type: ignore[misc]
     def poison(self, _: bytes) -> None:
         self.runs += 1
         raise ValueError("poison")
+
+    @replicated  # type: ignore[untyped-decorator]
+    def count(self, _: bytes) -> None:
+        self.runs += 1
 
     @property
     def last(self) -> int:
@@ -195,6 +204,51 @@ def test_f2_only_what_the_message_verified_is_committed(clock: Clock) -> None:
     assert ours.commit == 2
 
 
+# --- F3: a log that does not join ------------------------------------------------------------------------------------------
+
+
+def test_stock_goes_back_one_entry_for_each_round_trip(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.append(1, (1, 0), [(index, 1) for index in range(2, 50)], 1)
+    stock.append(2, (49, 2), [], 1)
+    assert stock.post.sent[-1][1]["next_node_idx"] == 49
+
+
+def test_f3_a_follower_says_at_once_from_where_its_log_is_surely_the_leaders(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.hear(1, (1, 0), [(index, 1) for index in range(2, 50)], 7)
+    ours.hear(2, (49, 2), [], 7)
+    answer = ours.answer()
+    assert isinstance(answer, Appended) and (answer.is_ok, answer.next) == (False, 8)
+
+
+# --- F5: what is on its way -------------------------------------------------------------------------------------------------
+
+
+def test_stock_sends_again_what_is_on_its_way_after_each_success(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.be_elected(clock)
+    for index in range(3, 13):
+        stock._SyncObj__raftLog.add(NO_OP, index, 1)
+    stock._SyncObj__sendAppendEntries()
+    assert stock._SyncObj__raftNextIndex[Node("B")] == 13
+    stock.post.receive("B", type="next_node_idx", next_node_idx=3, reset=False, success=True)
+    assert stock._SyncObj__raftNextIndex[Node("B")] == 3
+
+
+def test_f5_a_success_sends_nothing_again(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    for _ in range(4):
+        ours.propose(b"batch", lambda *_: None)
+        ours.turn()
+    ours.sent.clear()
+    ours.acknowledge(B, 4)
+    told = [entry[1] for peer, m in ours.sent if peer == B and isinstance(m, Append) for entry in m.entries]
+    assert (ours.progress[B].next, told) == (7, [])
+
+
 # --- F4: answers of another term -----------------------------------------------------------------------------------------
 
 
@@ -286,6 +340,21 @@ def test_f6_a_state_machine_that_raises_is_run_once_and_its_callers_told(clock: 
     assert ApplyFailed
 
 
+def test_stock_runs_a_command_again_when_its_caller_raises(clock: Clock) -> None:
+    stock = Stock()
+    clock.now_s += 5
+    stock.doTick(0.0)
+
+    def answer(*_: object) -> None:
+        raise ValueError("the caller's fault")
+
+    stock.count(b"x", callback=answer)
+    for _ in range(5):
+        with suppress(ValueError):
+            stock.doTick(0.0)
+    assert stock.runs > 1
+
+
 def test_f7_a_caller_that_raises_changes_nothing_that_is_applied(clock: Clock) -> None:
     runs = []
 
@@ -307,6 +376,14 @@ def test_f7_a_caller_that_raises_changes_nothing_that_is_applied(clock: Clock) -
 # --- F8, F10, F17: elections ---------------------------------------------------------------------------------------------
 
 
+def test_stock_campaigns_on_waking_before_it_reads_its_mail(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.append(1, (1, 0), [], 1)
+    clock.now_s += 60
+    stock.doTick(0.0)
+    assert stock.raftCurrentTerm == 2
+
+
 def test_f8_a_process_that_stood_still_reads_its_mail_before_it_campaigns(clock: Clock) -> None:
     ours = Ours(clock, A, B, C)
     clock.now_s += 60
@@ -314,6 +391,17 @@ def test_f8_a_process_that_stood_still_reads_its_mail_before_it_campaigns(clock:
     assert ours.sent == [] and ours.term == 0
     ours.hear(1, (1, 0), [], 1)
     assert ours.leader == B
+
+
+def test_stock_raises_its_term_for_as_long_as_it_is_cut_off_and_deposes_the_leader_with_it(clock: Clock) -> None:
+    away, leader = Stock("B", "C"), Stock("B", "C")
+    for _ in range(20):
+        clock.now_s += 5
+        away.doTick(0.0)
+    assert away.raftCurrentTerm == 20
+    leader.be_elected(clock)
+    leader.post.receive("C", type="request_vote", term=away.raftCurrentTerm, last_log_index=1, last_log_term=0)
+    assert not leader._isLeader()
 
 
 def test_f10_a_server_cut_off_raises_no_term(clock: Clock) -> None:
@@ -343,6 +431,14 @@ def test_f10_a_leader_in_contact_refuses_trials(clock: Clock) -> None:
     ours.acknowledge(B, 3, sent_s=clock.now_s)
     ours.receive(C, Vote(2, 9, 9, True))
     assert (ours.sent[-1], ours.is_leader) == ((C, Voted(1, 2, False, True)), True)
+
+
+def test_stock_leads_on_for_half_a_minute_though_nobody_answers(clock: Clock) -> None:
+    stock = Stock("B", "C")
+    stock.be_elected(clock)
+    clock.now_s += 25
+    stock.doTick(0.0)
+    assert stock._isLeader()
 
 
 def test_f17_a_leader_that_nobody_answers_steps_down_after_a_second(clock: Clock) -> None:
@@ -395,6 +491,39 @@ def test_f9_answers_of_those_who_were_not_asked_move_nothing(clock: Clock) -> No
     assert (ours.is_leader, ours.term, ours.commit) == (True, 1, 1)
 
 
+def test_f9_a_vote_of_one_who_is_no_voter_moves_no_term_while_there_is_a_leader(clock: Clock) -> None:
+    """Whom an old configuration does not know may be elected, so it is answered; but not to depose anybody."""
+    leader = Ours(clock, A, B, C)
+    leader.be_elected(clock)
+    leader.acknowledge(B, 3, sent_s=clock.now_s)
+    follower = Ours(clock, A, B, C)
+    follower.hear(1, (1, 0), [], 1)
+    for ours in (leader, follower):
+        ours.receive(D, Vote(10**15, 9, 9, False))
+        assert (ours.term, ours.sent[-1]) == (1, (D, Voted(1, 10**15, False, False)))
+    clock.now_s += 0.9
+    follower.receive(D, Vote(2, 9, 9, False))
+    assert follower.answer() == Voted(2, 2, True, False)
+
+
+def test_f9_nobody_can_hand_over_a_ready_made_entry(clock: Clock) -> None:
+    """Stock appends whatever bytes a peer sends as a command, also `remove voter B`."""
+    stock = Stock("B", "C")
+    stock.be_elected(clock)
+    stock._SyncObj__raftLastApplied = stock.last
+    stock.post._onReadonlyNodeConnected(Node("W"))
+    stock.post.receive("W", type="apply_command", command=b"\x02" + codec.pack(("rem", "B", "B")))
+    stock.doTick(0.0)
+    assert stock.otherNodes == {Node("C")}
+    removal = as_command([A, C])
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    ours.acknowledge(B, 3)
+    ours.propose(removal, lambda *_: None)
+    ours.turn()
+    assert ours.journal[-1][0][:1] == REPLICATED and ours.voters == (A, B, C)
+
+
 def test_who_is_not_in_its_own_configuration_answers_votes_and_never_asks(clock: Clock) -> None:
     learner = Ours(clock)
     clock.now_s += 60
@@ -408,6 +537,91 @@ def test_who_is_not_in_its_own_configuration_answers_votes_and_never_asks(clock:
     assert learner.answer() == Voted(1, 1, True, False)
     learner.receive(C, Vote(1, 5, 1, False))
     assert learner.answer() == Voted(1, 1, False, False), "one vote in a term"
+
+
+# --- F11, F13, F14: snapshots ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stock_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the engine takes pickle away from stock."""
+    monkeypatch.setattr(serializer, "pickle", stock_serialization)
+
+
+def _receive_dump(stock: Stock, blob: bytes) -> None:
+    for part in ((blob, True, False), (b"", False, True)):
+        stock.post.receive("B", type="append_entries", term=1, commit_index=1, serialized=part)
+
+
+def _dump(index: int) -> bytes:
+    return gzip.compress(pickle.dumps((None, (NO_OP, index, 1), (NO_OP, index - 1, 1), ["A", "B", "C"])))
+
+
+def test_stock_forgets_acknowledged_entries_behind_a_snapshot_and_who_waits_for_them(
+    clock: Clock, stock_pickle: None
+) -> None:
+    stock = Stock("B", "C")
+    stock.append(1, (1, 0), [(index, 1) for index in range(2, 6)], 1)
+    answers: list[object] = []
+    stock._SyncObj__commandsWaitingCommit[3].append((1, lambda *answer: answers.append(answer)))
+    _receive_dump(stock, _dump(3))
+    stock.doTick(0.0)
+    assert (stock.last, answers) == (3, [])
+
+
+def test_f11_a_log_that_agrees_with_a_snapshot_keeps_its_tail(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.hear(1, (1, 0), [(index, 1) for index in range(2, 6)], 1)
+    ours.install(Image("m", 3, 1, (A, B, C), b""), lambda: None)
+    assert (ours.first, ours.last, ours.commit, ours.applied) == (3, 5, 3, 3)
+
+
+def test_f13_who_waits_for_an_entry_that_a_snapshot_covers_learns_that_nobody_knows(clock: Clock) -> None:
+    ours = Ours(clock, A, B, C)
+    ours.be_elected(clock)
+    outcomes: list[object] = []
+    ours.propose(b"batch", lambda *outcome: outcomes.append(outcome))
+    ours.turn()
+    ours.hear(2, (1, 0), [], 1)
+    ours.install(Image("m", 9, 2, (A, B, C), b""), lambda: None)
+    assert outcomes == [(None, 3, "its outcome was not seen here")]
+
+
+def test_stock_acknowledges_a_snapshot_that_it_cannot_read(clock: Clock, stock_pickle: None) -> None:
+    stock = Stock("B", "C")
+    _receive_dump(stock, b"no snapshot at all")
+    assert stock.post.sent[-1][1]["success"]
+
+
+def test_f14_a_snapshot_that_cannot_be_read_is_an_error(clock: Clock) -> None:
+    with pytest.raises(PeerFault, match="do not have its digest"):
+        unpack_image(b"no snapshot at all", digest=bytes(32), mesh="m")
+
+
+def test_stock_begins_every_running_transfer_anew_with_each_compaction(stock_pickle: None) -> None:
+    """One cause of the stall of a server that comes back under load; ours is in tests/sim/test_raft_rejoin.py."""
+    stock = serializer.Serializer(None, 4, False, None, None, None)
+    for index in (1, 2):
+        stock.serialize((index,), index)
+        stock.checkSerializing()
+        _, is_first, _ = stock.getTransmissionData("B")
+        assert is_first, "though the peer has a part of it"
+        assert not stock.getTransmissionData("B")[1]
+
+
+# --- F18: names of methods ------------------------------------------------------------------------------------------------
+
+
+def test_stock_numbers_its_methods_by_their_place_in_the_alphabet(clock: Clock) -> None:
+    class Newer(Stock):
+        @replicated  # type: ignore[untyped-decorator]
+        def another(self, _: bytes) -> None: ...
+
+    assert Newer()._methodToID["poison_v0"] != Stock()._methodToID["poison_v0"]
+
+
+def test_f18_there_is_one_method_and_what_it_means_is_in_its_bytes(clock: Clock) -> None:
+    assert list(Ours(clock, A)._methodToID.values()) == [0]
 
 
 # --- F15: membership -----------------------------------------------------------------------------------------------------
