@@ -6,7 +6,6 @@ process, so what asks and what is asked share the core: that is how an agent's A
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -24,7 +23,7 @@ import structlog
 import trio
 
 from bench.turns import Steps, Turns
-from meshd import codec
+from meshd import codec, interpreter
 from meshd.errors import MeshError, Unavailable
 from meshd.model import NodeId
 from meshd.net.identity_key import KeyPair
@@ -271,8 +270,7 @@ async def serve(config: dict[str, Any], turns: Turns) -> None:
 
 def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    gc.collect()
-    gc.freeze()  # as the agent does at its start
+    interpreter.prepare()  # as the agent does
     config = json.loads(sys.argv[1])
     turns = Steps() if os.environ.get("BENCH_STEPS") else Turns()
     if profile := os.environ.get("BENCH_PROFILE"):

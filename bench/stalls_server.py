@@ -19,7 +19,7 @@ import trio
 from bench.machine import SECRET
 from bench.raft_server import transport_of
 from bench.turns import Steps
-from meshd import codec
+from meshd import codec, interpreter
 from meshd.errors import Unavailable
 from meshd.ids import new_job_id
 from meshd.model import JobId, JobSpec, Member, Needs, Resources, Role, Run, TaskState
@@ -153,7 +153,7 @@ async def serve(config: dict[str, Any], turns: Steps) -> None:
         await nursery.start(server.log.serve)
         with suppress(Unavailable):
             await server.has_formed(config["jobs"])
-        gc.freeze()  # as the agent does when it is ready
+        interpreter.settle()  # as the agent does when it is ready
 
         def say(*, is_look: bool = False) -> None:
             role = "leader" if server.log.leader == server.me else "follower"
@@ -194,8 +194,7 @@ async def serve(config: dict[str, Any], turns: Steps) -> None:
 
 def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    gc.collect()
-    gc.freeze()  # as the agent does at its start
+    interpreter.prepare()  # as the agent does
     turns = Steps()
     trio.run(serve, json.loads(sys.argv[1]), turns, instruments=[turns])
 

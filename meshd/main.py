@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import resource
@@ -101,7 +100,7 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
 
     import trio
 
-    from meshd import daemon
+    from meshd import daemon, interpreter
 
     _allow_files()
 
@@ -112,21 +111,14 @@ def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flag
             async with trio.open_nursery() as agents:
                 run = partial(daemon.run, settings, invite=invite, may_found=not is_resume, stop=stop)
                 await _announce(await agents.start(run), settings.home)
-                # The queue's tables were just read in; they stay, and to look through 100,000 jobs takes 20 ms.
-                gc.freeze()
+                interpreter.settle()
             signals.cancel_scope.cancel()
 
-    _freeze_modules()
+    interpreter.prepare()
     try:
         trio.run(serve)
     except BaseExceptionGroup as group:
         raise _first(group) from group
-
-
-def _freeze_modules() -> None:
-    """What the modules hold lives as long as the process: each full collection looked at it for 40 ms, with the loop waiting."""
-    gc.collect()
-    gc.freeze()
 
 
 def _home_of(data_dir: str | None) -> Path:
