@@ -388,12 +388,21 @@ def _summary(state: State) -> Summary:
     return Summary(
         jobs=len(queue.jobs),
         live_jobs=len(queue.jobs) - len(queue.finished),
-        counts=Counts(**{task_state.value: count for task_state, count in queue.totals.items()}),
+        counts=_totals(queue),
         backends=tuple(BackendOffer(name, version) for name, version in sorted(backends)),
         position=state.moment.position,
         wall_ms=state.moment.wall_ms,
         state_digest=state.digest(),
     )
+
+
+def _totals(queue: Queue) -> Counts:
+    counted = dict(queue.totals)
+    for job in queue.on_hold.values():
+        for state in (TaskState.READY, TaskState.WAITING):
+            counted[state] -= job.count(state)
+            counted[_shown(job, state)] += job.count(state)
+    return Counts(**{state.value: count for state, count in counted.items()})
 
 
 def _limit(limit: int) -> int:

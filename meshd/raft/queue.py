@@ -82,6 +82,8 @@ class Queue:
         self.lineage: Lineage = ()
         self.recovered_wall_ms = 0
         """Of the newest recovery: an id dated before it may have been submitted to the log that was lost."""
+        self.on_hold: dict[JobId, Job] = {}
+        """Unfinished jobs that a recovery holds."""
         self.leases_made = 0
         self.jobs_made = 0
         self.outcome_bytes = 0
@@ -205,7 +207,7 @@ class Queue:
         self.seen.remember(number)
         if job.spec.on_lost is not OnLost.RERUN and date_ms_of(number) < self.recovered_wall_ms:
             # Perhaps a resend of what the lost log had accepted, and begun.
-            job.hold = len(self.lineage)
+            self._put_on_hold(job)
         self.add(job)
         self.totals[TaskState.READY] += len(job.ready)
         self.index(job)
@@ -262,6 +264,7 @@ class Queue:
             return Accepted()
         why = f"recovery {job.hold} held it"
         job.hold = 0
+        del self.on_hold[job.id]
         for task in sorted(task for task, row in job.rows.items() if row.state is TaskState.HELD):
             # Failing one may have cancelled the rest of its job.
             if (row := job.rows.get(task)) is not None and row.state is TaskState.HELD:
@@ -272,13 +275,17 @@ class Queue:
 
     def _hold(self, job: Job) -> None:
         """Leases of live sessions follow when these end; no node can speak for an attempt of a held job."""
-        job.hold = len(self.lineage)
+        self._put_on_hold(job)
         for task, row in list(job.rows.items()):
             if row.state is TaskState.HELD:
                 if row.node is not None:
                     self._matching.nodes[row.node].held.pop(row.fence, None)
                 self._move(job, task, _held(row, job.hold))
         self._settle(job)
+
+    def _put_on_hold(self, job: Job) -> None:
+        job.hold = len(self.lineage)
+        self.on_hold[job.id] = job
 
     # --- leases
 
@@ -528,6 +535,7 @@ class Queue:
         if job.is_final:
             return
         job.ended_wall_ms = self._moment.wall_ms
+        self.on_hold.pop(job.id, None)
         self._matching.retire(job)
         self._timers.drop((job.number, _QUEUE_DEADLINE))
         self._timers.drop((job.number, _TOTAL_DEADLINE))

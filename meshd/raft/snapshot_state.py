@@ -216,6 +216,8 @@ def _restore_job(record: JobRecord, matching: Matching, queue: Queue) -> None:
     if job.is_final:
         queue.finished_rows += len(job.results)
         return
+    if job.hold:
+        queue.on_hold[job.id] = job
     queue.index(job)
     for task, row in job.rows.items():
         if row.node is None or row.node not in matching.nodes:

@@ -11,7 +11,20 @@ from meshd import codec
 from meshd.errors import MeshError
 from meshd.model import Array, AttemptKey, EndReason, Inline, JobId, OnLost, Outcome, Retry, TaskState, Timeout
 from meshd.raft.agenda import Agenda
-from meshd.raft.commands import AnyAnswer, Batch, Cancel, RemoveMember, RetryJob, SetDraining, Stamped, Submit
+from meshd.raft.commands import (
+    Accepted,
+    AnyAnswer,
+    Batch,
+    Cancel,
+    Recovered,
+    ReleaseJob,
+    RemoveMember,
+    RetryJob,
+    SetDraining,
+    Stamped,
+    Submit,
+)
+from meshd.raft.lineage import RECOVERIES_MAX
 from meshd.raft.machine import Machine
 from meshd.raft.ranges import Ranges
 from meshd.views import PAGE_MAX, Explain, GetMembers, GetSummary, ListJobs, ListTasks
@@ -202,6 +215,19 @@ class MachineLaws(RuleBasedStateMachine):
             if getattr(self.scene.do(A, RetryJob(self.ids[at % len(self.ids)], new)), "is_new", False):
                 self.ids.append(new)
 
+    @rule(is_dated_ahead=st.booleans())
+    def recover(self, is_dated_ahead):
+        machine = self.scene.machine
+        lineage = (*machine.lineage, f"r{len(machine.lineage)}")
+        if len(lineage) <= RECOVERIES_MAX:
+            assert self.scene.do(A, Recovered(lineage, machine.wall_ms + 1000 * is_dated_ahead)) == Accepted()
+            assert not machine.sessions_live()
+
+    @rule(at=index)
+    def release(self, at):
+        if self.ids:
+            self.scene.do(A, ReleaseJob(self.ids[at % len(self.ids)]))
+
     @rule(node=nodes, is_draining=st.booleans())
     def drain(self, node, is_draining):
         self.scene.do(A, SetDraining(node, is_draining))
@@ -259,6 +285,15 @@ class MachineLaws(RuleBasedStateMachine):
             if job.kind is not None and job.may_lease:
                 for node in machine._matching.nodes.values():
                     assert not (node.has_room and machine._matching.fits_now(node, job.kind)), (job.id, node.id)
+
+    @invariant()
+    def nothing_of_a_held_job_runs_or_can_be_spoken_for(self):
+        queue = self.scene.machine._queue
+        for job in queue.jobs.values():
+            assert (job.id in queue.on_hold) == (bool(job.hold) and not job.is_final)
+            if job.hold and not job.is_final:
+                assert job.spec.on_lost is not OnLost.RERUN and not job.leased and not job.running
+                assert all(row.node is None for row in job.rows.values() if row.state is TaskState.HELD)
 
     @invariant()
     def at_once_is_kept(self):

@@ -114,7 +114,7 @@ def test_a_task_that_is_held_for_its_lost_node_loses_its_deadline() -> None:
     scene.do(B, RemoveMember(A))
     assert scene.state(job) is TaskState.HELD
     assert scene.do(B, Cancel(job)) == Accepted()
-    assert scene.state(job) is TaskState.CANCELLED
+    assert scene.state(job) is TaskState.CANCELLED and not scene.machine._queue.on_hold
 
 
 def test_an_attempt_that_its_user_has_cancelled_is_over_and_not_held() -> None:
