@@ -6,6 +6,7 @@ such thing behind a byte 1), query and body, each behind a zero byte.
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from functools import cache
 from urllib.parse import quote_from_bytes
@@ -60,6 +61,9 @@ def seeds() -> Iterator[bytes]:
         return bytes([number]) + parameter.encode() + b"\0" + query.encode() + b"\0" + data
 
     endpoints = _endpoints()
+    trees = next(number for number, endpoint in enumerate(endpoints) if endpoint.path == "/v1/trees")
+    for tar in _tars():
+        yield join([frame(trees, body=tar)])
     for number, endpoint in enumerate(endpoints):
         yield join(
             [frame(number, parameter) for parameter in ("last\x010", "last\x01²", "self", "a" * 64, "x\r\n", "\0")]
@@ -87,6 +91,8 @@ def seeds() -> Iterator[bytes]:
             for body in (
                 {},
                 {"tasks": [[0, 1]]},
+                b'{"tasks":[[0,99999999999999999999999]]}',
+                b'{"deadline_ms":1' + b"0" * 400 + b"}",
                 {"roles": ["worker"], "uses": 1},
                 {"name": "ann", "role": "admin"},
                 {"deadline_ms": 5, "cancel": True},
@@ -113,3 +119,25 @@ def seeds() -> Iterator[bytes]:
                 )
             ]
         )
+
+
+def _tars() -> Iterator[bytes]:
+    def packed(name: str, data: bytes = b"x", **changed: object) -> bytes:
+        head = tarfile.TarInfo(name)
+        head.size = len(data)
+        for field, value in changed.items():
+            setattr(head, field, value)
+        return head.tobuf(tarfile.PAX_FORMAT) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+    end = bytes(1024)
+    yield packed("a") + packed("b/c", b"y" * 600, mode=0o755) + end
+    yield packed("../a") + end
+    yield packed("a") + packed("a") + end
+    yield packed("l", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd") + end
+    yield packed("d", b"", type=tarfile.DIRTYPE) + packed("é" * 60) + end
+    yield packed("big", size=2**60)
+    yield packed("p", pax_headers={"size": "-1", "path": "q\0", "GNU.sparse.major": "1"}) + end
+    broken = bytearray(packed("n") + end)
+    broken[124:136] = b"\x80" + b"\xff" * 11
+    yield bytes(broken)
+    yield packed("n")[:300]

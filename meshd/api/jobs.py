@@ -17,7 +17,7 @@ from meshd.api.references import collect_refs, outputs_tree, resolve
 from meshd.api.streams import ByteStream, EventStream, format_event, format_output
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.ids import new_job_id
-from meshd.model import JobId, TaskState, TreeRef
+from meshd.model import Count, JobId, TaskState, TreeRef
 from meshd.raft.commands import Cancel, ReleaseJob, RetryJob, Submit, Submitted
 from meshd.spec import parse_job
 from meshd.views import EventView, Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
@@ -57,12 +57,14 @@ class TasksQuery(ReadQuery):
 
 
 class WaitQuery(Struct, forbid_unknown_fields=True):
-    after: Annotated[int, Meta(ge=0, description="Answer when the job's version is above this, or it is final")] = 0
+    after: Annotated[Count, Meta(description="Answer when the job's version is above this, or it is final")] = 0
     timeout: Annotated[float, Meta(ge=0, le=WAIT_S_MAX, description="Seconds; then the job as it is")] = 30.0
 
 
 class CancelBody(Struct, forbid_unknown_fields=True):
-    tasks: Annotated[tuple[tuple[int, int], ...] | None, Meta(description="Half-open ranges; absent means all")] = None
+    tasks: Annotated[tuple[tuple[Count, Count], ...] | None, Meta(description="Half-open ranges; absent means all")] = (
+        None
+    )
 
 
 class RetryBody(Struct, forbid_unknown_fields=True):

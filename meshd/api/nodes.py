@@ -12,7 +12,7 @@ from starlette.responses import Response
 from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.api.streams import EventStream, format_event
 from meshd.errors import Conflict, InvalidRequest, NotFound
-from meshd.model import NodeId, Role
+from meshd.model import Count, NodeId, Role
 from meshd.raft.commands import RevokeInvite, SetDraining
 from meshd.views import DrainView, GetInvites, GetMembers, InvitesView, MembersView, MemberView
 
@@ -32,7 +32,7 @@ class InviteAnswer(Struct, frozen=True):
 
 
 class DrainBody(Struct, forbid_unknown_fields=True):
-    deadline_ms: Annotated[int, Meta(ge=0, description="Then running work is handed over; absent: wait")] | None = None
+    deadline_ms: Annotated[Count, Meta(description="Then running work is handed over; absent: wait")] | None = None
     cancel: Annotated[bool, Meta(description="Take work again instead")] = False
 
 
