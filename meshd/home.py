@@ -140,7 +140,7 @@ class Home:
         self._write("peers.json", PeersFile(peers), is_synced=False)
 
     def has_journal(self) -> bool:
-        return self.raft.is_dir() and any(self.raft.iterdir())
+        return self.raft.is_dir() and any(self.raft.glob("journal-*"))
 
     def put_journal_aside(self) -> Path | None:
         """Renamed, never deleted, and durable when this returns; None when there is none."""

@@ -17,7 +17,7 @@ commitment and sending are ours. The holes F1 … F20 that stock has, and where 
     F11 a snapshot erased the log behind it             pysyncobj_state.begin_at, replay.entries_after: a tail that agrees is kept
     F12 a snapshot's message committed unseen entries   arrival.install: up to its own index only, never backwards
     F13 callbacks swallowed by a snapshot never came    Engine.install: answered as unknown (applying.nobody_will_know)
-    F14 an unreadable snapshot was skipped              snapshot.load: stops
+    F14 an unreadable snapshot was skipped              opening.py: set aside, and what it covered is asked for again
     F15 two membership changes at once                  leading.change_voters: one, after an own committed entry
     F16 two votes of one node counted twice             election.on_voted: a set of voters
     F17 a cut-off leader went on for 30 s               election.check_contact: 1 s

@@ -30,7 +30,7 @@ class Following:
             raft.send(peer, Appended(raft.term, m.round, m.sent_ms, False, 0, is_in_doubt=raft.is_in_doubt))
             return
         self._elections.hear(peer, m.term)
-        fits = not m.entries or raft.has_room_for(sum(len(e[0]) + RECORD_BYTES for e in m.entries))
+        fits = not raft.is_disk_full or raft.has_room_for(sum(len(e[0]) + RECORD_BYTES for e in m.entries))
         is_ok, next_index = self._merge(peer, m) if m.prev_index and fits else (False, 0)
         if m.agreed:
             raft.checkpoints.agree(m.agreed, m.agreed_state)

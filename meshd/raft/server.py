@@ -578,6 +578,11 @@ class Server:
         self._bytes_since_saved = 0
         return Capture(index, self.engine.term_at(index), self.engine.voters_at(index), self._machine.capture())
 
+    def write_down_again(self) -> None:
+        """The newest snapshot is not to be used: another is due now."""
+        self._saved_index = 0
+        self._bytes_since_saved = self._settings.snapshot_bytes
+
     def saved(self, index: int) -> None:
         """A snapshot at `index` is durable."""
         self._saved_index = max(self._saved_index, index)
@@ -589,7 +594,3 @@ class Server:
         self.engine.install(image, restore)
         self._saved_index = max(self._saved_index, image.index)
         self._bytes_since_saved = 0
-
-    @property
-    def saved_index(self) -> int:
-        return self._saved_index

@@ -149,6 +149,12 @@ def set_all_aside(disk: Disk) -> None:
     disk.sync_directory()
 
 
+def set_newest_aside(disk: Disk) -> None:
+    """It cannot be read (blocks)."""
+    set_aside(disk, _names(disk)[-1])
+    disk.sync_directory()
+
+
 def _parse(data: bytes, mesh: str, what: str) -> Image:
     try:
         image: Image = codec.decode(data, Image, bytes_max=SNAPSHOT_BYTES_MAX)

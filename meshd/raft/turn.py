@@ -17,7 +17,7 @@ from meshd.raft.arrival import Arrived
 from meshd.raft.disk import Disk
 from meshd.raft.journal import Journal
 from meshd.raft.server import Capture, Restore, Server, StateMachine
-from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_all_aside, unpack_image
+from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_all_aside, set_newest_aside, unpack_image
 
 FULL_PAUSE_S = 10.0
 """Between tries to write a snapshot to a disk without room."""
@@ -45,6 +45,8 @@ class Turns:
         self._is_packed_wanted = False
         self._replaced: Work | None = None
         self._full_until_s = float("-inf")
+        self._is_damaged = False
+        """The newest snapshot on the disk, until another is written."""
 
     def turn(self) -> Iterator[Work]:
         """One turn. Do each work that it yields before it goes on; nothing else may use the journal meanwhile."""
@@ -106,7 +108,7 @@ class Turns:
             work = partial(self._receive, arrived)
         elif self._replaced is not None:
             work, self._replaced = self._replaced, None
-        elif self._is_packed_wanted:
+        elif self._is_packed_wanted and not self._is_damaged:
             work = self._load
         elif not is_full and (capture := self._server.capture()) is not None:
             work = partial(self._save, capture)
@@ -174,11 +176,22 @@ class Turns:
     def _saved(self, index: int, older: int) -> None:
         self._server.report("raft.snapshot_saved", {"index": index})
         self._packed = None
+        self._is_damaged = False
         self._server.saved(index)
         self._release_to = older
 
     def _load(self) -> None:
-        self._finished = partial(self._loaded, load(self._disk, mesh=self._mesh))
+        try:
+            self._finished = partial(self._loaded, load(self._disk, mesh=self._mesh))
+        except Corrupt as error:
+            # The state is in memory as well: nothing is lost, unless this server starts before it is written again.
+            set_newest_aside(self._disk)
+            self._finished = partial(self._found_damaged, error)
+
+    def _found_damaged(self, error: Corrupt) -> None:
+        self._server.report("raft.snapshot_damaged", {"why": str(error)})
+        self._server.write_down_again()
+        self._is_damaged = True
 
     def _loaded(self, packed: Packed | None) -> None:
         self._packed, self._is_packed_wanted = packed, False

@@ -161,6 +161,22 @@ def test_a_voter_in_doubt_is_not_replaced_by_its_own_word(monkeypatch: pytest.Mo
     assert damaged.id == name
 
 
+def test_a_leader_whose_snapshot_has_rotted_writes_another_before_it_sends_it() -> None:
+    world = formed(12, settings=TRIMMING)
+    leader = world.leader()
+    assert leader is not None
+    away = others(world, leader)[0]
+    world.die(away, has_power=True)
+    for number in range(70):
+        write(world, b"%d" % number)
+    newest = [name for name in leader.disk.names() if name.startswith("snapshot-")][-1]
+    leader.disk.flip(newest, 900)
+    world.revive(away.name)
+    world.settle()
+    assert world.counts["raft.snapshot_damaged"] == 1 and world.leader() is leader
+    assert f"{newest}.bad-1" in leader.disk.names()
+
+
 @pytest.mark.parametrize("seed", range(400, 415))
 def test_bits_that_turn_over_at_one_voter_at_a_time_lose_nothing(seed: int) -> None:
     world = formed(seed, settings=TRIMMING if seed % 2 else None)

@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 
 from meshd.model import OnLost, TaskState
-from meshd.raft.commands import Accepted, Cancel, Recovered, Rejected, ReleaseJob, RemoveMember, Reported, Submit
+from meshd.raft.commands import (
+    Accepted,
+    Cancel,
+    RaiseFences,
+    Recovered,
+    Rejected,
+    ReleaseJob,
+    RemoveMember,
+    Reported,
+    Submit,
+)
 from meshd.raft.lineage import NUMBER_BITS, RECOVERIES_MAX
 from meshd.raft.machine import Machine
-from meshd.raft.queue import RECOVERED_AHEAD_MS_MAX
+from meshd.raft.queue import FENCES_LOST_MAX, RECOVERED_AHEAD_MS_MAX
 from meshd.views import ListJobs, ListTasks
 from tests.scene import BAD, GOOD, WALL_MS, A, B, Scene, job_id, spec
 
@@ -184,3 +194,15 @@ def test_jobs_that_are_held_are_found_by_that_state() -> None:
     held = scene.machine.answer(ListTasks(job, states=(TaskState.HELD,))).tasks
     assert [(task.task, task.state) for task in held] == [(0, TaskState.HELD), (1, TaskState.HELD)]
     assert scene.machine.answer(ListTasks(job, states=(TaskState.READY,))).tasks == ()
+
+
+def test_fences_are_raised_above_those_that_a_lost_frame_may_have_given_out() -> None:
+    scene = Scene(A)
+    before = scene.machine.fence
+    above = before + FENCES_LOST_MAX
+    assert scene.do(A, RaiseFences(above)) == Accepted()
+    assert scene.machine.fence == above
+    scene.do(A, RaiseFences(above))
+    assert scene.machine.fence == above, "twice is once"
+    scene.do(A, RaiseFences(1 << 52))
+    assert scene.machine.fence == above + FENCES_LOST_MAX, "nobody raises them by more"
