@@ -1,29 +1,44 @@
-"""The mesh's own key, held by servers: it certifies members and signs the certificates of their APIs.
+"""The mesh's keys, held by servers: the newest certifies members, the first signs the certificates of their APIs.
 
-A server gets the key from another server over their authenticated stream, after the replicated
-state says that it is a server; the key is never in the state, the log or a snapshot (protocol.md 1).
+A server gets them from another server over their authenticated stream, after the replicated
+state says that it is a server; they are never in the state, the log or a snapshot (protocol.md 1).
+With a server that is removed goes a copy, so the key that certifies is changed then: the next one
+is on most of the servers that stay before the log names it (keyring.py). The authority of the
+APIs stays as it is, since tokens name it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
+import structlog
 import trio
 from msgspec import Struct
 
 from meshd import certificates, codec, tls
 from meshd.errors import InvalidRequest, MeshError, NotAllowed, Unavailable
 from meshd.home import Home
-from meshd.model import Certificate, Count, Member, NodeId, Role
+from meshd.keyring import KeyRing, make_link
+from meshd.model import Certificate, Count, KeyLink, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
 from meshd.ports import Rpc
 
 CALL_S = 5.0
 
+log = structlog.get_logger()
+
 
 class CertifyCall(Struct, frozen=True, array_like=True):
     node: NodeId
     version: Count
+
+
+class NextKeyCall(Struct, frozen=True, array_like=True):
+    """For servers only; kept, and used once the log names it."""
+
+    link: KeyLink
+    secret: bytes
 
 
 class Authority:
@@ -35,7 +50,7 @@ class Authority:
         home: Home,
         me: NodeId,
         mesh: str,
-        public_key: bytes,
+        keys: KeyRing,
         ca_pem: str,
         rpc: Rpc,
         servers: Callable[[], Sequence[NodeId]],
@@ -44,43 +59,70 @@ class Authority:
         self._home = home
         self._me = me
         self._mesh = mesh
-        self._public_key = public_key
+        self._ring = keys
         self._ca_pem = ca_pem
         self._rpc = rpc
         self._servers = servers
         self._find_member = find_member
-        self._key: KeyPair | None = KeyPair.load(home.mesh_key) if home.mesh_key.exists() else None
+        self._keys: dict[bytes, KeyPair] = {}
+        """By their public keys: the first and the newest, and what may become the newest."""
+        for public_key in (keys.first, keys.newest):
+            self._load(public_key)
         rpc.register("mesh.certify", self._on_certify)
         rpc.register("mesh.key", self._on_key)
+        rpc.register("mesh.next_key", self._on_next_key)
         rpc.register("mesh.api_certificate", self._on_api_certificate)
 
     @property
-    def holds_key(self) -> bool:
-        return self._key is not None
+    def holds_keys(self) -> bool:
+        return {self._ring.first, self._ring.newest} <= self._keys.keys()
 
     async def certify(self, node: NodeId, version: int) -> Certificate:
         """The certificate of a member, with the roles that the state gives it. Raises NotAllowed, Unavailable."""
-        if self._key is not None:
-            return await self._certify(self._key, node, version)
+        if (key := self._keys.get(self._ring.newest)) is not None:
+            return await self._certify(key, node, version)
         body = await self._ask_servers("mesh.certify", codec.encode(CertifyCall(node, version)))
         return codec.decode(body, Certificate)
 
     async def api_certificate(self, request_pem: str) -> str:
         """This node's API certificate, PEM, for its signing request."""
-        if self._key is not None:
-            return tls.issue_leaf(self._key.private, self._ca_pem, request_pem)
+        if (key := self._keys.get(self._ring.first)) is not None:
+            return tls.issue_leaf(key.private, self._ca_pem, request_pem)
         return codec.decode(await self._ask_servers("mesh.api_certificate", codec.encode(request_pem)), str)
 
-    async def obtain_key(self) -> None:
-        """Get the mesh's key from another server and keep it. Raises NotAllowed, Unavailable."""
-        if self._key is not None:
-            return
-        secret = codec.decode(await self._ask_servers("mesh.key", b""), bytes)
-        key = KeyPair.from_secret(secret)
-        if key.public_bytes != self._public_key:
-            raise NotAllowed("a server handed over a key that is not this mesh's")
-        await trio.to_thread.run_sync(key.save, self._home.mesh_key)
-        self._key = key
+    async def obtain_keys(self) -> None:
+        """What this server does not have it gets from another one, and keeps. Raises NotAllowed, Unavailable."""
+        for public_key in dict.fromkeys((self._ring.first, self._ring.newest)):
+            if not self._load(public_key):
+                secret = codec.decode(await self._ask_servers("mesh.key", codec.encode(public_key)), bytes)
+                await self._keep(KeyPair.from_secret(secret), public_key)
+
+    async def prepare_change(self, without: NodeId) -> tuple[KeyLink, ...]:
+        """All changes of the key, and one for the mesh without this server; the next key is on most of those that stay.
+
+        Raises Unavailable, NotAllowed.
+        """
+        until_now = self._ring.links
+        signer = self._own_key(self._ring.newest)
+        successor = KeyPair.generate()
+        public_key = successor.public_bytes
+        link = make_link(signer.sign, self._mesh, len(until_now) + 1, public_key)
+        await self._keep(successor, public_key)
+        call = codec.encode(NextKeyCall(link, successor.secret))
+        others = [server for server in self._servers() if server != without]
+        kept = 1
+        for server in others:
+            try:
+                await self._rpc.call(server, "mesh.next_key", call, timeout_s=CALL_S)
+                kept += 1
+            except MeshError as error:
+                log.warning("mesh.next_key_not_kept", server=server, error=str(error))
+        if kept * 2 <= len(others) + 1:
+            raise Unavailable(
+                f"the mesh's next key is on {kept} of the {len(others) + 1} servers that stay, and most must have it",
+                hint="bring servers back first: `mesh cluster status`",
+            )
+        return (*until_now, link)
 
     async def _certify(self, key: KeyPair, node: NodeId, version: int) -> Certificate:
         member = await self._find_member(node)
@@ -101,24 +143,59 @@ class Authority:
 
     async def _on_certify(self, peer: NodeId, body: bytes) -> bytes:
         call = codec.decode(body, CertifyCall)
-        return codec.encode(await self._certify(self._own_key(), call.node, call.version))
+        return codec.encode(await self._certify(self._own_key(self._ring.newest), call.node, call.version))
 
     async def _on_key(self, peer: NodeId, body: bytes) -> bytes:
-        key = self._own_key()
-        member = await self._find_member(peer)
-        if member is None or Role.SERVER not in member.roles:
-            raise NotAllowed(f"{peer} is not a server of this mesh")
-        return codec.encode(key.secret)
+        await self._check_server(peer)
+        public_key = codec.decode(body, bytes)
+        if public_key not in (self._ring.first, self._ring.newest):
+            raise Unavailable("this node knows another key as the mesh's")
+        return codec.encode(self._own_key(public_key).secret)
+
+    async def _on_next_key(self, peer: NodeId, body: bytes) -> bytes:
+        await self._check_server(peer)
+        call = codec.decode(body, NextKeyCall)
+        self._ring.check_next(call.link)
+        await self._keep(KeyPair.from_secret(call.secret), call.link.public_key)
+        return b""
 
     async def _on_api_certificate(self, peer: NodeId, body: bytes) -> bytes:
-        key = self._own_key()
+        key = self._own_key(self._ring.first)
         request_pem = codec.decode(body, str, bytes_max=16 << 10)
         try:
             return codec.encode(tls.issue_leaf(key.private, self._ca_pem, request_pem))
         except Exception as error:
             raise InvalidRequest(f"not a certificate signing request: {type(error).__name__}") from error
 
-    def _own_key(self) -> KeyPair:
-        if self._key is None:
+    async def _check_server(self, peer: NodeId) -> None:
+        member = await self._find_member(peer)
+        if member is None or Role.SERVER not in member.roles:
+            raise NotAllowed(f"{peer} is not a server of this mesh")
+
+    # --- on this disk ------------------------------------------------------------------------------------------------
+
+    def _own_key(self, public_key: bytes) -> KeyPair:
+        if not self._load(public_key):
             raise Unavailable("this node does not hold the mesh's key")
-        return self._key
+        return self._keys[public_key]
+
+    def _load(self, public_key: bytes) -> bool:
+        """From its file, unless it is here already. Raises StartRefused for a file that is damaged."""
+        if public_key not in self._keys and (path := self._path(public_key)).exists():
+            self._keys[public_key] = _checked(KeyPair.load(path), public_key)
+        return public_key in self._keys
+
+    async def _keep(self, key: KeyPair, public_key: bytes) -> None:
+        _checked(key, public_key)
+        if not self._load(public_key):
+            await trio.to_thread.run_sync(key.save, self._path(public_key))
+            self._keys[public_key] = key
+
+    def _path(self, public_key: bytes) -> Path:
+        return self._home.mesh_key if public_key == self._ring.first else self._home.later_key(public_key)
+
+
+def _checked(key: KeyPair, public_key: bytes) -> KeyPair:
+    if key.public_bytes != public_key:
+        raise NotAllowed("this is not the key that it is said to be")
+    return key

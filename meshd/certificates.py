@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import NotAllowed
-from meshd.model import Certificate, EpochCertificate, NodeId, Role
+from meshd.model import Certificate, EpochCertificate, KeyLink, NodeId, Role
 
 Sign = Callable[[bytes], bytes]
 Verify = Callable[[bytes, bytes, bytes], bool]
@@ -35,6 +35,8 @@ class Greeting(Struct, frozen=True, array_like=True):
     version: str
     epoch: EpochCertificate = EpochCertificate()
     """The recovery epoch that it belongs to."""
+    links: tuple[KeyLink, ...] = ()
+    """The last changes of the mesh's key that it knows of."""
 
 
 def mesh_id(public_key: bytes) -> str:
@@ -53,8 +55,12 @@ def check(certificate: Certificate, mesh: str, public_key: bytes, node: NodeId, 
         raise NotAllowed(f"peer {node} belongs to mesh {certificate.mesh[:20]!r}, not to {mesh}")
     if certificate.node != node:
         raise NotAllowed(f"peer {node} showed the certificate of {certificate.node}")
-    if not verify(public_key, _signed_bytes(certificate), certificate.signature):
+    if not is_signed_by(public_key, certificate, verify):
         raise NotAllowed(f"the certificate of peer {node} is not signed by this mesh")
+
+
+def is_signed_by(public_key: bytes, certificate: Certificate, verify: Verify) -> bool:
+    return verify(public_key, _signed_bytes(certificate), certificate.signature)
 
 
 def _signed_bytes(certificate: Certificate) -> bytes:

@@ -55,7 +55,7 @@ from meshd.invites import Invite
 from meshd.join import JoinDesk, JoinRequest
 from meshd.keeper import Applied, Keeper, PeerGone
 from meshd.logs import LogDesk, LogReader
-from meshd.model import BackendProbe, Member, NodeId, Offer, Role
+from meshd.model import BackendProbe, Certificate, Member, NodeId, Offer, Role
 from meshd.neighbours import LEADER_FACT, OFFER_FACT, Neighbours
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
@@ -238,7 +238,9 @@ class _Daemon:
         counters = self.home.counters()
         self.counters = replace(counters, starts=counters.starts + 1)
         await trio.to_thread.run_sync(self.home.write_counters, self.counters)
-        self.directory = Directory(self.me, self.mesh, self.public_key, verify, self.home.peers())
+        self.directory = Directory(
+            self.me, self.mesh, self.public_key, verify, self.home.peers(), self.mesh_file.key_links
+        )
         self.neighbours = Neighbours(self.me, self.directory, holds_log_alone=self._holds_log_alone)
         async with trio.open_nursery() as self.work:
             async with AsyncExitStack() as stages:
@@ -348,7 +350,7 @@ class _Daemon:
             home=self.home,
             me=self.me,
             mesh=self.mesh,
-            public_key=self.public_key,
+            keys=self.directory.keys,
             ca_pem=self.mesh_file.ca_pem,
             rpc=self.rpc,
             servers=self.directory.servers,
@@ -363,6 +365,7 @@ class _Daemon:
             members=lambda: (self._myself_as_peer(), *self.directory.peers()),
             wall_ms=wall_ms,
             epoch=lambda: self.epochs.own,
+            links=lambda: self.directory.keys.links,
         )
         self.transport.handle(JOIN_PROTOCOL, desk.answer)
         if self.server_log is not None:
@@ -418,9 +421,12 @@ class _Daemon:
             authority=self.authority,
             about_me=lambda: UpdateMember(self.mesh_file.name, self.addresses(), self.api_address, zone(self.config)),
             members_known=self._members_known,
-            needs_key=self.has_log and not self.authority.holds_key,
+            is_server=self.has_log,
+            certificate=lambda: self.mesh_file.certificate,
+            keep_certificate=self._keep_certificate,
             lineage=lambda: self.epochs.lineage,
         )
+        self.directory.on_new_key = self.upkeep.key_changed
         self.directory.on_change = self._directory_changed
 
     async def _start_blobs(self, stages: AsyncExitStack) -> None:
@@ -509,6 +515,7 @@ class _Daemon:
             replicator=self.replicator,
             logs=LogReader(self.me, self.rpc, self.log_desk, self.log, self.store, self.fetcher),
             drains=self.drains,
+            authority=self.authority,
             addresses=self.addresses,
             clock_offset_ms=self.greetings.offset_ms,
             epochs=self.epochs,
@@ -561,7 +568,13 @@ class _Daemon:
             api_address=self.api_address,
             version=VERSION,
             epoch=self.epochs.own,
+            links=self.directory.keys.shown(),
         )
+
+    async def _keep_certificate(self, certificate: Certificate) -> None:
+        """With the keys that it is by: the next start has to know them."""
+        self.mesh_file = replace(self.mesh_file, certificate=certificate, key_links=self.directory.keys.links)
+        await trio.to_thread.run_sync(self.home.write_mesh, self.mesh_file)
 
     def _myself_as_peer(self) -> KnownPeer:
         return KnownPeer(self.me, self.mesh_file.name, self.addresses(), self.api_address, self.mesh_file.certificate)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from meshd import certificates
 from meshd.certificates import Greeting, Verify
-from meshd.errors import NotAllowed
+from meshd.errors import NotAllowed, Unavailable
 from meshd.home import KnownPeer
-from meshd.model import NodeId, Role
+from meshd.keyring import KeyRing
+from meshd.model import KeyLink, NodeId, Role
 from meshd.views import MembersView
 
 JOIN_PROTOCOL = "/meshd/join/1"
@@ -28,11 +28,18 @@ ADDRESSES_MAX = 8
 
 
 class Directory:
-    def __init__(self, me: NodeId, mesh: str, public_key: bytes, verify: Verify, known: Iterable[KnownPeer]) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        mesh: str,
+        public_key: bytes,
+        verify: Verify,
+        known: Iterable[KnownPeer],
+        links: Sequence[KeyLink] = (),
+    ) -> None:
+        """`public_key` is the mesh's first; `links` lead to its present one."""
         self._me = me
-        self._mesh = mesh
-        self._public_key = public_key
-        self._verify = verify
+        self.keys = KeyRing(mesh, public_key, verify, links)
         self._peers: dict[NodeId, KnownPeer] = {peer.node: peer for peer in known if peer.node != me}
         self._roles: dict[NodeId, tuple[Role, ...]] = {}
         """As the replicated state says; certificates say the same, and are known sooner of some and later of others."""
@@ -41,6 +48,9 @@ class Directory:
         self.position = 0
         """Log position of the newest list of members that was learned."""
         self.on_change: Callable[[], None] = lambda: None
+        self.on_new_key: Callable[[], None] = lambda: None
+        if links:
+            self._drop_old_certificates()
 
     # --- asked -------------------------------------------------------------------------------------------------------
 
@@ -91,16 +101,23 @@ class Directory:
     # --- told --------------------------------------------------------------------------------------------------------
 
     def greet(self, peer: NodeId, greeting: Greeting) -> None:
-        """A member showed its certificate. Raises NotAllowed."""
-        certificates.check(greeting.certificate, self._mesh, self._public_key, peer, self._verify)
+        """A member showed its certificate. Raises NotAllowed; Unavailable while nobody here can say."""
         if peer in self._revoked:
             raise NotAllowed(
                 f"node {peer} was removed from this mesh", hint="join again with a new invite and a new data directory"
             )
+        if self.keys.learn(greeting.links):
+            self._key_changed()
+        is_newest = self.keys.check(greeting.certificate, peer)
+        if not is_newest and peer not in self._roles:
+            # Servers that were removed still have that key: only whom the state names comes in by it.
+            if not self.position:
+                raise Unavailable("this node does not know yet who is a member", hint="it asks the mesh: try again")
+            raise NotAllowed(f"the certificate of {peer} is by a key that the mesh has changed since")
         self._learn(peer, greeting.name, greeting.addresses, greeting.api_address, is_fresh=True)
         known = self._peers[peer]
         held = known.certificate
-        if held is None or held.version < greeting.certificate.version:
+        if is_newest and (held is None or held.version < greeting.certificate.version):
             self._store(replace(known, certificate=greeting.certificate))
 
     def learn_addresses(self, peer: NodeId, addresses: tuple[str, ...], api_address: str) -> None:
@@ -112,6 +129,8 @@ class Directory:
         if view.position < self.position:
             return
         self.position = view.position
+        if self.keys.take(view.key_links):
+            self._key_changed()
         self._revoked = frozenset(view.revoked)
         self._draining = frozenset(row.member.node for row in view.members if row.member.is_draining)
         present = {row.member.node for row in view.members}
@@ -126,6 +145,17 @@ class Directory:
             if node in self._revoked or self._peers[node].certificate is None:
                 del self._peers[node]
                 self.on_change()
+
+    def _key_changed(self) -> None:
+        self._drop_old_certificates()
+        self.on_change()
+        self.on_new_key()
+
+    def _drop_old_certificates(self) -> None:
+        """From here on the state says who is what, until each shows a certificate by the new key."""
+        for node, peer in self._peers.items():
+            if peer.certificate is not None and (node in self._roles or not self.keys.is_newest(peer.certificate)):
+                self._peers[node] = replace(peer, certificate=None)
 
     def begin_epoch(self) -> None:
         """Log positions begin anew, below some that were seen before; who was removed may be a member again."""

@@ -15,6 +15,7 @@ from meshd.greetings import CLOCK_OFF_MS
 from meshd.home import Home, MeshFile
 from meshd.invites import Invite
 from meshd.join import JoinRequest, knock
+from meshd.keyring import KeyRing
 from meshd.model import Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import Transport
@@ -47,7 +48,8 @@ async def join_mesh(home: Home, key: KeyPair, invite: Invite, request: JoinReque
     welcome = await knock(transport, invite, request, timeout_s=JOIN_S)
     if certificates.mesh_id(welcome.public_key) != invite.mesh:
         raise NotAllowed("who answered is not of the mesh that the invite names")
-    certificates.check(welcome.certificate, invite.mesh, welcome.public_key, key.node_id, verify)
+    keys = KeyRing(invite.mesh, welcome.public_key, verify, welcome.links)
+    keys.check(welcome.certificate, key.node_id)
     if abs(offset_ms := welcome.wall_ms - request.wall_ms) > CLOCK_OFF_MS + JOIN_S * 1000:
         log.warning("clock.off", seconds=round(offset_ms / 1000, 1), against="the member that let us in")
     mesh_file = MeshFile(
@@ -56,6 +58,7 @@ async def join_mesh(home: Home, key: KeyPair, invite: Invite, request: JoinReque
         ca_pem=welcome.ca_pem,
         certificate=welcome.certificate,
         name=request.name,
+        key_links=keys.links,
     )
     check_epoch(welcome.epoch, invite.mesh, welcome.public_key, verify)
     known = {peer.node: peer for peer in welcome.members}

@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from meshd.epochs import EpochFile
 from meshd.errors import Busy, Corrupt, StartRefused
-from meshd.model import Certificate, NodeId
+from meshd.model import Certificate, KeyLink, NodeId
 
 T = TypeVar("T")
 
@@ -44,6 +44,8 @@ class MeshFile(Struct, frozen=True):
     is_founder: bool = False
     has_journal: bool = False
     """Set once this server's journal has been written: from then on a missing journal is an error, not a beginning."""
+    key_links: tuple[KeyLink, ...] = ()
+    """From that key to the present one."""
     refused: str = ""
     """Why this server's journal may not be started any more; `meshd rejoin` makes a new one."""
 
@@ -90,6 +92,10 @@ class Home:
         self._take_lock()
         self._reserve = path / "reserve"
         self._keep_reserve()
+
+    def later_key(self, public_key: bytes) -> Path:
+        """Where a key is that the mesh's was changed to. `mesh_key` is the first one and stays."""
+        return self.path / f"mesh.key.{public_key.hex()[:16]}"
 
     def _take_lock(self) -> None:
         try:

@@ -22,7 +22,7 @@ from meshd.directory import JOIN_PROTOCOL
 from meshd.errors import Busy, InvalidRequest, MeshError, NotAllowed, PeerFault, TooLarge, Unavailable, from_code
 from meshd.home import KnownPeer
 from meshd.invites import Invite
-from meshd.model import Certificate, EpochCertificate, Member, NodeId
+from meshd.model import Certificate, EpochCertificate, KeyLink, Member, NodeId
 from meshd.ports import Stream, Transport
 from meshd.raft.commands import AnyAnswer, Join, Joined
 
@@ -56,6 +56,8 @@ class Welcome(Struct, frozen=True, array_like=True, tag=True):
     members: tuple[KnownPeer, ...]
     wall_ms: int
     epoch: EpochCertificate = EpochCertificate()
+    links: tuple[KeyLink, ...] = ()
+    """From `public_key`, the first, to the present one."""
 
 
 class Refusal(Struct, frozen=True, array_like=True, tag=True):
@@ -81,6 +83,7 @@ class JoinDesk:
         members: Callable[[], Sequence[KnownPeer]],
         wall_ms: Callable[[], int],
         epoch: Callable[[], EpochCertificate],
+        links: Callable[[], tuple[KeyLink, ...]] = tuple,
     ) -> None:
         self._mesh = mesh
         self._public_key = public_key
@@ -90,6 +93,7 @@ class JoinDesk:
         self._members = members
         self._wall_ms = wall_ms
         self._epoch = epoch
+        self._links = links
         self._knocks = 0
 
     async def answer(self, stream: Stream) -> None:
@@ -135,7 +139,9 @@ class JoinDesk:
             "join.accepted", peer=peer, name=answer.member.name, roles=[role.value for role in answer.member.roles]
         )
         members = tuple(self._members())[:MEMBERS_TOLD_MAX]
-        return Welcome(self._public_key, self._ca_pem, certificate, members, self._wall_ms(), self._epoch())
+        return Welcome(
+            self._public_key, self._ca_pem, certificate, members, self._wall_ms(), self._epoch(), self._links()
+        )
 
 
 async def knock(transport: Transport, invite: Invite, request: JoinRequest, *, timeout_s: float) -> Welcome:

@@ -352,6 +352,15 @@ class Certificate(Struct, frozen=True, gc=False):
     signature: bytes = b""
 
 
+class KeyLink(Struct, frozen=True, gc=False, array_like=True):
+    """The mesh's key was changed: the next public key, signed by the one before."""
+
+    serial: Count
+    """1 is the first change."""
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    signature: Annotated[bytes, Meta(max_length=64)]
+
+
 class EpochCertificate(Struct, frozen=True, array_like=True):
     """A recovery epoch of the mesh, as its key vouches for it. The mesh as founded, lineage (), needs no signature."""
 

@@ -16,6 +16,7 @@ import trio
 
 from meshd import codec
 from meshd.api.face import LogStream
+from meshd.authority import Authority
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.messages import Name
 from meshd.blobs.replicate import Replicator
@@ -80,6 +81,7 @@ class Node:
         replicator: Replicator,
         logs: LogReader,
         drains: Drain,
+        authority: Authority,
         addresses: Callable[[], Sequence[str]],
         clock_offset_ms: Callable[[NodeId], int | None],
         epochs: Epochs,
@@ -100,6 +102,7 @@ class Node:
         self._replicator = replicator
         self._logs = logs
         self._drains = drains
+        self._authority = authority
         self._addresses = addresses
         self._clock_offset_ms = clock_offset_ms
         self._epochs = epochs
@@ -279,7 +282,10 @@ class Node:
             raise NotFound(f"this mesh has no node {node}")
         status = await self.cluster_status()
         await self._drains.check_removable(node, view, status)
-        await self._log.propose(RemoveMember(node), timeout_s=15)
+        # With a server goes a copy of the mesh's key. A server that removes itself cannot change that.
+        is_server = any(row.member.node == node and row.member.is_server for row in view.members)
+        links = await self._authority.prepare_change(node) if is_server and node != self._me else ()
+        await self._log.propose(RemoveMember(node, links), timeout_s=15)
 
     async def cluster_status(self) -> ClusterStatus:
         return await cluster_status(

@@ -193,6 +193,7 @@ class Recovery:
             bytes.fromhex(self._mesh.public_key),
             verify,
             _known(self._home.peers(), kept.machine.members().values()),
+            self._mesh.key_links,
         )
         start_random = secrets.token_bytes(16)
         greeting = Greeting(

@@ -6,7 +6,7 @@ others ask a voter when they hear of a newer one, and now and then regardless.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 import trio
@@ -17,7 +17,7 @@ from meshd.directory import Directory
 from meshd.errors import Busy, MeshError
 from meshd.gossip.service import GossipService
 from meshd.home import Home
-from meshd.model import Member, NodeId
+from meshd.model import Certificate, Member, NodeId
 from meshd.neighbours import ADDRESS_FACT, MEMBERS_FACT, Neighbours
 from meshd.raft.commands import UpdateMember
 from meshd.raft.lineage import Lineage, since
@@ -50,7 +50,9 @@ class Upkeep:
         authority: Authority,
         about_me: Callable[[], UpdateMember],
         members_known: Callable[[MembersView], None],
-        needs_key: bool,
+        is_server: bool,
+        certificate: Callable[[], Certificate],
+        keep_certificate: Callable[[Certificate], Awaitable[None]],
         lineage: Callable[[], Lineage],
     ) -> None:
         self._me = me
@@ -62,8 +64,11 @@ class Upkeep:
         self._authority = authority
         self._about_me = about_me
         self._members_known = members_known
-        self._needs_key = needs_key
+        self._is_server = is_server
+        self._certificate = certificate
+        self._keep_certificate = keep_certificate
         self._lineage = lineage
+        self._key_changed = trio.Event()
         self._peers_changed = trio.Event()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -71,9 +76,11 @@ class Upkeep:
             nursery.start_soon(self._keep_members_fresh)
             nursery.start_soon(self._keep_peers_saved)
             nursery.start_soon(self._tell_about_me)
-            if self._needs_key:
-                nursery.start_soon(self._obtain_key)
+            nursery.start_soon(self._keep_keys_fresh)
             task_status.started()
+
+    def key_changed(self) -> None:
+        self._key_changed.set()
 
     def peers_changed(self) -> None:
         self._peers_changed.set()
@@ -127,12 +134,18 @@ class Upkeep:
                 log.info("node.not_told", error=str(error))
                 await trio.sleep(AGAIN_S)
 
-    async def _obtain_key(self) -> None:
+    async def _keep_keys_fresh(self) -> None:
+        """The mesh's keys, where this is a server; and a certificate by the newest one."""
         while True:
             try:
-                await self._authority.obtain_key()
-                log.info("mesh.key_obtained")
-                return
+                if self._is_server and not self._authority.holds_keys:
+                    await self._authority.obtain_keys()
+                    log.info("mesh.key_obtained", changes=self._directory.keys.serial)
+                if not self._directory.keys.is_newest(certificate := self._certificate()):
+                    await self._keep_certificate(await self._authority.certify(self._me, certificate.version))
+                    log.info("mesh.certificate_renewed", changes=self._directory.keys.serial)
+                await self._key_changed.wait()
+                self._key_changed = trio.Event()
             except MeshError as error:
                 log.info("mesh.key_not_obtained", error=str(error))
                 await trio.sleep(AGAIN_S)

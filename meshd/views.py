@@ -15,6 +15,7 @@ from meshd.model import (
     Count,
     JobId,
     JobSpec,
+    KeyLink,
     Member,
     NodeId,
     Offer,
@@ -185,6 +186,8 @@ class MembersView(Struct, frozen=True, gc=False):
     wall_ms: int
     clock_moves: tuple[ClockMove, ...] = ()
     """The last few jumps of over a minute."""
+    key_links: tuple[KeyLink, ...] = ()
+    """Every change of the mesh's key."""
 
 
 class TokenView(Struct, frozen=True, gc=False):

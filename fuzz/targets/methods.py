@@ -102,10 +102,10 @@ class _Node:
             attempts_running=lambda: 0, is_voter=lambda: True, hand_over=lambda: None, leave_lead=lambda: None,
         )  # type: ignore[arg-type]  # fmt: skip
         authority = Authority(
-            home=_Home(), me=ME, mesh="mesh", public_key=_KEY.public_bytes, ca_pem=_CA_PEM, rpc=self.rpc,
+            home=_Home(), me=ME, mesh="mesh", keys=directory.keys, ca_pem=_CA_PEM, rpc=self.rpc,
             servers=lambda: (), find_member=self._find_member,
         )  # type: ignore[arg-type]  # fmt: skip
-        authority._key = _KEY
+        authority._keys[_KEY.public_bytes] = _KEY
         self.gossip = GossipService(
             ME, self.rpc, lambda data: b"s" * 64, lambda *_: True, Random(1), lambda: self.now_ms(), incarnation=5  # noqa: S311
         )  # type: ignore[arg-type]  # fmt: skip
@@ -183,6 +183,9 @@ async def _save_epoch(epoch: int) -> None:
 
 class _Home:
     mesh_key = Path("/nonexistent/mesh.key")
+
+    def later_key(self, public_key: bytes) -> Path:
+        return Path("/nonexistent/mesh.key.1")
 
 
 class _NoLogs:

@@ -23,8 +23,9 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.messages import Contents, Presence, Sizes
 from meshd.blobs.replicate import Replicator
 from meshd.errors import MeshError
+from meshd.keyring import KeyRing
 from meshd.model import BlobRef, JobId
-from meshd.net.identity_key import KeyPair
+from meshd.net.identity_key import KeyPair, verify
 from meshd.raft.commands import Accepted, Joined, Reason, Rejected, RevokeToken, SessionOpened
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import EventsReply, ProposeReply
@@ -77,14 +78,14 @@ async def _looks_at_the_log(rpc: Handlers) -> None:
 
 async def _gets_the_key(rpc: Handlers) -> None:
     authority = _authority(rpc)
-    for certify in (authority.obtain_key(), authority.certify(PEER, 1), authority.api_certificate("pem")):
+    for certify in (authority.obtain_keys(), authority.certify(PEER, 1), authority.api_certificate("pem")):
         with suppress(MeshError):
             await certify
 
 
 def _authority(rpc: Handlers) -> Authority:
     return Authority(
-        home=_Home(), me=commands.A, mesh="mesh", public_key=_KEY.public_bytes, ca_pem=_CA_PEM, rpc=rpc,
+        home=_Home(), me=commands.A, mesh="mesh", keys=KeyRing("mesh", _KEY.public_bytes, verify), ca_pem=_CA_PEM, rpc=rpc,
         servers=lambda: [PEER], find_member=_nobody,
     )  # fmt: skip
 

@@ -15,11 +15,13 @@ from msgspec import Meta, Raw, Struct
 
 from meshd import codec
 from meshd.errors import MeshError
-from meshd.model import AttemptKey, Count, JobId, JobSpec, Member, NodeId, Offer, Outcome, Role, ShortText
+from meshd.model import AttemptKey, Count, JobId, JobSpec, KeyLink, Member, NodeId, Offer, Outcome, Role, ShortText
 
 BATCH_COMMANDS_MAX = 1000
 """Commands in one entry."""
 
+KEY_LINKS_MAX = 4096
+"""Servers removed from one mesh; 110 bytes each, and one command names all of them."""
 WALL_MS_MIN = 1_577_836_800_000
 """The year 2020: whoever sets a clock to an earlier time has made a mistake."""
 WALL_MS_MAX = (1 << 48) - 1
@@ -80,6 +82,8 @@ class RemoveMember(Command, frozen=True, array_like=True, tag=True):
     """The member is gone for good: its certificate is revoked, its session ended; whoever removes it promises that it is dead."""
 
     node: NodeId
+    links: Annotated[tuple[KeyLink, ...], Meta(max_length=KEY_LINKS_MAX)] = ()
+    """With a server goes its copy of the mesh's key: all changes of that until now, and the next one."""
 
 
 class CreateToken(Command, frozen=True, array_like=True, tag=True):

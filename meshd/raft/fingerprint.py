@@ -34,6 +34,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
             queue.next_timer_ms(),
             list(members.records.values()),
             list(members.revoked),
+            members.key_links,
             list(members.invites.values()),
             list(members.tokens.values()),
             [

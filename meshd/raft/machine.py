@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from meshd import codec
 from meshd.errors import InvalidRequest, MeshError, NotAllowed
-from meshd.model import AttemptKey, JobId, JobSpec, Member, NodeId, TaskState
+from meshd.model import AttemptKey, JobId, JobSpec, KeyLink, Member, NodeId, TaskState
 from meshd.raft import queries, snapshot_state
 from meshd.raft.commands import (
     BATCH_COMMANDS_MAX,
@@ -251,8 +251,8 @@ class Machine:
                 members.set_draining(origin, node, is_draining=is_draining)
                 self._enlist(node)
                 return Accepted()
-            case RemoveMember(node):
-                return self._remove(origin, node)
+            case RemoveMember(node, links):
+                return self._remove(origin, node, links)
             case CreateToken():
                 return members.create_token(origin, command)
             case RevokeToken():
@@ -299,11 +299,11 @@ class Machine:
             node.may_work = may_work
             self._matching.changed(node)
 
-    def _remove(self, origin: NodeId, node_id: NodeId) -> Accepted:
+    def _remove(self, origin: NodeId, node_id: NodeId, links: tuple[KeyLink, ...]) -> Accepted:
         """Whoever removes a member promises that it is dead: nothing waits for it any longer."""
         if node_id in self._members.revoked:
             return Accepted()
-        self._members.remove(origin, node_id)
+        self._members.remove(origin, node_id, links)
         node = self._matching.nodes[node_id]
         if node.is_live:
             self._sessions.lapse(node)

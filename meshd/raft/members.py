@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from meshd.errors import Busy, Conflict, InvalidRequest, NotAllowed, NotFound
-from meshd.model import Member, NodeId, Role
+from meshd.model import KeyLink, Member, NodeId, Role
 from meshd.raft.commands import (
     Accepted,
     CreateInvite,
@@ -67,6 +67,8 @@ class Members:
         self.invites: dict[str, Invite] = {}
         self.tokens: dict[str, Token] = {}
         """By the hash of their secret."""
+        self.key_links: tuple[KeyLink, ...] = ()
+        """How the mesh's key was changed. That each is signed by the key before is checked by whoever follows them."""
         self._moment = moment
 
     def __contains__(self, node: NodeId) -> bool:
@@ -215,8 +217,8 @@ class Members:
             self.check_server(origin, "drains other nodes")
         self._put(replace(record.member, is_draining=is_draining))
 
-    def remove(self, origin: NodeId, node: NodeId) -> None:
-        """Raises NotFound, NotAllowed, Conflict (the last server), Busy."""
+    def remove(self, origin: NodeId, node: NodeId, links: tuple[KeyLink, ...]) -> None:
+        """Raises NotFound, NotAllowed, Conflict (the last server; another change of the key came first), Busy."""
         if node not in self.records:
             raise NotFound(f"no member {node}", hint="see `mesh node ls`")
         if node != origin:
@@ -225,6 +227,12 @@ class Members:
             raise Conflict(f"{node} is the only server of this mesh", hint="let another server join first")
         if len(self.revoked) >= REVOKED_MAX:
             raise Busy(f"{REVOKED_MAX} members were removed from this mesh")
+        if links and self.records[node].member.is_server:
+            # There may be more than one new: a recovery loses entries, and nobody forgets a key.
+            known = len(self.key_links)
+            if links[:known] != self.key_links or len(links) <= known:
+                raise Conflict("the mesh's key was changed at the same moment", hint="try again")
+            self.key_links = links
         del self.records[node]
         self.revoked[node] = None
         self._moment.events.append(MembersChanged())

@@ -276,6 +276,7 @@ def _members_view(state: State) -> MembersView:
         position=state.moment.position,
         wall_ms=state.moment.wall_ms,
         clock_moves=state.moment.moves,
+        key_links=state.members.key_links,
     )
 
 

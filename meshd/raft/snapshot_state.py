@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import Corrupt, InvalidRequest
-from meshd.model import JobId, NodeId, Offer, TaskState
+from meshd.model import JobId, KeyLink, NodeId, Offer, TaskState
 from meshd.raft import ids
 from meshd.raft.jobs import JobRecord, Row
 from meshd.raft.matching import Matching, Node
@@ -70,6 +70,7 @@ class Header(Struct, frozen=True, array_like=True):
     recovered_wall_ms: int = 0
     clock_moves: tuple[ClockMove, ...] = ()
     ids_forgotten_ms: int = 0
+    key_links: tuple[KeyLink, ...] = ()
 
 
 Rows = dict[int, Row]
@@ -104,6 +105,7 @@ def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, 
         recovered_wall_ms=queue.recovered_wall_ms,
         clock_moves=moment.moves,
         ids_forgotten_ms=queue.seen.forgotten_ms,
+        key_links=members.key_links,
     )  # fmt: skip
     jobs = [job.record or job.recorded() for job in queue.jobs.values()]
     seen = queue.seen.captured()
@@ -153,6 +155,7 @@ def _restore(data: bytes, moment: Moment, members: Members, matching: Matching, 
     members.mesh = header.mesh
     members.records = {record.member.node: record for record in header.members}
     members.revoked = dict.fromkeys(header.revoked)
+    members.key_links = header.key_links
     members.invites, members.tokens = header.invites, header.tokens
     queue.lineage, queue.recovered_wall_ms = header.lineage, header.recovered_wall_ms
     queue.leases_made, queue.jobs_made = header.leases_made, header.jobs_made
