@@ -78,7 +78,8 @@ class Torture:
         environment["PYTHONPATH"] = f"{root}:{root / 'cli'}"
         self._processes = Processes(network, options.home, environment)
         self._engine: Engine = ENGINES[options.engine](network, options.home)
-        self._planned_faults = [fault for fault in options.faults if fault not in self._engine.cannot]
+        faults = () if options.drill else options.faults
+        self._planned_faults = [fault for fault in faults if fault not in self._engine.cannot]
         are_clocks_moved = plan.Weather.CLOCK.value in self._planned_faults
         self._faults = Faults(
             network, self._processes, self._engine, disks, options.home, are_clocks_moved=are_clocks_moved
