@@ -35,6 +35,8 @@ class Checkpoints:
         self._every = every
         self._own: dict[int, bytes] = {}
         self._agreed = (0, b"")
+        self.disputed = 0
+        """Where the voters' states differ, none with a majority, as the leader tells it; 0: nowhere."""
 
     @property
     def newest(self) -> tuple[int, bytes]:
@@ -52,6 +54,12 @@ class Checkpoints:
         if len(self._own) > CHECKPOINTS_KEPT:
             del self._own[next(iter(self._own))]
         self._compare()
+
+    def hear(self, index: int, state: bytes) -> None:
+        """What a leader tells of the voters. Raises Diverged."""
+        self.disputed = 0 if state else index
+        if state:
+            self.agree(index, state)
 
     def agree(self, index: int, state: bytes) -> None:
         """What the majority has, as the leader tells it. Raises Diverged when it is not what is here."""
@@ -92,6 +100,11 @@ class Comparison:
         self._told.setdefault(index, {})[peer] = state
         if len(self._told) > CHECKPOINTS_KEPT:
             del self._told[min(self._told)]
+
+    @property
+    def telling(self) -> tuple[int, bytes]:
+        """For everybody: where the voters agree, or the entry at which they do not."""
+        return (self.disputed, b"") if self.disputed else self.agreed
 
     def settle(self, voters: Collection[VoterId]) -> None:
         """Judge what is known. Raises Diverged when it is this replica that differs."""

@@ -271,8 +271,8 @@ class Engine(RaftState):
 
     @property
     def disputed(self) -> int:
-        """At a leader: the entry at which the voters' states differ, none with a majority; nobody applies further."""
-        return 0 if (leading := self._elections.leading) is None else leading.disputed
+        """The entry at which the voters' states differ, none with a majority: nobody applies further. 0: none."""
+        return self.checkpoints.disputed if (leading := self._elections.leading) is None else leading.disputed
 
     def barrier(self, answer: Callable[[int | None], None]) -> None:
         """`answer(position)` once a round sent after this call is answered; None when leadership is lost first."""

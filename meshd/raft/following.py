@@ -32,8 +32,7 @@ class Following:
         self._elections.hear(peer, m.term)
         fits = not raft.is_disk_full or raft.has_room_for(sum(len(e[0]) + RECORD_BYTES for e in m.entries))
         is_ok, next_index = self._merge(peer, m) if m.prev_index and fits else (False, 0)
-        if m.agreed:
-            raft.checkpoints.agree(m.agreed, m.agreed_state)
+        raft.checkpoints.hear(m.agreed, m.agreed_state)
         if is_ok:
             # F2: entries behind those of this message may be ours alone.
             raft.commit = max(raft.commit, min(m.commit, next_index - 1))

@@ -111,7 +111,7 @@ class Leadership:
             if progress.is_connected:
                 ends_doubt = progress.is_in_doubt and self._may_end_doubt(peer, progress)
                 self._feeder.feed(
-                    peer, progress, self._round, now, self._comparison.agreed, ends_doubt=ends_doubt, is_round=is_round
+                    peer, progress, self._round, now, self._comparison.telling, ends_doubt=ends_doubt, is_round=is_round
                 )
         if self._barriers:
             self._answer_barriers()

@@ -77,7 +77,7 @@ class RaftStatus(Struct, frozen=True):
     is_clock_refused: bool
     """This sole voter's clock jumped; the mesh's dates go on by elapsed time until an operator sets it."""
     disputed: int = 0
-    """The entry at which the voters' states differ, none with a majority: nothing more is applied; only the leader knows."""
+    """The entry at which the voters' states differ, none with a majority: nothing more is applied."""
     doubt: str = ""
     """Why this server is in doubt, or went on alone although its last frame may be lost."""
     full: tuple[NodeId, ...] = ()

@@ -75,7 +75,7 @@ class Append(Message, frozen=True, array_like=True, tag=True):
     prev_term: Number
     entries: tuple[Entry, ...] = ()
     agreed: Number = 0
-    """At this entry more than half of the voters have the state with this hash; 0: nothing is said (agreement.py)."""
+    """At this entry more than half of the voters have the state with this hash, or, without one, their states differ; 0: nothing is said (agreement.py)."""
     agreed_state: StateHash = b""
     ends_doubt: bool = False
     """Whoever holds all up to `prev_index` has, with it, everything that it ever acknowledged."""
