@@ -58,11 +58,16 @@ class Refusal:
     hint: str
 
 
-def judge(me: NodeId, newest: tuple[int, int], voters: Sequence[VoterId], asked: Sequence[Asked]) -> Refusal | None:
-    """Why the mesh should not be recovered from here; None where nobody else could go on or has more."""
+def judge(
+    me: NodeId, newest: tuple[int, int], voters: Sequence[VoterId], asked: Sequence[Asked], *, is_damaged: bool
+) -> Refusal | None:
+    """Why the mesh should not be recovered from here; None where nobody else could go on or has more.
+
+    `is_damaged`: this server's own vote does not count before others have mended its log.
+    """
     answered = [(each, each.newest) for each in asked if each.newest is not None]
     seats = {node_of(voter) for voter in voters}
-    present = seats & {me, *(each.node for each, _ in answered)}
+    present = seats & {*([] if is_damaged else [me]), *(each.node for each, _ in answered)}
     if leading := [each.name for each, theirs in answered if theirs.leads]:
         return Refusal(f"the mesh is alive: {leading[0]} leads it", hint="start this server: `meshd up`")
     if len(present) > len(seats) // 2:
@@ -137,7 +142,7 @@ class Recovery:
             end = each.newest
             told = f"no answer ({each.why})" if end is None else f"its log ends at entry {end.index} of term {end.term}"
             say(f"asked {each.name}: {told}")
-        refusal = judge(me, kept.newest, kept.voters, asked)
+        refusal = judge(me, kept.newest, kept.voters, asked, is_damaged=bool(kept.journal.doubt))
         if epochs.decide() is not None:
             refusal = Refusal(
                 "the mesh was recovered already, without this server",

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from meshd import certificates, codec
 from meshd.allegiance import Allegiance, kept_lineage, open_epochs
 from meshd.epochs import FOUNDED, EpochFile, Epochs, Follow, Torn, certify_epoch, choose
-from meshd.errors import Conflict, InvalidRequest, NotAllowed, StartRefused, Unavailable
+from meshd.errors import Conflict, Corrupt, InvalidRequest, NotAllowed, StartRefused, Unavailable
 from meshd.home import Home, KnownPeer, MeshFile
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
@@ -20,6 +20,7 @@ from meshd.raft.journal import create_journal
 from meshd.raft.lineage import RECOVERIES_MAX, name_of, since
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId
+from meshd.raft.opening import open_log
 from meshd.raft.recovery import as_entry
 from meshd.recover import Asked, Recovery, Refusal, judge
 from meshd.rejoin import rejoin
@@ -252,6 +253,9 @@ SILENT = Asked(C, "name-c", None, "no answer")
         ("nobody answers", VOTERS, [SILENT], "", ""),
         ("the only voter is gone, and this is a learner", [VoterId("b/1")], [], "", ""),
         ("the only voter is there", [VoterId("b/1")], [asked(B, 3, 9)], "1 of 1 voters are there", "start this server"),
+        ("the only voter is this one", [VoterId("a/1")], [], "1 of 1 voters are there", "start this server"),
+        ("… and damaged: nobody can mend it", [VoterId("a/1")], [], "", ""),
+        ("damaged, and one that could mend it answers", VOTERS, [asked(B, 3, 9)], "another voter answers", "stop it"),
         ("a quorum is there", VOTERS, [asked(B, 3, 9), SILENT], "2 of 3 voters are there", "start this server"),
         ("somebody leads", VOTERS, [asked(B, 3, 9, leads=True)], "name-b leads it", "start this server"),
         ("a voter has more", [*VOTERS, VoterId("d/1"), VoterId("e/1")], [asked(B, 3, 11)], "name-b has more", "recover there: stop the agent of name-b"),
@@ -264,7 +268,7 @@ SILENT = Asked(C, "name-c", None, "no answer")
     ],
 )  # fmt: skip
 def test_a_mesh_is_not_recovered_where_it_lives_or_where_another_has_more(what, voters, others, why, hint) -> None:
-    refusal = judge(A, (3, 10), voters, others)
+    refusal = judge(A, (3, 10), voters, others, is_damaged="damaged" in what)
     if not why:
         assert refusal is None, what
     else:
@@ -305,6 +309,29 @@ async def test_nothing_is_changed_unless_the_operator_agrees(tmp_path) -> None:
     said = await recover(home, is_forced=True)
     [random] = kept_lineage(home) or ()
     assert home.epochs() == EpochFile(epoch(random)) and any(name_of((random,)) in line for line in said)
+
+
+async def test_the_only_voter_goes_on_with_what_a_damaged_disk_has_left(tmp_path) -> None:
+    home = alone_home(tmp_path)
+    disk = DirectoryDisk(home.raft)
+    again, _ = open_log(disk, mesh=MESH, lineage=(), me=ME.node_id, is_founding=False, random="bb", incarnation="")
+    for index in (3, 4):
+        again.add(as_entry(codec.encode(Batch(0, 1))), index, 1)
+        again.commit()
+    again.close()
+    disk.close()
+    [*_, newest] = sorted(home.raft.glob("journal-*"))
+    content = bytearray(newest.read_bytes())
+    content[content.index(as_entry(codec.encode(Batch(0, 1))))] ^= 1  # the first of the two
+    newest.write_bytes(content)
+    disk = DirectoryDisk(home.raft)
+    with pytest.raises(Corrupt) as stopped:
+        open_log(disk, mesh=MESH, lineage=(), me=ME.node_id, is_founding=False, random="cc", incarnation="")
+    assert "meshd recover" in stopped.value.hint
+    disk.close()
+
+    said = await recover(home)
+    assert any("damaged" in line for line in said) and len(kept_lineage(home) or ()) == 1
 
 
 async def test_an_older_copy_that_is_all_there_is_may_be_recovered_from(tmp_path) -> None:
