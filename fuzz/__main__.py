@@ -92,7 +92,7 @@ def _attack(name: str, seconds: int) -> None:
     (CRASHES / f"{name}.log").write_text(log)
     executions = re.findall(r"^#(\d+)", log, re.MULTILINE)
     coverage = re.findall(r"cov: (\d+) ft: (\d+)", log)
-    verdict = "no crash" if run.returncode == 0 else f"CRASHED, see {CRASHES}/{name}.log"
+    verdict = "no crash" if run.returncode == 0 else f"CRASHED ({run.returncode}), see {CRASHES}/{name}.log"
     print(
         f"{name}: {seconds} s, {executions[-1] if executions else 0} executions, "
         f"coverage {'/'.join(coverage[-1]) if coverage else '?'} (edges/features), "

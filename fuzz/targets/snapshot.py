@@ -81,13 +81,17 @@ class _State:
 def _states() -> Iterator[_State]:
     """What the machine's own seeds lead to."""
     for data in commands.seeds():
-        machine = Machine()
-        for index, frame in enumerate(split(join(commands._prologue()) + data)):
-            if frame and not frame[0] & 0x80 and len(frame) < 1000:
-                origin = commands.ORIGINS[(frame[0] & 15) % len(commands.ORIGINS)]
-                stamped = Stamped(origin, Raw(frame[1:]))
-                machine.apply(index + 1, codec.encode(Batch(1000, commands.WALL_MS + index, (stamped,))))
-        yield _State(machine.capture()())
+        yield _State(_state_after(data))
+
+
+def _state_after(data: bytes) -> bytes:
+    machine = Machine()
+    for index, frame in enumerate(split(join(commands._prologue()) + data)):
+        if frame and not frame[0] & 0x80 and len(frame) < 1000:
+            origin = commands.ORIGINS[(frame[0] & 15) % len(commands.ORIGINS)]
+            stamped = Stamped(origin, Raw(frame[1:]))
+            machine.apply(index + 1, codec.encode(Batch(1000, commands.WALL_MS + index, (stamped,))))
+    return machine.capture()()
 
 
 def seeds() -> Iterator[bytes]:
@@ -99,4 +103,8 @@ def seeds() -> Iterator[bytes]:
     disk = MemoryDisk()
     save(disk, pack_image(Image(MESH, 7, 1, ("a/01",), Machine().capture()())), LocalHeader(MESH, "01", 1, "aa"))  # type: ignore[arg-type]
     yield join([b"\x00" + disk.read(f"snapshot-{7:020d}")])
+    # A job whose selector nobody can read, in a state that is right otherwise.
+    submit = commands.Submit(commands.job_id(1), commands._spec(needs=commands.Needs(labels="zone in (a)")))
+    selective = join([commands._frame(0, submit)])
+    yield join([b"\x03" + _state_after(selective).replace(b"zone in (a)", b"zone ni (a)")])
     yield join([b"\x00", b"\x00" + _HEAD + b"\xff" * 60, b"\x03", b"\x03\x90", b"\x03\xdd\xff\xff\xff\xff"])

@@ -136,7 +136,7 @@ def restore(data: bytes, moment: Moment, members: Members, matching: Matching, q
     """
     try:
         return _restore(data, moment, members, matching, queue)
-    except (LookupError, ValueError, OverflowError, AssertionError) as error:
+    except (InvalidRequest, LookupError, ValueError, OverflowError, AssertionError) as error:
         raise Corrupt(f"the snapshot is no state of the queue: {error!r}") from error
 
 
