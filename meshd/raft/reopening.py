@@ -113,7 +113,9 @@ def open_journal(
         )  # fmt: skip
         # A log that the snapshot covers whole, or contradicts, begins behind it.
         reset: list[Record] = [("r", *last)] if len(verdict.entries) == 1 and replay.last != last else []
-        frames = [records] if (records := [*replay.unproven, *reset]) else []
+        # An end of doubt is in this segment's header already; behind it, it would end the doubt that this start brings.
+        unproven = [record for record in replay.unproven if record[0] != "c"]
+        frames = [records] if (records := [*unproven, *reset]) else []
         journal.begin_segment(replay.durable_offset, frames)
         if not verdict.doubt:
             disk.shorten(segment_name(kept[-1].number), replay.durable_offset)

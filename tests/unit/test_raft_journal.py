@@ -184,6 +184,22 @@ def test_doubt_ends_by_a_synced_record() -> None:
     assert not again(disk, random="cc").is_in_doubt
 
 
+def test_the_end_of_an_earlier_doubt_does_not_end_the_next_one() -> None:
+    """It was in the last whole frame, which a start writes anew behind its header: the start after that read it there."""
+    disk = MemoryDisk()
+    written(disk, 3)
+    disk.flip(journal_names(disk)[0], (3 * BLOCK + 30) * 8)
+    journal = again(disk)
+    journal.end_doubt()
+    journal.commit()
+    journal.add(b"acknowledged", 4, 1)
+    journal.commit()
+    name = journal_names(disk)[-1]
+    disk.flip(name, (len(bytes_written(disk, name)) - 3) * 8)
+    assert again(disk, random="cc").is_in_doubt
+    assert again(disk, random="dd").is_in_doubt
+
+
 @pytest.mark.parametrize("bit", range(32))
 def test_a_flipped_length_of_the_last_frame_does_not_pass_for_a_torn_tail(bit: int) -> None:
     disk = MemoryDisk()
