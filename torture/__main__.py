@@ -14,6 +14,7 @@ from types import FrameType
 import click
 
 from torture import disks, network, plan, report
+from torture.faults import FAKETIME
 from torture.processes import NeverReady
 from torture.run import Options, Torture, torture
 
@@ -49,6 +50,9 @@ def main(
     chosen = tuple(fault for fault in faults.split(",") if fault)
     if unknown := set(chosen) - set(plan.FAULTS):
         raise click.UsageError(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(plan.FAULTS)}")
+    if plan.Weather.CLOCK in chosen and FAKETIME is None:
+        click.echo("clocks stay as they are: faketime is not installed")
+        chosen = tuple(fault for fault in chosen if fault != plan.Weather.CLOCK)
     if lack := network.lacks():
         raise click.ClickException(lack)
     for name in (*network.remove_stale(), *disks.remove_stale()):

@@ -3,7 +3,8 @@
     lost      acknowledged and not there, at any node; or a read, begun after the acknowledgement, that did not
               find it; or done, although no attempt ran to its end
     doubled   made twice by one id; finished in two ways; one attempt begun twice; an `on_lost: fail` task begun
-              twice; two attempts of an `on_lost: wait` task at a time; two leaders in one term
+              twice; two attempts of an `on_lost: wait` task at a time; a later attempt with a lower fence; two
+              leaders in one term
     stuck     a job that did not finish, and a node that did not come back, once the faults had stopped
 
 Traces are lines that attempts append to one file, so that their order needs no clock.
@@ -11,6 +12,7 @@ Traces are lines that attempts append to one file, so that their order needs no 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -142,11 +144,13 @@ def _judge_ends(verdict: Verdict, ops: list[Op], tasks: list[Task]) -> None:
 def _judge_traces(verdict: Verdict, tasks: list[Task], traces: list[Trace], kinds: Mapping[str, str]) -> None:
     begun: dict[tuple[str, int], list[int]] = {}
     ended: set[tuple[str, int, int]] = set()
+    fences: dict[tuple[str, int], dict[int, int]] = {}
     for trace in traces:
         key = (trace.job, trace.task)
         attempts = begun.setdefault(key, [])
         kind = kinds.get(trace.job, "")
         name = f"{trace.job} task {trace.task} attempt {trace.attempt}"
+        fences.setdefault(key, {})[trace.attempt] = trace.fence
         if trace.word == "begin":
             if trace.attempt in attempts:
                 verdict.doubled.append(f"{name} began twice")
@@ -157,6 +161,10 @@ def _judge_traces(verdict: Verdict, tasks: list[Task], traces: list[Trace], kind
             ended.add((*key, trace.attempt))
         if kind == "wait" and trace.attempt < max(attempts, default=0):
             verdict.doubled.append(f"{name} ({trace.word}) was alive beside attempt {max(attempts)}, on_lost: wait")
+    for (job, task_number), known in fences.items():
+        ordered = [known[attempt] for attempt in sorted(known)]
+        if any(later <= earlier for earlier, later in itertools.pairwise(ordered)):
+            verdict.doubled.append(f"{job} task {task_number}: the fences of its attempts are {ordered}")
     for task in tasks:
         if task.state == "done" and kinds.get(task.job) and (task.job, task.task, task.attempt) not in ended:
             verdict.lost.append(f"{task.job} task {task.task} is done by attempt {task.attempt}, which did not end")

@@ -12,7 +12,8 @@ from torture.network import Network
 from torture.plan import Cycle, Weather, cuts
 from torture.processes import Engine, Processes
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+"""Debian's `faketime`; without it no clock can be moved."""
 LOSS_PERCENT = (2, 10, 30)
 RATES_KBIT_S = (256, 1000, 4000)
 """The Raft traffic of an idle mesh takes about 100."""

@@ -70,9 +70,10 @@ def test_a_task_that_is_done_although_nothing_ran_is_lost():
         (lambda told: told["ops"].append(Op(1, "read", "node3", "b", 6.0, 6.1, "ok", seen="done/1/7")), "b ended as done/1/7 at node3, and as done/2/9"),
         (lambda told: told["traces"].append(Trace("b", 0, 2, 9, "begin")), "b task 0 attempt 2 began twice"),
         (lambda told: told["traces"].append(Trace("b", 0, 1, 7, "end")), "b task 0 attempt 1 (end) was alive beside attempt 2, on_lost: wait"),
+        (lambda told: told["traces"].insert(0, Trace("a", 0, 2, 5, "begin")) or told["traces"].insert(0, Trace("a", 0, 1, 6, "begin")), "a task 0: the fences of its attempts are [6, 5]"),
         (lambda told: told["traces"].append(Trace("c", 0, 2, 10, "begin")), "c task 0 attempt 2 began, although on_lost: fail and [1] had begun"),
     ],
-    ids=["made twice", "listed twice", "ended in two ways", "one attempt twice", "two at a time", "fail started twice"],
+    ids=["made twice", "listed twice", "ended in two ways", "one attempt twice", "two at a time", "fence fell", "fail started twice"],
 )  # fmt: skip
 def test_what_is_done_twice_is_doubled(doctor, found):
     told = good()
