@@ -43,12 +43,12 @@ RECORD_BYTES = 32
 class Journal(StockJournal):  # type: ignore[misc]
     """Made by `create_journal` or `open_journal`. Not safe for two threads: whoever calls `commit` waits for it."""
 
-    def __init__(self, header: LocalHeader, segments: Segments, entries: list[Entry]) -> None:
+    def __init__(self, header: LocalHeader, segments: Segments, entries: list[Entry], doubt: str = "") -> None:
         """It can be written from its first `begin_segment`."""
         self.header = header
-        self.doubt = ""
+        self.doubt = doubt
         """Why this start is in doubt, for people; see `is_in_doubt`."""
-        self.is_in_doubt = header.is_in_doubt
+        self.is_in_doubt = self._was_in_doubt = bool(doubt)
         """Something that this voter has acknowledged may be missing here (protocol.md 9)."""
         self._segments = segments
         self._entries = entries
@@ -187,13 +187,14 @@ class Journal(StockJournal):  # type: ignore[misc]
         # This frame proves all before it, and nothing of itself; the next one will.
         self.witnessed_index, self.durable_index = self.durable_index, last[1]
         self._disk_last = (last[1], last[2])
+        self._was_in_doubt = self.is_in_doubt
         self._is_witnessed = not records
 
     def release(self, snapshot_index: int) -> None:
         """Unlink the segments that a durable snapshot at this index covers (blocks). Call it with nothing staged."""
         assert not self._staged
         try:
-            if self._offset > self._segments.sizes.release:
+            if self._offset > self._segments.sizes.release and self._segments.has_room_for_next():
                 self._go_on_in_next([])
             for number in sorted(self._closed):
                 # The next segment must join the snapshot without this one's help.
@@ -220,7 +221,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         assert is_next(lineage, self.header.lineage)
         records, self._staged, self._staged_bytes = self._staged, [], 0
         self.header = structs.replace(self.header, lineage=lineage)
-        self.is_in_doubt = False
+        self.is_in_doubt = self._was_in_doubt = False
         self.begin_segment(self._offset, [records])
 
     def close(self) -> None:
@@ -258,11 +259,11 @@ class Journal(StockJournal):  # type: ignore[misc]
             self.header,
             term=self._term,
             vote=self._vote,
-            is_in_doubt=self.is_in_doubt,
+            is_in_doubt=self._was_in_doubt,
             takes_over=None if takes_over_at is None else (old, takes_over_at),
             base=self._disk_last,
-            voters=self.header.voters if self.is_in_doubt else voters or self.header.voters,
-            lost=self.header.lost if self.is_in_doubt else "",
+            voters=self.header.voters if self._was_in_doubt else voters or self.header.voters,
+            lost=self.header.lost if self._was_in_doubt else "",
         )
         head = codec.encode(header)
         number = self._segments.begin(sum(aligned(len(body) + FRAME_BYTES_MIN) for body in (head, *bodies)))
@@ -275,7 +276,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self._segments.name()
 
     def _append(self, records: list[Record]) -> None:
-        if self._offset > self._segments.sizes.segment:
+        if self._offset > self._segments.sizes.segment and self._segments.has_room_for_next():
             self._go_on_in_next([])
         body = codec.pack(records)
         try:

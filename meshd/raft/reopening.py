@@ -95,8 +95,7 @@ def open_journal(
         )
     header = structs.replace(newest, start=newest.start + 1, random=random, voters=voters, lost=lost)
     forget_unfinished(disk)
-    journal = Journal(header, Segments(disk, sizes or JournalSizes()), verdict.entries)
-    journal.doubt, journal.is_in_doubt = verdict.doubt, bool(verdict.doubt)
+    journal = Journal(header, Segments(disk, sizes or JournalSizes()), verdict.entries, verdict.doubt)
     last = (verdict.entries[-1][1], verdict.entries[-1][2])
     kept: list[_Segment] = []
     if verdict.is_loss:

@@ -66,6 +66,10 @@ class Segments:
         """What can be written for sure, on a disk however full, where the present segment has come to `offset`."""
         return max(0, self._has_bytes - offset) + len(self._reserves) * self.sizes.reserve
 
+    def has_room_for_next(self) -> bool:
+        """Without its reserve: else the present one can as well go on."""
+        return self.disk.room().free > self.sizes.step
+
     def take(self, end: int) -> None:
         """Room for the present segment up to here."""
         if end > self._has_bytes:
