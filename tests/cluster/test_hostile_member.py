@@ -89,8 +89,9 @@ from tests.cluster.conftest import Mesh, eventually
 
 NAMES = ("node1", "node2", "node3")
 METHODS = (
-    *("mesh.hello", "mesh.certify", "mesh.key", "mesh.api_certificate", "drain.state", "drain.hand_over"),
-    *("log.propose", "log.read", "log.wait", "log.events", "log.status", "session.renew"),
+    *("mesh.hello", "mesh.certify", "mesh.key", "mesh.next_key", "mesh.api_certificate"),
+    *("drain.state", "drain.hand_over"),
+    *("log.propose", "log.read", "log.wait", "log.events", "log.status", "log.newest", "session.renew"),
     *("attempt.notice", "attempt.log", "blob.pull", "blob.get", "blob.have", "blob.list", "blob.remove"),
     *("gossip.ping", "gossip.indirect", "gossip.exchange", "gossip.tell"),
 )
@@ -300,7 +301,8 @@ async def test_a_worker_gets_neither_the_meshs_key_nor_a_servers_place(mesh3, id
     one, two = ids["node1"], ids["node2"]
     async with running(member) as rogue:
         for node in ids.values():
-            assert "not a server" in (await refused(rogue.rpc.call(node, "mesh.key", b"", timeout_s=5))).message
+            for method in ("mesh.key", "mesh.next_key"):
+                assert "not a server" in (await refused(rogue.rpc.call(node, method, b"", timeout_s=5))).message
             await refused(rogue.stream(node, RAFT_PROTOCOL))
         with mesh3.client("node2") as client:
             blob = client.put_bytes(b"precious" * 1000)
