@@ -84,7 +84,9 @@ def _attack(name: str, seconds: int) -> None:
         for number, data in enumerate(known):
             (corpus / f"known-{number}").write_bytes(data)
         starter = _starter(name, Path(directory))
+        began_s = time.monotonic()
         run = _libfuzzer(starter, [f"-max_total_time={seconds}", f"-artifact_prefix={CRASHES}/{name}-", str(corpus)])
+        ran_s = time.monotonic() - began_s
         _libfuzzer(starter, ["-merge=1", str(smaller), str(corpus)])
         if run.returncode == 0:
             target.keep(file.read_bytes() for file in smaller.iterdir())
@@ -94,7 +96,7 @@ def _attack(name: str, seconds: int) -> None:
     coverage = re.findall(r"cov: (\d+) ft: (\d+)", log)
     verdict = "no crash" if run.returncode == 0 else f"CRASHED ({run.returncode}), see {CRASHES}/{name}.log"
     print(
-        f"{name}: {seconds} s, {executions[-1] if executions else 0} executions, "
+        f"{name}: {ran_s:.0f} s, {executions[-1] if executions else 0} executions, "
         f"coverage {'/'.join(coverage[-1]) if coverage else '?'} (edges/features), "
         f"corpus {len(target.corpus())} of at most {CORPUS_INPUTS_MAX}: {verdict}",
         flush=True,
