@@ -11,6 +11,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -145,3 +146,26 @@ def _attack(target: Target, mutations: int) -> None:
     for seed in range(mutations):
         random = Random(seed)
         target.fuzz(mutated(random.choice(corpus), random, is_framed=target.is_framed, others=corpus))
+
+
+# --- depth without recursion --------------------------------------------------------------------------------------------
+
+leaves = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=40)
+    | st.binary(max_size=300) | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=40))
+)  # fmt: skip
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=3), inner, max_size=20)
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(trees)
+def test_nesting_is_how_deep_a_message_is(tree: object) -> None:
+    assert codec.nesting(msgpack.packb(tree)) == depth(tree)
+
+
+def depth(tree: object) -> int:
+    """Of containers with something in them."""
+    inner = tree if isinstance(tree, list) else tree.values() if isinstance(tree, dict) else ()
+    return 1 + max(map(depth, inner)) if inner else 0
