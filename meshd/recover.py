@@ -3,7 +3,7 @@
     read this disk ─▶ ask every server that it knows ─▶ judge ─▶ say what may be lost ─▶ a new epoch
 
 The server itself is stopped; its directory is locked and its key is used to ask, so that others
-know whom they answer. Nothing is written before the operator has agreed.
+know whom they answer. Its log is not touched before the operator has agreed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import trio
 from msgspec.structs import replace
@@ -34,6 +33,7 @@ from meshd.raft.lineage import RANDOM_BYTES, name_of
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.recovery import Kept, begin_epoch, jobs_to_hold, read_kept
+from meshd.raft.rehearsal import Rehearsal
 
 ASK_S = 3.0
 DOUBLE_S = 12.0
@@ -122,8 +122,8 @@ class Recovery:
     async def _run(
         self, disk: Disk, is_forced: bool, say: Callable[[str], None], is_agreed: Callable[[], bool]
     ) -> None:
-        me, random = self._key.node_id, secrets.token_hex(16)
-        kept = await trio.to_thread.run_sync(partial(read_kept, disk, mesh=self._mesh.mesh, me=me, random=random))
+        me = self._key.node_id
+        kept = await trio.to_thread.run_sync(self._read, Rehearsal(disk))
         own = kept.machine.members().get(me)
         if own is None or not own.is_server:
             raise StartRefused(
@@ -132,8 +132,6 @@ class Recovery:
         term, index = kept.newest
         lineage = kept.journal.header.lineage
         say(f"mesh {self._mesh.mesh}, recovery {name_of(lineage)}: this log ends at entry {index} of term {term}")
-        if kept.journal.doubt:
-            say(f"  it is damaged: {kept.journal.doubt}")
         public_key = bytes.fromhex(self._mesh.public_key)
         known = EpochFile(certify_epoch(self._sign, self._mesh.mesh, lineage), (self._file.own, *self._file.heard))
         epochs = Epochs(self._mesh.mesh, public_key, verify, known, on_news=lambda: None)
@@ -155,8 +153,11 @@ class Recovery:
         await trio.to_thread.run_sync(self._say_what_follows, kept, asked, say)
         if not is_agreed():
             raise Conflict("nothing was changed", hint="`meshd recover --yes` does not ask")
-        await trio.to_thread.run_sync(self._begin, kept)
+        await trio.to_thread.run_sync(self._begin, disk)
         say("recovered: start this server with `meshd up`, and on the discarded ones run `meshd rejoin` first")
+
+    def _read(self, disk: Disk) -> Kept:
+        return read_kept(disk, mesh=self._mesh.mesh, me=self._key.node_id, random=secrets.token_hex(16))
 
     def _say_what_follows(self, kept: Kept, asked: Sequence[Asked], say: Callable[[str], None]) -> None:
         me, now_ms = self._key.node_id, time.time_ns() // 1_000_000
@@ -164,9 +165,10 @@ class Recovery:
         lineage = (*kept.journal.header.lineage, self._random)
         discarded = [names.get(node_of(voter), node_of(voter)) for voter in kept.voters if node_of(voter) != me]
         say(f"recovery {name_of(lineage)} would begin, with this server as the only voter:")
-        say(f"  discarded voters: {', '.join(discarded) or 'none'}; their logs are never merged, they have to rejoin")
+        if discarded:
+            say(f"  discarded voters: {', '.join(discarded)}; their logs are never merged, they have to rejoin")
         say(
-            "  may be lost: what was acknowledged by others after this log's end: submissions, results, members, tokens; "
+            "  may be lost: what was acknowledged after this log's end: submissions, results, members, tokens; "
             "tasks that ended since then may run again"
         )
         if kept.journal.doubt:
@@ -176,8 +178,9 @@ class Recovery:
         for job in held[:HELD_SHOWN]:
             say(f"    {job.id} {job.name}".rstrip())
 
-    def _begin(self, kept: Kept) -> None:
+    def _begin(self, disk: Disk) -> None:
         """The journal first: a start after a power cut finds the epoch there, and signs it."""
+        kept = self._read(disk)
         now_ms = time.time_ns() // 1_000_000
         if self._mesh.refused:
             # Cut short after this, the older copy that it is would be refused again by whoever remembers.
@@ -203,7 +206,7 @@ class Recovery:
         start_random = secrets.token_bytes(16)
         greeting = Greeting(
             self._mesh.certificate, counters.starts, start_random, time.time_ns() // 1_000_000, self._mesh.name, (),
-            "", "", epochs.own,
+            "", "", epochs.own, directory.keys.shown(),
         )  # fmt: skip
         transport = Libp2pTransport(self._key, [], gate=directory.gate, book=directory.book, events=_Deaf())
         greetings = Greetings(

@@ -13,6 +13,7 @@ from meshd.errors import StartRefused
 from meshd.model import NodeId, OnLost, TaskState
 from meshd.raft.commands import Batch, Stamped, Submit
 from meshd.raft.configurations import as_command
+from meshd.raft.disk import Disk
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal, journal_lineage
 from meshd.raft.lineage import NUMBER_BITS, RECOVERIES_MAX, Lineage
@@ -20,6 +21,7 @@ from meshd.raft.machine import Machine
 from meshd.raft.messages import AnyMessage, VoterId
 from meshd.raft.opening import open_log
 from meshd.raft.recovery import Kept, as_entry, batch_in, begin_epoch, jobs_to_hold, read_kept
+from meshd.raft.rehearsal import Rehearsal
 from meshd.raft.server import Clocks, Server
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, pack_image, save
@@ -58,7 +60,7 @@ def written(scene: Scene, *, snapshot_at: int = 0) -> MemoryDisk:
     return disk
 
 
-def kept(disk: MemoryDisk) -> Kept:
+def kept(disk: Disk) -> Kept:
     return read_kept(disk, mesh="m", me=A, random="bb")
 
 
@@ -174,6 +176,19 @@ def test_a_server_that_never_voted_recovers_from_its_copy() -> None:
     alone = Alone(disk)
     alone.run(3)
     assert alone.server.engine.leads() and alone.server.engine.voters == (ME,)
+
+
+def test_a_rehearsal_reads_and_recovers_as_the_disk_would_and_leaves_it_alone() -> None:
+    disk = written(a_life(), snapshot_at=6)
+    before = {name: disk.read(name) for name in disk.names()}
+    rehearsal = Rehearsal(disk)
+    found = kept(rehearsal)
+    begin_epoch(found, me=A, random="r1", wall_ms=WALL_MS)
+    again = kept(rehearsal)
+    assert journal_lineage(rehearsal) == ("r1",) and again.voters == (ME,) and again.newest == (5, found.newest[1])
+    assert {name: disk.read(name) for name in disk.names()} == before
+    real = kept(disk)
+    assert real.voters == VOTERS and real.journal[1:] == again.journal[1:-2]
 
 
 def test_it_says_beforehand_what_it_will_hold() -> None:
