@@ -38,10 +38,11 @@ class Faults:
         self._processes = processes
         self._engine = engine
         self._home = home
-        self._are_clocks_moved = are_clocks_moved
         self._disks = disks
         self._membership = Membership(network.nodes, home, engine)
         self._moved: set[str] = set()
+        if are_clocks_moved:
+            processes.more_environment = self._clock_environment
 
     def begin(self, cycle: Cycle, leader: str | None) -> str:
         """Returns what it is, for people. Raises Undecided."""
@@ -76,7 +77,7 @@ class Faults:
                 self._membership.drain(one)
                 return f"{one} is drained"
             case Weather.REPLACE:
-                self._membership.replace(one, self._processes, self.environment(one))
+                self._membership.replace(one, self._processes)
                 return f"{one} is removed, and another joins"
             case Weather.DISK_FULL | Weather.DISKS_FULL:
                 left = rng.choice(LEFT_BYTES)
@@ -87,7 +88,7 @@ class Faults:
             case Weather.BIT_FLIP:
                 self._processes.kill([one])
                 what = self._disks.flip(one, rng)
-                self._processes.start(one, self._engine.command(one), self.environment(one))
+                self._processes.start(one, self._engine.command(one))
                 return f"{one}: {what}"
             case _:
                 assert_never(cycle.weather)
@@ -102,11 +103,10 @@ class Faults:
         self._moved.clear()
         self._membership.take_back()
 
-    def environment(self, node: str) -> dict[str, str]:
+    def _clock_environment(self, node: str) -> dict[str, str]:
         """Of an agent whose wall clock can be moved while it runs. Its other clocks are the machine's."""
-        if not self._are_clocks_moved:
-            return {}
-        self._set_clock(node, 0)
+        if not self._clock(node).exists():
+            self._set_clock(node, 0)
         return {
             "LD_PRELOAD": str(FAKETIME),
             "FAKETIME_TIMESTAMP_FILE": str(self._clock(node)),

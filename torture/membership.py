@@ -55,7 +55,7 @@ class Membership:
         if node:
             self._decide(node, f"{node} takes work again", lambda client: client.undrain(node))
 
-    def replace(self, node: str, processes: Processes, environment: dict[str, str]) -> None:
+    def replace(self, node: str, processes: Processes) -> None:
         """Kill it, remove it, and start another under its name and address. Raises Undecided."""
         processes.kill([node])
 
@@ -73,7 +73,7 @@ class Membership:
             self._engine.invites[node] = client.invite(uses=JOINS_MAX)
 
         self._decide(node, "an invite is made", invite)
-        processes.start(node, self._engine.command(node), environment)
+        processes.start(node, self._engine.command(node))
 
     def _decide(self, about: str, what: str, ask: Callable[[Client], None]) -> None:
         deadline = time.monotonic() + PATIENCE_S

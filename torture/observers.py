@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from meshd.client import Client
 from meshd.errors import MeshError
 
-PAUSE_S = 0.2
-"""They are there to see errors; the load is made by others."""
+PAUSE_S = 0.5
+"""They are there to see errors; the load is made by others, and a mesh forgets finished jobs past 10,000."""
 
 
 @dataclass(slots=True)

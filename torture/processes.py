@@ -48,7 +48,8 @@ class Processes:
         self._since_s: dict[str, float] = {}
         self._ready: set[str] = set()
         self.paused: set[str] = set()
-        self.environment = dict(environment)
+        self._environment = dict(environment)
+        self.more_environment: Callable[[str], Mapping[str, str]] = lambda node: {}
 
     @property
     def nodes(self) -> list[str]:
@@ -57,7 +58,7 @@ class Processes:
     def output(self, node: str) -> Path:
         return self._home / f"{node}.log"
 
-    def start(self, node: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def start(self, node: str, command: Sequence[str]) -> None:
         """Returns at once; `is_ready` tells."""
         output = self.output(node)
         with output.open("ab") as file:
@@ -67,7 +68,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**self.environment, **(environment or {})},
+                env={**self._environment, **self.more_environment(node)},
                 start_new_session=True,
             )
         self._since_s[node] = time.monotonic()

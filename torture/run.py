@@ -36,8 +36,8 @@ WHOLE_S = 120.0
 """Far over what it takes (10 s), because machines that run this are often busy with more than this."""
 FINISH_S = 120.0
 """For what is left when the faults stop; a session of a lost node ends after 12 s, its tasks are held at most as long."""
-ROUND_ACKNOWLEDGED_MAX = 6_000
-"""A mesh forgets finished jobs past 10,000: a check has to come before."""
+ROUND_ACKNOWLEDGED_MAX = 4_000
+"""A mesh forgets finished jobs past 10,000, observers' and unacknowledged ones too: a check has to come long before."""
 POLL_S = 0.02
 WATCH_EVERY_S = 0.25
 STATUS_EVERY_S = 0.5
@@ -209,7 +209,7 @@ class Torture:
                 self._engine.leader([node for node in self._network.nodes if self._processes.is_answering(node)])
 
     def _start(self, node: str) -> None:
-        self._processes.start(node, self._engine.command(node), self._faults.environment(node))
+        self._processes.start(node, self._engine.command(node))
 
     def _all_ready(self) -> bool:
         return not [node for node in self._network.nodes if not self._is_ready(node)]
