@@ -50,6 +50,8 @@ class Journal(StockJournal):  # type: ignore[misc]
         """Why this start is in doubt, for people; see `is_in_doubt`."""
         self.is_in_doubt = self._was_in_doubt = bool(doubt)
         """Something that this voter has acknowledged may be missing here (protocol.md 9)."""
+        self.voters = header.voters
+        """The newest configuration, also when its entry is covered by a snapshot: what the next header says."""
         self._segments = segments
         self._entries = entries
         self._term = header.term
@@ -78,11 +80,16 @@ class Journal(StockJournal):  # type: ignore[misc]
         self.bytes_added += len(command)
         self._staged.append(("e", command, idx, term))
         self._staged_bytes += len(command) + RECORD_BYTES
+        if command[:1] == MEMBERSHIP:
+            self.voters = tuple(codec.unpack(command[1:]))
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom < len(self._entries):
-            index = self._entries[entryFrom][1]
+            index, gone = self._entries[entryFrom][1], self._entries[entryFrom:]
             del self._entries[entryFrom:]
+            if any(command[:1] == MEMBERSHIP for command, _, _ in gone):
+                kept = (command for command, _, _ in reversed(self._entries) if command[:1] == MEMBERSHIP)
+                self.voters = next((tuple(codec.unpack(command[1:])) for command in kept), self.header.voters)
             self._staged.append(("x", index))
             self.durable_index = min(self.durable_index, index - 1)
             self.witnessed_index = min(self.witnessed_index, index - 1)
@@ -253,7 +260,6 @@ class Journal(StockJournal):  # type: ignore[misc]
         `takes_over_at` is where it takes over from the present one; None: it needs nothing before it.
         """
         old, is_first = self._number, self._offset == 0
-        voters = next((tuple(codec.unpack(e[0][1:])) for e in reversed(self._entries) if e[0][:1] == MEMBERSHIP), ())
         bodies = [codec.pack(records) for records in frames]
         header = structs.replace(
             self.header,
@@ -262,7 +268,7 @@ class Journal(StockJournal):  # type: ignore[misc]
             is_in_doubt=self._was_in_doubt,
             takes_over=None if takes_over_at is None else (old, takes_over_at),
             base=self._disk_last,
-            voters=self.header.voters if self._was_in_doubt else voters or self.header.voters,
+            voters=self.header.voters if self._was_in_doubt else self.voters,
             lost=self.header.lost if self._was_in_doubt else "",
         )
         head = codec.encode(header)

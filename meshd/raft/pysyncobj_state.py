@@ -220,6 +220,7 @@ class RaftState(SyncObj):  # type: ignore[misc]
         for entry in self.log[1:]:
             self.configurations.note(entry)
         self._show_voters()
+        self.log.voters = self.voters
         self.commit = self.applied = index
 
     def _show_voters(self) -> None:

@@ -134,6 +134,19 @@ def test_who_has_lost_the_entries_that_name_its_peers_does_not_take_itself_for_a
         assert set(journal.header.voters) == {ME, B, C}
 
 
+def test_each_header_names_the_voters_also_when_a_snapshot_covers_the_entry_that_did() -> None:
+    """Seen as seed 5098 of the storms: a founder that had lost two files took itself for the only voter."""
+    disk = MemoryDisk()
+    written(disk)
+    first, *later = [name for name in disk.names() if name.startswith("journal-")]
+    assert len(later) > 1
+    disk.flip(first, 300)
+    for name in snapshots(disk):
+        disk.flip(name, 800)
+    journal, _ = opened(disk)
+    assert journal.is_in_doubt and set(journal.header.voters) == {ME, B, C}
+
+
 def test_a_snapshot_that_finds_no_room_changes_nothing() -> None:
     disk = MemoryDisk()
     journal = written(disk)
