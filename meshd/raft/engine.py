@@ -2,7 +2,7 @@
 
 Stock keeps what is sound: the log and its helpers, term, vote and state, the replicated
 call and its table of waiting callbacks (pysyncobj_state.py). Messages, elections,
-commitment and sending are ours. The holes F1 … F20 that stock has, and where each is closed:
+commitment and sending are ours. The holes F1 … F21 that stock has, and where each is closed:
 
     F1  a follower cut its log on every message         following._merge: only at a true conflict; below the commit: stop
     F2  it committed what nobody had verified           following.on_append: bounded by the last verified entry
@@ -24,6 +24,7 @@ commitment and sending are ours. The holes F1 … F20 that stock has, and where 
     F18 method ids by position                          Engine.apply_batch: one replicated method, bytes in
     F19 forwarded commands were lost with a link        not used: log.py forwards, with timeouts
     F20 a full pipe raised although it had queued       Engine._applyCommand: appended at once, no queue
+    F21 each compaction began all transfers anew        pinning.py: a snapshot on its way stays, with what follows it
 
 The engine neither waits nor does I/O: it stages messages and journal records, and its
 owner (log.py, or a simulator) syncs the journal before any message leaves. Roles are our

@@ -38,8 +38,8 @@ from meshd.raft.wire import Greeting, Wire
 RETRY_S = 0.05
 """Between tries while nobody leads, unless something changes sooner."""
 HAND_OVER_S = 3.0
-PULSE_S = 0.05
-"""A turn that waits longer for its disk is spoken for; well below a heartbeat."""
+PULSE_S = 0.1
+"""A turn that waits longer for its disk is spoken for: less than a heartbeat."""
 REMEMBER_S = 2.0
 """What is remembered of other servers is written down no more often: they start and elect rarely."""
 

@@ -26,7 +26,18 @@ from meshd.raft.configurations import as_command
 from meshd.raft.engine import Engine
 from meshd.raft.frames import LocalHeader
 from meshd.raft.journal import create_journal
-from meshd.raft.messages import REPLICATED, Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
+from meshd.raft.messages import (
+    REPLICATED,
+    Append,
+    Appended,
+    Chunk,
+    RaftMessage,
+    Received,
+    TimeoutNow,
+    Vote,
+    Voted,
+    VoterId,
+)
 from meshd.raft.reopening import Found, open_journal
 from meshd.raft.settings import RaftSettings
 from meshd.raft.snapshot import Image, unpack_image
@@ -539,7 +550,7 @@ def test_who_is_not_in_its_own_configuration_answers_votes_and_never_asks(clock:
     assert learner.answer() == Voted(1, 1, False, False), "one vote in a term"
 
 
-# --- F11, F13, F14: snapshots ----------------------------------------------------------------------------------------------
+# --- F11 to F14, F21: snapshots ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -574,6 +585,15 @@ def test_f11_a_log_that_agrees_with_a_snapshot_keeps_its_tail(clock: Clock) -> N
     ours.hear(1, (1, 0), [(index, 1) for index in range(2, 6)], 1)
     ours.install(Image("m", 3, 1, (A, B, C), b""), lambda: None)
     assert (ours.first, ours.last, ours.commit, ours.applied) == (3, 5, 3, 3)
+
+
+def test_f12_a_snapshot_on_its_way_commits_nothing(clock: Clock) -> None:
+    """On stock any such message carries a commit index, and what the follower happens to hold is applied up to it."""
+    ours = Ours(clock, A, B, C)
+    ours.hear(1, (1, 0), [(2, 1), (3, 1), (4, 1)], 1)
+    ours.receive(B, Chunk(2, 1, 100_000, 9, 2, 100, bytes(32), 0, bytes(50)))
+    ours.turn()
+    assert (ours.commit, ours.last, ours.answer()) == (1, 4, Received(2, 1, 100_000, 9, 50))
 
 
 def test_f13_who_waits_for_an_entry_that_a_snapshot_covers_learns_that_nobody_knows(clock: Clock) -> None:
