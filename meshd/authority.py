@@ -110,16 +110,21 @@ class Authority:
         await self._keep(successor, public_key)
         call = codec.encode(NextKeyCall(link, successor.secret))
         others = [server for server in self._servers() if server != without]
-        kept = 1
-        for server in others:
+        kept = [self._me]
+
+        async def hand_over(server: NodeId) -> None:
             try:
                 await self._rpc.call(server, "mesh.next_key", call, timeout_s=CALL_S)
-                kept += 1
+                kept.append(server)
             except MeshError as error:
                 log.warning("mesh.next_key_not_kept", server=server, error=str(error))
-        if kept * 2 <= len(others) + 1:
+
+        async with trio.open_nursery() as nursery:
+            for server in others:
+                nursery.start_soon(hand_over, server)
+        if len(kept) * 2 <= len(others) + 1:
             raise Unavailable(
-                f"the mesh's next key is on {kept} of the {len(others) + 1} servers that stay, and most must have it",
+                f"the mesh's next key is on {len(kept)} of the {len(others) + 1} servers that stay: most must have it",
                 hint="bring servers back first: `mesh cluster status`",
             )
         return (*until_now, link)

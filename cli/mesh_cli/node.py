@@ -77,6 +77,7 @@ def show(session: Session, node_name: str) -> None:
             ("node", member.node),
             ("name", member.name),
             ("roles", ", ".join(member.roles)),
+            ("zone", member.zone),
             ("work", _work(view)),
             ("cpu", _amounts(view)[0]),
             ("memory", _amounts(view)[1]),
