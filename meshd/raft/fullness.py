@@ -62,16 +62,18 @@ class Fullness:
         ]
 
     def refusal(self, command: bytes) -> NotCommitted | None:
-        """Of a leader whose own disk, or too many of the voters', are full; None: let it in."""
+        """While no quorum of the voters has room; None: let it in. A full leader hands over, and refuses nothing meanwhile."""
         full = self.full_voters()
-        is_refused = self.is_full or len(self._engine.voters) - len(full) <= len(self._engine.voters) // 2
-        if not is_refused or not self._adds_work(command):
+        if self._has_quorum_room(full) or not self._adds_work(command):
             return None
         return NotCommitted(
             f"busy: disk full at {_named([node_of(voter) for voter in full])}",
             code="busy",
             hint="make room there: `mesh blob rm`, drain the node, or a larger disk; running work goes on meanwhile",
         )
+
+    def _has_quorum_room(self, full: list[VoterId]) -> bool:
+        return len(self._engine.voters) - len(full) > len(self._engine.voters) // 2
 
     def successor(self, now_s: float) -> VoterId | None:
         """Who leads instead of a full one: a voter with room that has everything."""
@@ -87,7 +89,7 @@ class Fullness:
             and not progress.is_in_doubt
             and progress.match == engine.last
         ]
-        if not able or len(engine.voters) - len(full) <= len(engine.voters) // 2:
+        if not able or not self._has_quorum_room(full):
             return None  # nobody could take more work than this one
         self._handed_over_s = now_s
         return max(able, key=lambda voter: engine.progress[voter].contact_s)
