@@ -55,6 +55,8 @@ from meshd.raft.commands import (
     Join,
     OpenSession,
     Reconcile,
+    Recovered,
+    ReleaseJob,
     RemoveMember,
     Report,
     RetryJob,
@@ -242,6 +244,12 @@ def seeds() -> Iterator[bytes]:
             _frame(0, RetryJob(job_id(1), job_id(2))),
         ]
     )
+    for on_lost in OnLost:
+        yield join([
+            _frame(0, Submit(job_id(1), _spec(on_lost=on_lost, array=Array(4, ItemsRange(1, 2))))), _frame(0, Recovered(("r1",), WALL_MS + 9000)),
+            _frame(0, OpenSession(2, (_key(1, 1),), 4, OFFER)), _frame(0, Submit(job_id(2), _spec(on_lost=on_lost))),
+            _frame(1, ReleaseJob(job_id(1))), _frame(0, ReleaseJob(job_id(2))), _frame(1, Recovered(("r1", "r2"), 0)),
+        ])  # fmt: skip
     yield join(
         [
             _frame(0, Claim(1, 1, 0, OFFER)),
