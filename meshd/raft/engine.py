@@ -342,4 +342,6 @@ class Engine(RaftState):
         """A durable snapshot covers up to `index`: forget what nobody needs any more."""
         pinned = None if (leading := self._elections.leading) is None else leading.pinned()
         kept = index - self.settings.retain_entries
-        self.forget_to(max(self.first, kept if pinned is None else min(kept, pinned)))
+        until = kept if pinned is None else min(kept, pinned)
+        if until > self.first:
+            self.forget_to(until)

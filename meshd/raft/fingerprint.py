@@ -3,6 +3,10 @@
 The chain shows a replica that acted differently; this shows one whose memory differs and
 has not acted on it yet: all sums and sessions, and a few jobs whole, others each time, so
 that one after the other is looked at. It is taken at checkpoints only, in about a millisecond.
+
+What is hashed, here and in the chain, is a part of what `apply` does: servers of two versions
+that hash differently would take one another for diverged. So a change of it, like any other
+change of `apply`, has to begin with an entry of the log and not with a start of a new version.
 """
 
 from __future__ import annotations

@@ -247,6 +247,7 @@ class Server:
             self._disputed = self.engine.disputed
             self.report("raft.states_differ" if self._disputed else "raft.states_agree", {"index": self._disputed})
         self._steer()
+        self._trim()
         self._serve_reads()
         self._propose_batch()
         self._tell_doubt()
@@ -586,8 +587,12 @@ class Server:
     def saved(self, index: int) -> None:
         """A snapshot at `index` is durable."""
         self._saved_index = max(self._saved_index, index)
-        if index > self.engine.first:
-            self.engine.compact(index)
+        self._trim()
+
+    def _trim(self) -> None:
+        """What is saved goes, but for what a peer needs; also later, when none does any more."""
+        if self._saved_index - self._settings.retain_entries > self.engine.first:
+            self.engine.compact(self._saved_index)
 
     def install(self, image: Image, restore: Callable[[], None]) -> None:
         """A leader's snapshot is verified and durable here; `restore` is what the machine unpacked it to."""

@@ -35,6 +35,7 @@ class Rejoin:
         assert leader is not None
         self.leader = leader
         self.away = next(node for node in world.nodes.values() if node is not leader)
+        self.is_loaded = True
         self._numbers = count()
         world.die(self.away, has_power=True)
         self._load()
@@ -44,7 +45,8 @@ class Rejoin:
         world.revive(self.away.name)
 
     def _load(self) -> None:
-        self.world.propose(self.leader.name, b"%06d" % next(self._numbers) + bytes(LOAD_BYTES_S // COMMANDS_S))
+        if self.is_loaded:
+            self.world.propose(self.leader.name, b"%06d" % next(self._numbers) + bytes(LOAD_BYTES_S // COMMANDS_S))
         self.world.at(1 / COMMANDS_S, self._load)
 
     def lag(self) -> int:
@@ -100,6 +102,18 @@ def test_a_compaction_neither_restarts_a_transfer_nor_trims_behind_it() -> None:
     assert rejoin.world.counts["raft.snapshot_saved"] - saved > 5
     assert rejoin.world.counts["raft.snapshot_received"] == 1
     assert offsets == sorted(set(offsets)), "each range was sent once"
+
+
+def test_what_was_kept_for_a_peer_goes_when_it_is_level_though_nothing_is_written_any_more() -> None:
+    rejoin = Rejoin(1, bandwidth=60_000)
+    rejoin.world.run(6)
+    rejoin.is_loaded = False
+    assert rejoin.leader.server is not None
+    engine = rejoin.leader.server.engine
+    assert engine.last - engine.first > 100
+    rejoin.seconds_until_level(30)
+    rejoin.world.run(1)
+    assert engine.last - engine.first <= TRIMMING.snapshot_entries + RETAINED
 
 
 def test_a_transfer_goes_on_where_it_was_when_the_link_is_back() -> None:
