@@ -64,7 +64,7 @@ from meshd.node import Node
 from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.quorum import describe_stop
-from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, UpdateMember, adds_work
+from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, Restored, UpdateMember, adds_work
 from meshd.raft.lineage import since
 from meshd.raft.log import ServerLog
 from meshd.raft.machine import Machine
@@ -636,7 +636,7 @@ class _Daemon:
 
     def _events_happened(self, events: Sequence[Event]) -> None:
         self._feed(Applied(events, self.leading_term()))
-        if any(isinstance(event, MembersChanged) for event in events):
+        if any(isinstance(event, MembersChanged | Restored) for event in events):
             self._members_known(self.machine.answer(GetMembers()))
 
     def _leadership_changed(self, is_leader: bool) -> None:

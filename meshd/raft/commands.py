@@ -356,4 +356,8 @@ class SessionChanged(Struct, frozen=True, gc=False):
     is_live: bool
 
 
-Event = Leased | StopWanted | JobChanged | MembersChanged | SessionChanged
+class Restored(Struct, frozen=True, gc=False):
+    """A snapshot took the state's place: anything may have changed, and nothing else tells of it."""
+
+
+Event = Leased | StopWanted | JobChanged | MembersChanged | SessionChanged | Restored

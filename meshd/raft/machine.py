@@ -45,6 +45,7 @@ from meshd.raft.commands import (
     ReleaseJob,
     RemoveMember,
     Report,
+    Restored,
     RetryJob,
     RevokeInvite,
     RevokeToken,
@@ -118,6 +119,7 @@ class Machine:
 
         def replace() -> Callable[[], None]:
             self.__dict__, fresh.__dict__ = fresh.__dict__, self.__dict__
+            self._moment.events.append(Restored())
             return partial(snapshot_state.take_apart, fresh._matching, fresh._queue)
 
         return replace

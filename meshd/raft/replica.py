@@ -25,6 +25,7 @@ from meshd.raft.commands import (
     JobChanged,
     Leased,
     MembersChanged,
+    Restored,
     SessionChanged,
     StopWanted,
 )
@@ -114,6 +115,10 @@ class Replica:
         for ordinal, event in enumerate(events):
             if isinstance(event, JobChanged) and event.job in self._job_waits:
                 self._job_waits.pop(event.job).set()
+            elif isinstance(event, Restored):
+                waits, self._job_waits = self._job_waits, {}
+                for wait in waits.values():
+                    wait.set()
             if (view := self._view(event, (position << 16) | min(ordinal, 0xFFFF))) is not None:
                 self._recent.append(view)
         self._news.set()
@@ -185,7 +190,7 @@ class Replica:
                 return EventView(position, kind, wall_ms, node=event.node)
             case MembersChanged():
                 return EventView(position, "node.changed", wall_ms)
-            case Leased() | StopWanted():
+            case Leased() | StopWanted() | Restored():
                 return None
 
     # --- asked by other nodes -----------------------------------------------------------------------------------------

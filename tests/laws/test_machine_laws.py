@@ -19,6 +19,7 @@ from meshd.raft.commands import (
     Recovered,
     ReleaseJob,
     RemoveMember,
+    Restored,
     RetryJob,
     SetDraining,
     Stamped,
@@ -246,6 +247,7 @@ class MachineLaws(RuleBasedStateMachine):
         self.replay()
         self.restored = Machine()
         self.restored.restore(data)
+        assert self.restored.take_events() == [Restored()]
         assert self.restored.capture()() == data
         assert self.twin.capture()() == data, "equal replicas have equal snapshots"
 
