@@ -1,4 +1,4 @@
-"""The rules of protocol.md 4-7, and gossip's own, each with a way to take it out, to see that its absence is noticed.
+"""The rules of protocol.md 4-7, gossip's own and Raft's, each with a way to take it out, to see that its absence is noticed.
 
     with without("the floor"):
         Sim(seed).run()          # raises Breach for some seed
@@ -33,15 +33,8 @@ from meshd.raft.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
 from meshd.testing.nodes import SimNode
+from meshd.testing.raft_ablations import Patch, wrapped
 from meshd.worker import MoveLeash, RenewAnswered, State, Worker
-
-Patch = tuple[Any, str, Any]
-"""Where, which name, and what to put there."""
-
-
-def _wrapped(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
-    return owner, name, make(getattr(owner, name))
-
 
 # --- the node's side --------------------------------------------------------------------------------------------------
 
@@ -325,59 +318,59 @@ def _saves_no_epoch(self: SimNode, epoch: int) -> None:
 RULES: dict[str, tuple[Patch, ...]] = {
     # protocol.md 4
     "an epoch is synced before use": ((SimNode, "save_epoch", _saves_no_epoch),),
-    "an older or ended epoch opens nothing": (_wrapped(Sessions, "open", _opens_any_epoch),),
-    "the open's answer names what is kept": (_wrapped(Worker, "_opened", _keeps_all),),
+    "an older or ended epoch opens nothing": (wrapped(Sessions, "open", _opens_any_epoch),),
+    "the open's answer names what is kept": (wrapped(Worker, "_opened", _keeps_all),),
     "strays are seen dead first": ((Attempts, "has_strays", False),),
-    "notices of another epoch are not obeyed": (_wrapped(Worker, "_noticed", _obeys_any_epoch),),
-    "no notice is obeyed while opening": (_wrapped(Worker, "_noticed", _obeys_while_opening),),
-    "exactly the next seq is applied": (_wrapped(Sessions, "numbered", _applies_any_seq),),
-    "the view counts from the sending": (_wrapped(Worker, "_renewed", _counts_from_the_answer),),
+    "notices of another epoch are not obeyed": (wrapped(Worker, "_noticed", _obeys_any_epoch),),
+    "no notice is obeyed while opening": (wrapped(Worker, "_noticed", _obeys_while_opening),),
+    "exactly the next seq is applied": (wrapped(Sessions, "numbered", _applies_any_seq),),
+    "the view counts from the sending": (wrapped(Worker, "_renewed", _counts_from_the_answer),),
     "a late answer opens nothing": (
-        _wrapped(Worker, "_opened", _opens_late),
-        _wrapped(Worker, "_expire", _waits_for_ever_to_open),
+        wrapped(Worker, "_opened", _opens_late),
+        wrapped(Worker, "_expire", _waits_for_ever_to_open),
     ),
-    "a view that has ended never revives": (_wrapped(Worker, "_expire", _revives),),
-    "attempts start only under a live view": (_wrapped(Worker, "_proceed", _starts_cut_off),),
-    "grants only while leading": (_wrapped(Keeper, "_lead", _leads_for_ever),),
-    "no grant after the end is proposed": (_wrapped(Keeper, "_renew", _grants_while_ending),),
-    "a new leader waits before it ends": (_wrapped(Keeper, "_lead", _ends_at_once_in_a_new_term),),
-    "digests are compared": (_wrapped(Keeper, "_renew", _never_compares),),
+    "a view that has ended never revives": (wrapped(Worker, "_expire", _revives),),
+    "attempts start only under a live view": (wrapped(Worker, "_proceed", _starts_cut_off),),
+    "grants only while leading": (wrapped(Keeper, "_lead", _leads_for_ever),),
+    "no grant after the end is proposed": (wrapped(Keeper, "_renew", _grants_while_ending),),
+    "a new leader waits before it ends": (wrapped(Keeper, "_lead", _ends_at_once_in_a_new_term),),
+    "digests are compared": (wrapped(Keeper, "_renew", _never_compares),),
     "the floor": ((Attempts, "raise_floor", lambda self, fence: None),),
-    "Reconcile frees up to F only": (_wrapped(Queue, "free_unheld", _frees_whatever_is_not_listed),),
+    "Reconcile frees up to F only": (wrapped(Queue, "free_unheld", _frees_whatever_is_not_listed),),
     # protocol.md 5
     "what has ended stays listed": ((Attempts, "listing", _listing_of_live_ones),),
     "once per attempt": ((Attempts, "obey", _obey_again),),
     "once per attempt over all epochs": (
-        _wrapped(Worker, "_open_next", _forgets_with_the_session),
-        _wrapped(Attempts, "obey", _obey_unless_held),
+        wrapped(Worker, "_open_next", _forgets_with_the_session),
+        wrapped(Attempts, "obey", _obey_unless_held),
     ),
     "only the current lease completes": (
-        _wrapped(Queue, "finish", _believes_any_attempt),
-        _wrapped(Sessions, "numbered", _takes_reports_of_any_session),
+        wrapped(Queue, "finish", _believes_any_attempt),
+        wrapped(Sessions, "numbered", _takes_reports_of_any_session),
     ),
     "who comes back is adopted": ((Queue, "adopt", _adopts_nothing),),
-    "the listed are adopted before on_lost": (_wrapped(Queue, "hold_leases", _loses_before_it_adopts),),
+    "the listed are adopted before on_lost": (wrapped(Queue, "hold_leases", _loses_before_it_adopts),),
     "a cut-off node stops what was promised": (
         (worker, "cut_off_allowance_ms", _never_by_itself),
         (attempts, "cut_off_allowance_ms", _never_by_itself),
     ),
     "cut off counts from the last view": (
-        _wrapped(Worker, "_leash_ms", _leash_from_the_opening),
-        _wrapped(Worker, "_open_next", _moves_leashes_as_it_opens),
+        wrapped(Worker, "_leash_ms", _leash_from_the_opening),
+        wrapped(Worker, "_open_next", _moves_leashes_as_it_opens),
     ),
-    "what it stopped stays held as lost": (_wrapped(Worker, "_ended", _forgets_what_it_stopped),),
+    "what it stopped stays held as lost": (wrapped(Worker, "_ended", _forgets_what_it_stopped),),
     # placement
     "only what fits is leased": ((matching, "rank", _fits_anything),),
     "what is leased is taken from the offer": ((Matching, "fits_now", _fits_an_idle_node),),
     # protocol.md 6
     "who thinks all others dead is cut off": ((machines, "takers_of", _takes_all_to_be_dead),),
     # protocol.md 7
-    "ids outlive their jobs": (_wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),
+    "ids outlive their jobs": (wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),
     # gossip
     "the accused objects": ((Membership, "_on_claim_about_me", _bears_any_accusation),),
     "an incarnation rises with every start": ((SimNode, "count_start", _always_the_first_life),),
     "suspicion ends in death": ((membership, "SUSPICION_MS", 60_000),),
-    "whose roots differ compare": (_wrapped(Gossip, "ponged", _never_asks_what_differs),),
+    "whose roots differ compare": (wrapped(Gossip, "ponged", _never_asks_what_differs),),
 }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from meshd import codec
 from meshd.attempts import fit
+from meshd.errors import MeshError
 from meshd.gossip import membership
 from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, Resources, TaskState
 from meshd.placement import Demand, permanent_lacks
@@ -31,14 +32,26 @@ from meshd.raft.commands import (
     Submitted,
 )
 from meshd.raft.machine import Machine
+from meshd.raft.messages import VoterId
+from meshd.raft.stamp import AGREE_MS
 from meshd.testing.heap import Heap
+from meshd.testing.history import History
 from meshd.testing.machines import output_of
-from meshd.views import ListTasks, TaskPage, TaskView
+from meshd.views import GetJob, ListTasks, TaskPage, TaskView
 from meshd.worker import State
 
 if TYPE_CHECKING:
     from meshd.testing.nodes import SimNode
+    from meshd.testing.servers import SimServer
     from meshd.testing.world import World
+
+
+WALL_AHEAD_MS = AGREE_MS + 1_000
+"""What clocks that agree may be apart, and what elapsed time runs ahead where clocks are fast."""
+ELECTION_S = 2.0
+"""Longer than a trial of votes lasts."""
+FINGERPRINT_EVERY = 8
+"""Entries; the hash over the state itself costs as much as applying several."""
 
 
 class Breach(AssertionError):
@@ -64,8 +77,16 @@ class Checks:
         """Jobs that no node fits: they wait for ever."""
         self.must_live: frozenset[NodeId] = frozenset()
         """Who cannot rightly be called dead now."""
-        self._answers: list[list[bytes]] = []
-        self._digests: dict[int, str] = {}
+        self.entries: dict[int, bytes] = {}
+        """What was ever applied anywhere, by index."""
+        self.last = 0
+        """The newest of them."""
+        self.leaders: dict[int, VoterId] = {}
+        """By term."""
+        self._first: Breach | None = None
+        self._answers: dict[int, list[bytes]] = {}
+        self._digests: dict[int, tuple[bytes, str]] = {}
+        self.history = History(self.breach)
         self._views: dict[tuple[JobId, int], TaskView] = {}
         self._fence = 0
         self._ending: set[tuple[NodeId, int, int | None, NodeId, int]] = set()
@@ -77,7 +98,13 @@ class Checks:
         """By session: the seq of its last claim, and the slots."""
 
     def breach(self, name: str, what: str) -> None:
-        raise Breach(f"{name}: {what} (seed {self.heap_seed}, at {self.heap.now_ms / 1000:.3f} s)")
+        raise self.broken(name, what)
+
+    def broken(self, name: str, what: str) -> Breach:
+        """Whoever catches what it hears from below raises the first one again."""
+        if self._first is None:
+            self._first = Breach(f"{name}: {what} (seed {self.heap_seed}, at {self.heap.now_ms / 1000:.3f} s)")
+        return self._first
 
     @property
     def heap_seed(self) -> int:
@@ -85,15 +112,24 @@ class Checks:
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
-    def committed(self, index: int, data: bytes) -> list[bytes]:
+    def committed(self, index: int, data: bytes) -> None:
+        """A server applies this entry: the first that does shows that it is committed."""
+        if (known := self.entries.get(index)) is not None:
+            if known != data:
+                self.breach("one entry at each index", f"entry {index} is two different ones")
+            return
+        if index <= self.last:
+            self.breach("one entry at each index", f"entry {index} was nothing at another server")
+        self.entries[index] = data
+        self.last = index
         try:
             answers = self.oracle.apply(index, data)
         except Exception as error:
             raise Breach(f"apply is total: {error!r} at entry {index} (seed {self.heap_seed})") from error
         if self.oracle.faults:
             self.breach("apply is total", f"a command of entry {index} hit a bug: {codec.decode(data, Batch)}")
-        self._answers.append(answers)
-        self._digests[index] = self.oracle.digest()
+        self._answers[index] = answers
+        self._digests[index] = _digest(index, self.oracle)
         batch = codec.decode(data, Batch)
         self._time_is_monotonic()
         jobs: dict[JobId, None] = {}
@@ -109,21 +145,73 @@ class Checks:
         given: set[int] = set()
         for job in jobs:
             self._job_moved(job, commands, given)
+            if self.oracle.spec_of(job) is not None:
+                self.history.changed(self.oracle.answer(GetJob(job)))
         self._who_comes_back_keeps_its_work(before, commands, answers)
         self._claims_are_obeyed(commands, answers, given)
         self._fence = max(given, default=self._fence)
-        return answers
 
     def replica_applied(self, index: int, answers: list[bytes], machine: Machine) -> None:
-        if answers != self._answers[index - 1] or machine.digest() != self._digests[index]:
+        if answers != self._answers[index] or _digest(index, machine) != self._digests[index]:
             self.breach("replicas agree", f"they differ at entry {index}")
         if machine.wall_ms > self.oracle.wall_ms:
             self.breach("time is one", "a replica is ahead of the log")
+
+    def replica_restored(self, machine: Machine) -> None:
+        """From a snapshot, its own or a leader's."""
+        if machine.position and _digest(machine.position, machine) != self._digests.get(machine.position):
+            self.breach("replicas agree", f"a snapshot at entry {machine.position} is not what was applied")
+
+    # --- servers ------------------------------------------------------------------------------------------------------
+
+    def turned(self, server: SimServer) -> None:
+        """One leader a term; and it has everything that was ever committed, before it says a word."""
+        engine = server.engine
+        if not engine.is_leader:
+            return
+        known = self.leaders.setdefault(engine.term, engine.me)
+        if known != engine.me:
+            self.breach("one leader a term", f"{known} and {engine.me} lead term {engine.term}")
+        if engine.leads() and engine.applied < self.last and engine.term == max(self.leaders):
+            at = max(engine.first, 1)
+            missing = [
+                index
+                for index, data in self.entries.items()
+                if index > at and (index > engine.last or engine.log[index - engine.first][0][1:] != data)
+            ]
+            if missing:
+                self.breach("a leader has all that is committed", f"{server.node.name} lacks entries {missing[:5]}")
+
+    def campaigns(self, server: SimServer, silence_s: float) -> None:
+        """It has raised its term: somebody must have said that it would vote."""
+        if silence_s > ELECTION_S and len(server.engine.voters) > 1:
+            self.breach(
+                "a term rises when a majority would vote",
+                f"{server.node.name} makes it {server.engine.term} after {silence_s:.1f} s of silence",
+            )
+
+    def cannot_start(self, node: SimNode, error: MeshError | OSError) -> None:
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            return  # the disk refuses, for now
+        self.breach("what was written can be read", f"{node.name}: {error}")
+
+    def replicas_are_equal(self) -> bool:
+        """Every voter has applied everything: nothing that was ever acknowledged is missing anywhere."""
+        servers = [node.server for node in self.world.nodes.values() if node.server is not None and node.has_replica]
+        leading = [server for server in servers if server.leading_term() is not None]
+        voters = {voter for server in leading for voter in server.engine.voters}
+        return bool(leading) and all(
+            server.engine.applied >= self.last and server.machine.digest() == self.oracle.digest()
+            for server in servers
+            if server.voter in voters
+        )
 
     def _time_is_monotonic(self) -> None:
         if self.oracle.wall_ms < self._wall_ms:
             self.breach("time is monotonic", f"{self.oracle.wall_ms} after {self._wall_ms}")
         self._wall_ms = self.oracle.wall_ms
+        if self._wall_ms > self.world.wall_ms() + WALL_AHEAD_MS:
+            self.breach("one wrong clock moves no date", f"{self._wall_ms - self.world.wall_ms()} ms ahead")
 
     def _ids_never_double(self, commands: list[tuple[NodeId, AnyCommand]], answers: list[bytes]) -> None:
         for data in answers:
@@ -160,7 +248,7 @@ class Checks:
                 self._done(name, before, now, commands)
 
     def _done(self, name: str, before: TaskView, now: TaskView, commands: list[tuple[NodeId, AnyCommand]]) -> None:
-        history = self.history(now.job, now.task)
+        history = self.task(now.job, now.task)
         history.successes += 1
         if history.successes > 1:
             self.breach("one success", f"{name} was completed twice")
@@ -257,12 +345,12 @@ class Checks:
             self.breach("what starts is leased", f"{node.name} starts fence {key.fence} in epoch {view.epoch}")
 
     def decided_to_end(self, server: SimNode, command: EndSession, *, is_early: bool) -> None:
-        self._ending.add((server.id, server.process, self.world.log.leads(server.id), command.node, command.epoch))
+        self._ending.add((server.id, server.process, server.leading_term(), command.node, command.epoch))
         if is_early:
             self._ended_early.add((command.node, command.epoch))
 
     def decided_to_grant(self, server: SimNode, node: NodeId, epoch: int) -> None:
-        term = self.world.log.leads(server.id)
+        term = server.leading_term()
         if term is None:
             self.breach("only a leader grants", f"{server.name} grants {node} epoch {epoch}")
         if (server.id, server.process, term, node, epoch) in self._ending:
@@ -275,11 +363,11 @@ class Checks:
 
     # --- the machines -------------------------------------------------------------------------------------------------
 
-    def history(self, job: JobId, task: int) -> TaskHistory:
+    def task(self, job: JobId, task: int) -> TaskHistory:
         return self.tasks.setdefault((job, task), TaskHistory())
 
     def started(self, node: NodeId, key: AttemptKey, spec: JobSpec) -> None:
-        history = self.history(key.job, key.task)
+        history = self.task(key.job, key.task)
         name = f"task {key.job[-6:]}/{key.task}"
         if node in history.running:
             self.breach("once per attempt", f"{name} twice on {node}")
@@ -301,7 +389,7 @@ class Checks:
         history.running[node] = key
 
     def stopped(self, node: NodeId, key: AttemptKey, outcome: Outcome | None) -> None:
-        history = self.history(key.job, key.task)
+        history = self.task(key.job, key.task)
         history.running.pop(node, None)
         if outcome is not None and not outcome.is_success and outcome.exit_code is not None:
             history.own_failures += 1
@@ -336,6 +424,11 @@ class Checks:
                 self.breach(
                     "no work is thrown away", f"{job[-6:]}/{task} took {view.attempt} attempts, {view.losses} lost"
                 )
+
+
+def _digest(index: int, machine: Machine) -> tuple[bytes, str]:
+    """What every entry did, and now and then also the state that is there."""
+    return machine._digest, "" if index % FINGERPRINT_EVERY else machine.digest()
 
 
 def _short(value: AnyCommand | AnyAnswer) -> str:

@@ -59,7 +59,8 @@ class Epilogue:
         world.heap.note("epilogue: all faults are over")
         world.network.heal()
         for node in world.nodes.values():
-            if not node.is_alive and node is not self.lost:
+            node.heal()
+            if not node.is_alive and not node.is_gone:
                 node.start()
         frozen_ms = max(node.agent_frozen_until_ms for node in world.nodes.values()) - world.heap.now_ms
         self._pass(max(0, frozen_ms))
@@ -95,7 +96,7 @@ class Epilogue:
             return
         job, lack = self._hopeless
         for node in self._living():
-            if node.machine is None:
+            if node.machine is None or not node.has_replica:
                 continue
             told = node.machine.answer(Explain(job))
             assert isinstance(told, Explanation)

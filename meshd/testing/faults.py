@@ -9,30 +9,63 @@ from dataclasses import dataclass
 class Faults:
     """Probabilities per message, counts per run, times in milliseconds."""
 
+    servers: tuple[int, ...] = (3,)
+    """How many the mesh begins with: one of these."""
     lasts_ms: int = 40_000
+
+    # messages and connections
     lose: float = 0
     double: float = 0
     latency_ms: tuple[float, float] = (0.5, 8.0)
     late: float = 0
     late_ms: tuple[float, float] = (100.0, 4_000.0)
-    slow_disk: float = 0.1
-    """How often a commit takes up to `slow_ms` instead of 30."""
+    stream_stall: float = 0
+    """How often frames of a stream, and all behind them, are late by `stream_stall_ms`."""
+    stream_stall_ms: tuple[float, float] = (200.0, 3_000.0)
+    stream_break: float = 0
+    """How often a connection breaks instead of taking another frame."""
+    cuts: int = 0
+    """One node is cut off from all others, or they from it."""
+    cut_ms: tuple[float, float] = (2_000.0, 40_000.0)
+    cut_breaks: float = 0.3
+    """How many cuts are seen at once, as connections that break; else their silence has to be noticed."""
+    splits: int = 0
+    """Two halves do not hear each other; perhaps one node hears both."""
+    split_ms: tuple[float, float] = (500.0, 15_000.0)
+
+    # disks
+    slow_disk: float = 0.05
+    """How often a sync takes up to `slow_ms` instead of six."""
     slow_ms: float = 300.0
+    disk_hangs: int = 0
+    """Nothing that a disk was asked for is done for a while."""
+    hang_ms: tuple[float, float] = (500.0, 15_000.0)
+    failed_syncs: int = 0
+    full_disks: int = 0
+    full_ms: tuple[float, float] = (1_000.0, 15_000.0)
+
+    # machines and processes
     crashes: int = 0
     power_loss: float = 0.3
     """How many crashes take the machine with them: nobody says that its connections are gone."""
     restart_ms: tuple[tuple[float, float], ...] = ((100.0, 2_000.0), (2_000.0, 9_000.0), (9_000.0, 30_000.0))
     """Each crash draws one of these."""
+    blackouts: int = 0
+    """All machines lose power at once, each in the middle of what its disk is at."""
     freezes: int = 0
-    cuts: int = 0
-    cut_ms: tuple[float, float] = (2_000.0, 40_000.0)
-    cut_breaks: float = 0.3
-    """How many cuts are seen at once, as connections that break; else their silence has to be noticed."""
+    freezes_then_cuts: int = 0
+    clock_jumps: int = 0
+    """One node's wall clock is wrong for a while."""
+
+    # what people do
     transfers: int = 0
     offers: int = 0
     drains: float = 0
     hands_over: float = 0.5
-    freezes_then_cuts: int = 0
+    comes_back: float = 0
+    """How many drained nodes are taken back into service."""
+    grows: int = 0
+    """Servers that join while all this happens."""
     dies_for_good: float = 0
 
 

@@ -25,6 +25,13 @@ from meshd.raft.commands import AnyAnswer, AnyCommand, Cancel, Submit, Submitted
 from meshd.testing.checks import Breach
 from meshd.testing.machines import output_of
 from meshd.testing.world import World
+from meshd.views import GetJob, JobPage, JobView, ListJobs
+
+READS = 4
+"""Of each job, once it is acknowledged: one soon, each of the others within ten times as long as the one before."""
+READ_AFTER_MS = 30.0
+READ_LATER = 10
+JOBS_LISTED = 200
 
 PROCESS = ("process",)
 ONE_CORE = Needs()
@@ -64,12 +71,38 @@ class Client:
             if not isinstance(answer, Submitted):
                 raise Breach(f"a good job is taken: {answer} (seed {self.world.seed})")
             self.acknowledged[job] = spec
+            self.reads(job, READ_AFTER_MS)
 
         self.send(Submit(job, spec), answered)
         if self.rough and self.world.heap.chance(0.4):
             delay_ms = self.world.heap.between(200, 30_000)
             self.world.heap.after(delay_ms, lambda: self.send(Submit(job, spec), answered))
         return job
+
+    def reads(self, job: JobId, within_ms: float) -> None:
+        """Somebody looks at it, at some node, by its id or in the list."""
+        heap = self.world.heap
+
+        def look() -> None:
+            alive = [node for node in self.world.nodes.values() if node.is_alive]
+            if not alive:
+                return
+            node = heap.random.choice(alive)
+            history = self.world.checks.history
+            operation = history.begins(f"reading {job[-6:]} at {node.name}")
+
+            def in_list(page: JobPage | None, position: int) -> None:
+                assert page is not None
+                history.read(operation, job, next((view for view in page.jobs if view.id == job), None), position)
+
+            if heap.chance(0.5):
+                node.query(ListJobs(limit=JOBS_LISTED), JobPage, in_list)
+            else:
+                node.query(GetJob(job), JobView, lambda view, at: history.read(operation, job, view, at))
+
+        for _ in range(READS):
+            heap.after(heap.between(0, within_ms), look)
+            within_ms *= READ_LATER
 
     def cancel(self, job: JobId) -> None:
         self.world.heap.note(f"client: cancels {job[-6:]}")
@@ -79,12 +112,14 @@ class Client:
         """Until it is answered: every second, anywhere."""
         self.unanswered += 1
         is_answered = False
+        operation = self.world.checks.history.begins(f"{type(command).__name__} by a client")
 
-        def done(answer: AnyAnswer | None) -> None:
+        def done(answer: AnyAnswer | None, position: int) -> None:
             nonlocal is_answered
             if answer is not None and not is_answered:
                 is_answered = True
                 self.unanswered -= 1
+                self.world.checks.history.written(operation, position)
                 answered(answer)  # type: ignore[operator]
 
         def attempt() -> None:
@@ -92,7 +127,7 @@ class Client:
                 return
             alive = [node for node in self.world.nodes.values() if node.is_alive and (node.is_server or not at_servers)]
             if alive:
-                self.world.log.propose(self.world.heap.random.choice(alive), command, done)
+                self.world.heap.random.choice(alive).propose(command, done)
             self.world.heap.after(1_000, attempt)
 
         attempt()

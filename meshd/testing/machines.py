@@ -112,7 +112,7 @@ class Runner:
         if missing is None:
             self._begin(run)
             return
-        holders = [holder for holder in gossip.core.holders(missing) if holder != self.node.id]
+        holders = sorted(holder for holder in gossip.core.holders(missing) if holder != self.node.id)
 
         def answered(answer: bytes | None, _is_silent: bool) -> None:
             if answer == YES:
@@ -159,7 +159,7 @@ class Runner:
         checks.started(self.node.id, run.key, run.spec)
         heap.note(f"{self.node.name}: runs {_name(run.key)}")
         _, length_ms, failures = run.spec.run.args
-        fails = checks.history(run.key.job, run.key.task).own_failures < int(failures)
+        fails = checks.task(run.key.job, run.key.task).own_failures < int(failures)
         outcome = Outcome(EndReason.EXIT, exit_code=1 if fails else 0)
         self.node.after(int(length_ms) * heap.between(0.7, 1.3), lambda: self._end(run, outcome), of_machine=True)
 

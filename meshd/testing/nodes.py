@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec.structs import replace
 
 from meshd import codec
 from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
+from meshd.errors import MeshError, NotFound
 from meshd.gossip.membership import State
 from meshd.keeper import (
     GRANT_MS,
     AnswerRenew,
     Applied,
     Keeper,
-    LeaderTick,
     NoticeEnded,
     PeerGone,
     RenewArrived,
@@ -27,13 +27,17 @@ from meshd.keeper import (
 )
 from meshd.model import BackendOffer, NodeId, Offer, Resources
 from meshd.neighbours import ADDRESS_FACT, LEADER_FACT, MEMBERS_FACT, OFFER_FACT
-from meshd.raft.commands import EndSession, MembersChanged
+from meshd.ports import Committed, ProposeResult
+from meshd.raft.commands import AnyAnswer, AnyCommand, EndSession, MembersChanged, Restored
 from meshd.raft.machine import Machine
+from meshd.raft.replica import ProposeReply
 from meshd.session_messages import Granted, Notice, Renew, RenewAnswer
 from meshd.testing.gossiping import Done, Gossiping, Reply
 from meshd.testing.machines import Runner
 from meshd.testing.network import KEEP_ALIVE_MS, Connections
-from meshd.views import GetMembers, MembersView
+from meshd.testing.raft_disk import MemoryDisk, PowerCut
+from meshd.testing.servers import SYNC_MS, SimServer
+from meshd.views import AnyQuery, GetMembers, MembersView
 from meshd.worker import (
     MoveLeash,
     NoticeArrived,
@@ -51,7 +55,13 @@ from meshd.worker import (
 if TYPE_CHECKING:
     from meshd.testing.world import World
 
+V = TypeVar("V")
+
 NOTICE_TIMEOUT_MS = 2_000
+PROPOSE_TIMEOUT_MS = 5_000
+READ_TIMEOUT_MS = 5_000
+SUPERVISOR_MS = (500.0, 4_000.0)
+"""Between the end of an agent and its next start, when nobody planned either."""
 MEMBERS_EVERY_MS = 2_000
 """How often a node without a replica looks whether gossip announces a change of members."""
 CLOCK_DRIFT = 0.002
@@ -61,33 +71,37 @@ CLOCK_DRIFT = 0.002
 class SimNode:
     """One machine: its disk outlives the process, its clock is its own, its agent is the real one."""
 
-    def __init__(self, world: World, name: str, *, is_server: bool, slots: int) -> None:
+    def __init__(self, world: World, name: str, *, is_server: bool, slots: int, is_founder: bool = False) -> None:
         self.world, self.name, self.id = world, name, NodeId(f"node-{name}")
-        self.is_server, self.slots = is_server, slots
+        self.is_server, self.is_founder, self.slots = is_server, is_founder, slots
         self.offer = some_offer(world.heap.random, name, slots)
         self.cores = max(1, slots - 1)
         """The last slot is claimed ahead: what is leased to it waits for a core."""
+        self.disk = MemoryDisk()
         self.saved_epoch = 0
         self.starts = 0
         self.blobs: dict[str, None] = {}
         self.members: tuple[NodeId, ...] = ()
-        self.is_alive = False
+        self.is_alive = self.is_gone = False
+        """`is_gone`: for good."""
         self.has_power = True
         self.is_draining = False
+        self.disk_hangs_until_ms = 0
         self.agent_frozen_until_ms = 0
         self.machine_frozen_until_ms = 0
         self.process = 0
         self.agent: Agent | None = None
         self.gossip: Gossiping | None = None
         self.connections = Connections(self)
-        self.machine: Machine | None = None
-        self.applied = 0
+        self.server: SimServer | None = None
         self.runner = Runner(self)
         self._clock_offset_ms = int(world.heap.between(0, 10_000_000))
         self._clock_rate = 1 + world.heap.between(-CLOCK_DRIFT, CLOCK_DRIFT)
+        self.wall_offset_ms = 0
+        """How wrong its wall clock is."""
         self._timer_ms: int | None = None
         self._calls: dict[int, Callable[[RenewAnswer], None]] = {}
-        self._members_position = 0
+        self._members_position = self._announced = 0
 
     @property
     def is_awake(self) -> bool:
@@ -95,6 +109,34 @@ class SimNode:
 
     def clock_ms(self) -> int:
         return self._clock_offset_ms + int(self.world.heap.now_ms * self._clock_rate)
+
+    def clock_s(self) -> float:
+        return self.clock_ms() / 1000
+
+    def until_ms(self, clock_s: float) -> float:
+        """How long until this clock shows that; 0 when it does already."""
+        left_s = clock_s - self.clock_s()
+        return 0 if left_s <= 0 else 1000 * left_s / self._clock_rate + 1
+
+    def wall_ms(self) -> int:
+        return self.world.wall_ms() + self.wall_offset_ms
+
+    def sync_ms(self) -> float:
+        """How long the disk takes for one sync."""
+        heap, weather = self.world.heap, self.world.network.weather
+        hangs_ms = max(0, self.disk_hangs_until_ms - heap.now_ms)
+        return hangs_ms + heap.between(
+            *SYNC_MS if not heap.chance(weather.slow_disk) else (SYNC_MS[1], weather.slow_ms)
+        )
+
+    @property
+    def machine(self) -> Machine | None:
+        return None if self.server is None else self.server.machine
+
+    @property
+    def has_replica(self) -> bool:
+        """It votes, so it answers from its own copy of the queue."""
+        return self.server is not None and self.server.engine.is_voter
 
     @property
     def room(self) -> Resources:
@@ -108,25 +150,35 @@ class SimNode:
         self.agent_frozen_until_ms = self.machine_frozen_until_ms = 0
         self.process += 1
         self._timer_ms = None
+        self._announced = 0
         self._calls = {}
         self.connections = Connections(self)
         self.count_start()
-        self.gossip = Gossiping(self, self.id, self.starts, Random(f"{world.seed} {self.name} {self.process}"))  # noqa: S311
-        keeper = None
-        if self.is_server:
-            self.machine = world.log.replica_for(self)
-            keeper = Keeper(self.machine)
-        self.agent = Agent(Worker(epoch=self.saved_epoch), keeper)
         world.heap.note(f"{self.name}: starts, saved epoch {self.saved_epoch}")
+        if self.is_server and not self._start_server():
+            return
+        self.gossip = Gossiping(self, self.id, self.starts, Random(f"{world.seed} {self.name} {self.process}"))  # noqa: S311
+        self.agent = Agent(Worker(epoch=self.saved_epoch), Keeper(self.machine) if self.machine is not None else None)
         for key, value in self.said().items():
             self.gossip.publish(key, value)
         self.gossip.set_members(self.members)
         if self.machine is not None:
             self._members_known(self.machine.answer(GetMembers()))
-        else:
-            self.after(world.heap.between(0, MEMBERS_EVERY_MS), self._keep_members_fresh)
+        self.after(world.heap.between(0, MEMBERS_EVERY_MS), self._keep_members_fresh)
         self.after(world.heap.between(0, KEEP_ALIVE_MS), self.connections.keep_alive)
         self.offers(0 if self.is_draining else self.slots)
+
+    def _start_server(self) -> bool:
+        """False when the disk, or the power, does not allow it now."""
+        try:
+            self.server = SimServer(self)
+        except PowerCut:
+            self.crash(loses_power=True)
+            self.comes_back()
+        except (MeshError, OSError) as error:
+            self.world.checks.cannot_start(self, error)
+            self.fails(str(error))
+        return self.server is not None
 
     def count_start(self) -> None:
         """On its disk, synced before anybody hears of it."""
@@ -145,11 +197,40 @@ class SimNode:
         self.world.heap.note(f"{self.name}: {'loses power' if loses_power else 'crashes'}")
         self.is_alive = False
         self.has_power = not loses_power
-        self.agent = self.machine = self.gossip = None
+        server, self.server = self.server, None
+        self.agent = self.gossip = None
         if self.has_power:
             self.world.network.break_connections(self)
         self.runner.killed()
-        self.world.log.depose(self.id)
+        if server is not None:
+            server.die()
+        if loses_power:
+            self.disk.lose_power(self.world.heap.random)
+        else:
+            self.disk.be_killed()
+
+    def fails(self, why: str) -> None:
+        """The agent ends by itself, and whatever looks after it starts it again."""
+        self.world.heap.note(f"{self.name}: stops, {why}")
+        self.crash()
+        self.comes_back()
+
+    def comes_back(self, within_ms: tuple[float, float] = SUPERVISOR_MS) -> None:
+        process = self.process
+
+        def start() -> None:
+            if not self.is_alive and self.process == process and not self.is_gone:
+                self.start()
+
+        self.world.heap.after(self.world.heap.between(*within_ms), start)
+
+    def heal(self) -> None:
+        """Its disk and its clock are as they should be."""
+        self.disk.cut_in(None)
+        self.disk.take_sync_failure()
+        self.disk.drain()
+        self.disk_hangs_until_ms = 0
+        self.wall_offset_ms = 0
 
     def freeze(self, for_ms: float, *, whole: bool) -> None:
         """The agent alone (stopped, swapped out), or the whole machine with its jobs (a suspended VM)."""
@@ -188,20 +269,22 @@ class SimNode:
     def _timer(self, timer_ms: int) -> None:
         if self._timer_ms == timer_ms:
             self._timer_ms = None
-            self.handle(Tick(self.world.log.leads(self.id)))
+            self.handle(Tick(self.leading_term()))
 
-    def leadership_changed(self) -> None:
-        term = self.world.log.leads(self.id)
+    def leading_term(self) -> int | None:
+        return None if self.server is None else self.server.leading_term()
+
+    def leadership_changed(self, term: int | None) -> None:
         if term is not None and self.gossip is not None:
             self.gossip.publish(LEADER_FACT, codec.encode(term))
-        self.handle(LeaderTick(term))
+        self.handle(Tick(term))
 
     def applied_events(self, term: int | None) -> None:
         assert self.machine is not None
         events = self.machine.take_events()
         if events:
             self.handle(Applied(events, term))
-        if any(isinstance(event, MembersChanged) for event in events):
+        if any(isinstance(event, MembersChanged | Restored) for event in events):
             self._members_known(self.machine.answer(GetMembers()))
 
     def save_epoch(self, epoch: int) -> None:
@@ -240,9 +323,60 @@ class SimNode:
             case SendNotice(node, notice):
                 self._send_notice(node, notice)
 
-    def _propose(self, command: object) -> None:
-        via = self.id if isinstance(command, EndSession) else None
-        self.world.log.propose(self, command, lambda answer: self.handle(Proposed(command, answer)), via=via)  # type: ignore[arg-type]
+    def _propose(self, command: AnyCommand) -> None:
+        self.propose(command, lambda answer, _: self.handle(Proposed(command, answer)))
+
+    def propose(self, command: AnyCommand, done: Callable[[AnyAnswer | None, int], None]) -> None:
+        """At its own replica or by way of a voter. `done` is called once, at most 5 s later, with the answer and its
+        position; None is "not committed" or "unknown"."""
+        body = codec.encode(command)
+
+        def answered(answer: bytes | None, _is_silent: bool = False) -> None:
+            reply = None if answer is None else codec.decode(answer, ProposeReply)
+            if reply is None or reply.answer is None:
+                done(None, 0)
+            else:
+                done(codec.decode(reply.answer, AnyAnswer), reply.position)
+
+        if self.has_replica:
+            self._answer_propose(self.id, body, answered)
+        else:
+            self.call(self.some_voter().id, "log.propose", body, PROPOSE_TIMEOUT_MS, answered)
+
+    def _answer_propose(self, origin: NodeId, body: bytes, reply: Reply) -> None:
+        def resolved(result: ProposeResult) -> None:
+            if isinstance(result, Committed):
+                reply(codec.encode(ProposeReply(result.answer, result.position, False, "")))
+            else:
+                reply(None)
+
+        if self.server is None or not self.has_replica:
+            reply(None)
+        else:
+            self.server.propose(origin, body, resolved, timeout_ms=PROPOSE_TIMEOUT_MS)
+
+    def query(self, query: AnyQuery, kind: type[V], done: Callable[[V | None, int], None]) -> None:
+        """Linearizable. `done` comes with the view, or None for NotFound, and the position; never when nobody answers."""
+
+        def answered(answer: bytes | None, _is_silent: bool = False) -> None:
+            if answer is not None:
+                view, position = codec.decode(answer, tuple[bytes, int])
+                done(codec.decode(view, kind) if view else None, position)
+
+        body = codec.encode(query)
+        if self.has_replica:
+            self._answer_read(body, answered)
+        else:
+            self.call(self.some_voter().id, "log.read", body, READ_TIMEOUT_MS, answered)
+
+    def _answer_read(self, body: bytes, reply: Reply) -> None:
+        def told(view: Any, position: int) -> None:
+            reply(codec.encode((b"" if isinstance(view, NotFound) else codec.encode(view), position)))
+
+        if self.server is None or not self.has_replica:
+            reply(None)
+        else:
+            self.server.read(codec.decode(body, AnyQuery), told, timeout_ms=READ_TIMEOUT_MS)
 
     def _send_renew(self, epoch: int, sent_ms: int, renew: Renew) -> None:
         body = codec.encode(renew)
@@ -255,7 +389,7 @@ class SimNode:
             )
 
         def at_voter() -> None:
-            leader = self.world.log.voters[voter.id].leader
+            leader = voter.server.leader if voter.server is not None else None
             if leader is not None:
                 node = self.world.nodes[leader]
                 self.world.network.send(voter, node, lambda: node.renew_arrived(self.id, body, answered))
@@ -272,7 +406,7 @@ class SimNode:
 
         call = len(self._calls) + self.world.heap.now_ms * 1000
         self._calls[call] = checked
-        self.handle(RenewArrived(call, origin, renew, self.world.log.leads(self.id)))
+        self.handle(RenewArrived(call, origin, renew, self.leading_term()))
 
     def _send_notice(self, to: NodeId, notice: Notice) -> None:
         body = codec.encode(notice)
@@ -300,7 +434,11 @@ class SimNode:
     def liveness_changed(self, node: NodeId, state: State) -> None:
         self.world.heap.note(f"{self.name}: calls {self.world.nodes[node].name} {state}")
         self.world.checks.liveness_changed(self, node, state)
-        self.handle(PeerGone(node, state is State.DEAD and node not in self.connections))
+        self.tell_gone(node)
+
+    def tell_gone(self, node: NodeId) -> None:
+        """Gossip and the own connection have to agree, whichever of them changed last."""
+        self.handle(PeerGone(node, self.thinks_dead(node) and node not in self.connections))
 
     def thinks_dead(self, node: NodeId) -> bool:
         assert self.gossip is not None
@@ -331,6 +469,10 @@ class SimNode:
         assert self.gossip is not None
         if method.startswith("gossip."):
             self.gossip.answer(method, peer, body, reply)
+        elif method == "log.propose":
+            self._answer_propose(peer, body, reply)
+        elif method == "log.read":
+            self._answer_read(body, reply)
         else:
             reply(self.runner.answer(method, body))
 
@@ -344,27 +486,27 @@ class SimNode:
         return living[0] if self.world.heap.chance(0.5) else self.world.heap.random.choice(living)
 
     def _members_known(self, view: MembersView) -> None:
-        if not view.members or self.gossip is None:
+        if not view.members or self.gossip is None or view.position < self._members_position:
             return
         self.members = tuple(row.member.node for row in view.members)
         self._members_position = view.position
         self.gossip.set_members(self.members)
-        if self.is_server:
-            self.gossip.publish(MEMBERS_FACT, codec.encode(view.position))
+        self._announce_members()
+
+    def _announce_members(self) -> None:
+        if self.gossip is not None and self.has_replica and self._announced != self._members_position:
+            self._announced = self._members_position
+            self.gossip.publish(MEMBERS_FACT, codec.encode(self._announced))
 
     def _keep_members_fresh(self) -> None:
-        """Servers announce by gossip that members have changed; who has no replica asks one of them then."""
+        """Voters announce by gossip that members have changed; who has no replica asks one of them then."""
         assert self.gossip is not None
         self.after(MEMBERS_EVERY_MS, self._keep_members_fresh)
+        self._announce_members()
         told = self.gossip.core.facts.facts(MEMBERS_FACT).values()
-        if max((codec.decode(position, int) for position in told), default=0) > self._members_position:
-            server = self.some_voter()
-            self.world.network.send(self, server, lambda: self._ask_for_members(server))
-
-    def _ask_for_members(self, server: SimNode) -> None:
-        if server.machine is not None:
-            view = server.machine.answer(GetMembers())
-            self.world.network.send(server, self, lambda: self._members_known(view))
+        newest = max((codec.decode(position, int) for position in told), default=0)
+        if newest > self._members_position and not self.has_replica:
+            self.query(GetMembers(), MembersView, lambda view, _: None if view is None else self._members_known(view))
 
 
 def some_offer(random: Random, name: str, slots: int) -> Offer:

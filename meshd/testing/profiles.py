@@ -8,10 +8,13 @@ from meshd.model import OnLost
 from meshd.testing.faults import CALM, Faults
 from meshd.testing.load import Load
 
+BUSY = Load(jobs=(10, 20), lengths_ms=(20, 300, 2_000, 8_000))
+"""So that there is always something on its way into the log."""
+
 
 def profile_of(seed: int) -> tuple[Faults, Load]:
     """Half of the seeds get a bit of everything; the others press on one spot, where a general mix seldom hits."""
-    match seed % 12:
+    match seed % 16:
         case 0:
             return CALM, Load()
         case 1:  # long absences from jobs that may run once at a time
@@ -43,7 +46,7 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
         case 5:  # sleepers that wake to old answers, and nobody who says that they are gone
             return Faults(late=0.1, late_ms=(1_000, 5_000), freezes_then_cuts=3, cut_breaks=0), Load()
         case 6:  # absences about as long as it takes to be called dead, and a slow log
-            return Faults(cuts=14, cut_ms=(3_000, 6_000), cut_breaks=1, slow_disk=1, slow_ms=2_000), Load()
+            return Faults(cuts=14, cut_ms=(3_000, 6_000), cut_breaks=1, slow_disk=0.3, slow_ms=700), Load()
         case 7:  # quick restarts, and reports of the life before that arrive in the next
             return Faults(late=0.4, late_ms=(1_000, 12_000), crashes=10, restart_ms=((100, 2_000),)), Load(
                 jobs=(15, 25), lengths_ms=(300, 2_000), counts=(3, 6)
@@ -51,6 +54,22 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
         case 8:  # nodes with more than they can run, which lose it while they are away
             crowd = Load(jobs=(8, 10), on_lost=(OnLost.RERUN,), lost_after_ms=(0,), lengths_ms=(25_000,), counts=(3,))
             return Faults(cuts=5, cut_ms=(12_500, 20_000), cut_breaks=1), crowd
+        case 9:  # power that goes in the middle of a write, everywhere at once too
+            return Faults(
+                crashes=12, power_loss=1, restart_ms=((100, 2_000),), blackouts=3, slow_disk=0.2, stream_break=0.002
+            ), BUSY
+        case 10:  # disks that hang, fail and fill up
+            return Faults(disk_hangs=4, failed_syncs=3, full_disks=3, crashes=3, slow_disk=0.2), BUSY
+        case 11:  # servers that come and go
+            return Faults(
+                servers=(3, 4, 5, 6), grows=3, drains=1, comes_back=0.7, dies_for_good=0.5, crashes=3, transfers=3,
+                lose=0.02, stream_break=0.002,
+            ), BUSY  # fmt: skip
+        case 12:  # halves that do not hear each other, one-way cuts, leaders that come back late; clocks that lie
+            return Faults(
+                servers=(3, 5), splits=6, cuts=4, cut_ms=(500, 12_000), clock_jumps=3, stream_stall=0.005,
+                stream_break=0.002, freezes=3,
+            ), BUSY  # fmt: skip
         case _:
             return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation
 
@@ -70,4 +89,15 @@ def _mixed(random: Random) -> Faults:
         freezes_then_cuts=random.randint(0, 2),
         cut_breaks=random.choice((0, 0.3, 1)),
         dies_for_good=0.15,
+        servers=(3, 3, 4, 5),
+        stream_stall=random.choice((0, 0.002, 0.01)),
+        stream_break=random.choice((0, 0.001, 0.005)),
+        splits=random.randint(0, 3),
+        disk_hangs=random.randint(0, 2),
+        failed_syncs=random.randint(0, 1),
+        full_disks=random.randint(0, 1),
+        blackouts=random.choice((0, 0, 1)),
+        grows=random.choice((0, 0, 1, 2)),
+        comes_back=0.5,
+        slow_disk=random.choice((0.02, 0.1, 0.3)),
     )

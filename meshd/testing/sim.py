@@ -1,7 +1,7 @@
 """One run of the simulated mesh from a seed: who submits what, what goes wrong, and what must be true at the end.
 
 python -m meshd.testing.sim --seed 7 --trace
-python -m meshd.testing.sim --seeds 200
+python -m meshd.testing.sim --seeds 2000 --jobs 2
 python -m meshd.testing.sim --without 'the floor' --seeds 200
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 
 from msgspec.structs import replace as changed
 
@@ -23,6 +24,13 @@ from meshd.testing.nodes import SimNode
 from meshd.testing.profiles import profile_of
 from meshd.testing.world import World
 from meshd.worker import HandOver
+
+OPERATIONS_MAX = 8
+"""The power goes in the middle of one of the next disk operations …"""
+CUT_WITHIN_MS = 1_000
+"""… if they come within a second."""
+BLACKOUT_MS = (50.0, 3_000.0)
+CLOCKS_WRONG_MS = (3_000, 20_000, 3_600_000, 400 * 86_400_000)
 
 SETTLE_MS = 900_000
 """After the last fault everything acknowledged must be finished within this."""
@@ -44,13 +52,13 @@ class Sim:
         world = self.world
         if self.faults is CALM:
             world.checks.must_live = frozenset(world.nodes)
-        world.found(servers=3, workers=world.heap.random.randint(0, 2))
         random = world.heap.random
+        world.found(servers=random.choice(self.faults.servers), workers=random.randint(0, 2))
         for _ in range(random.randint(*self.load.jobs)):
             world.heap.after(random.uniform(0, max(self.faults.lasts_ms - 5_000, 10_000)), self._someone_submits)
         world.heap.after(random.uniform(0, 10_000), self._someone_submits_in_vain)
         self._plan_faults()
-        world.heap.run(self.faults.lasts_ms + SETTLE_MS, is_over=self._is_over)
+        world.heap.run(world.began_ms + self.faults.lasts_ms + SETTLE_MS, is_over=self._is_over)
         self._check_end()
         Epilogue(world, self.lost, self._hopeless).run()
         return self
@@ -77,9 +85,24 @@ class Sim:
         def moment() -> float:
             return heap.between(1_500, max(faults.lasts_ms, 2_000))
 
-        for _ in range(faults.crashes):
-            node = heap.random.choice(nodes)
-            heap.after(moment(), lambda node=node: self._crash(node))  # type: ignore[misc]
+        servers = [node for node in nodes if node.is_server]
+
+        def plan(times: int, fault: Callable[[SimNode], None], among: list[SimNode]) -> None:
+            for _ in range(times):
+                node = heap.random.choice(among)
+                heap.after(moment(), lambda node=node: fault(node))  # type: ignore[misc]
+
+        plan(faults.crashes, self._crash, nodes)
+        plan(faults.disk_hangs, self._hang_disk, servers)
+        plan(faults.failed_syncs, self._fail_sync, servers)
+        plan(faults.full_disks, self._fill_disk, servers)
+        plan(faults.clock_jumps, self._set_clock, [heap.random.choice(servers)])
+        for _ in range(faults.blackouts):
+            heap.after(moment(), self._black_out)
+        for _ in range(faults.splits):
+            heap.after(moment(), self._split)
+        for _ in range(faults.grows):
+            heap.after(moment(), self._grow)
         for _ in range(faults.freezes):
             node = heap.random.choice(nodes)
             whole = heap.chance(0.5)
@@ -92,7 +115,7 @@ class Sim:
         for _ in range(faults.freezes_then_cuts):
             heap.after(moment(), lambda: self._freeze_then_cut(heap.random.choice(nodes)))
         for _ in range(faults.transfers):
-            heap.after(moment(), self.world.log.step_aside)
+            heap.after(moment(), self._hand_over)
         for _ in range(faults.offers):
             heap.after(moment(), lambda: self._offer(heap.random.choice(nodes)))
         if heap.chance(faults.drains):
@@ -102,16 +125,76 @@ class Sim:
             dies = self._dies = heap.random.choice(nodes)
             heap.after(moment(), lambda: self._die(dies))
 
+    def _hand_over(self) -> None:
+        """A requested transfer: whoever leads now gives up."""
+        for node in self.world.nodes.values():
+            if node.server is not None and node.is_awake:
+                node.server.hand_over()
+
     def _crash(self, node: SimNode) -> None:
         if not node.is_alive or node is self.lost:
             return
         heap = self.world.heap
-        node.crash(loses_power=heap.chance(self.faults.power_loss))
-        heap.after(heap.between(*heap.random.choice(self.faults.restart_ms)), lambda: self._restart(node))
+        loses_power = heap.chance(self.faults.power_loss)
+        if loses_power and heap.chance(0.5):
+            node.disk.cut_in(heap.random.randrange(OPERATIONS_MAX))
+            heap.after(CUT_WITHIN_MS, lambda: node.disk.cut_in(None))
+            return
+        node.crash(loses_power=loses_power)
+        node.comes_back(heap.random.choice(self.faults.restart_ms))
 
-    def _restart(self, node: SimNode) -> None:
-        if not node.is_alive and node is not self.lost:
+    def _black_out(self) -> None:
+        """The power of the whole room goes."""
+        heap = self.world.heap
+        heap.note("blackout")
+        for node in self.world.nodes.values():
+            if node.is_alive:
+                node.crash(loses_power=True)
+                node.comes_back(BLACKOUT_MS)
+
+    def _hang_disk(self, node: SimNode) -> None:
+        for_ms = self.world.heap.between(*self.faults.hang_ms)
+        self.world.heap.note(f"{node.name}: its disk hangs for {int(for_ms)} ms")
+        node.disk_hangs_until_ms = self.world.heap.now_ms + int(for_ms)
+
+    def _fail_sync(self, node: SimNode) -> None:
+        node.disk.fail_sync()
+
+    def _fill_disk(self, node: SimNode) -> None:
+        heap = self.world.heap
+        for_ms = heap.between(*self.faults.full_ms)
+        heap.note(f"{node.name}: its disk is full for {int(for_ms)} ms")
+        node.disk.fill(leaving=heap.random.choice((0, 4096, 65_536)))
+        heap.after(for_ms, node.disk.drain)
+
+    def _set_clock(self, node: SimNode) -> None:
+        heap = self.world.heap
+        node.wall_offset_ms = heap.random.choice((-1, 1)) * heap.random.choice(CLOCKS_WRONG_MS)
+        heap.note(f"{node.name}: its clock is wrong by {node.wall_offset_ms} ms")
+        heap.after(heap.between(1_000, 30_000), lambda: setattr(node, "wall_offset_ms", 0))
+
+    def _split(self) -> None:
+        """Two halves, or two that share one node."""
+        heap = self.world.heap
+        nodes = [node for node in self.world.nodes.values() if node is not self.lost]
+        heap.random.shuffle(nodes)
+        if heap.chance(0.5) and len(nodes) > 2:
+            nodes.pop()
+        middle = heap.random.randint(1, len(nodes) - 1)
+        self.world.network.split(nodes[:middle], nodes[middle:], heap.between(*self.faults.split_ms))
+
+    def _grow(self) -> None:
+        """A server joins by the invite of the founding."""
+        node = self.world.stranger()
+
+        def joined(answer: AnyAnswer) -> None:
+            if isinstance(answer, Rejected):
+                raise Breach(f"a stranger with an invite may join: {answer} (seed {self.world.seed})")
+            self.world.heap.note(f"{node.name}: joins")
+            node.members = tuple(self.world.nodes)
             node.start()
+
+        self.client.send(self.world.join(node), joined, at_servers=True)
 
     def _freeze(self, node: SimNode, for_ms: float, whole: bool) -> None:
         if node.is_awake:
@@ -136,15 +219,30 @@ class Sim:
         node.is_draining = True
         node.offers(0)
         if self.world.heap.chance(0.5):
-            self.client.send(SetDraining(node.id, True), lambda answer: None)
+            self.client.send(SetDraining(node.id, True), lambda answer: self._perhaps_take_back(node))
         if self.world.heap.chance(self.faults.hands_over):
             self.world.heap.after(self.world.heap.between(0, 3_000), lambda: node.handle(HandOver()))
 
+    def _perhaps_take_back(self, node: SimNode) -> None:
+        heap = self.world.heap
+
+        def taken_back(answer: AnyAnswer) -> None:
+            node.is_draining = False
+            if node.is_alive:
+                node.offers(node.slots)
+
+        if heap.chance(self.faults.comes_back):
+            heap.after(heap.between(0, 15_000), lambda: self.client.send(SetDraining(node.id, False), taken_back))
+
     def _die(self, node: SimNode) -> None:
-        """For good. Somebody sees it a while later, and says so."""
+        """For good. Somebody sees it a while later, and says so. Not the last of the log: that is for `meshd recover`."""
+        servers = [each.server for each in self.world.nodes.values() if each.server is not None]
+        if any(len(each.engine.voters) < 3 and each.engine.is_voter for each in servers):
+            return
         if node.is_alive:
             node.crash(loses_power=self.world.heap.chance(self.faults.power_loss))
         self.lost = node
+        node.is_gone = True
         self.world.heap.note(f"{node.name}: is gone for good")
 
         def removed(answer: AnyAnswer) -> None:
@@ -157,7 +255,7 @@ class Sim:
     def _is_over(self) -> bool:
         world = self.world
         return (
-            world.heap.now_ms > max(self.faults.lasts_ms, 15_000)
+            world.heap.now_ms > world.began_ms + max(self.faults.lasts_ms, 15_000)
             and self.client.unanswered == 0
             and (self.lost is None or self.is_removed)
             and len(self.client.acknowledged) == len(world.checks.submitted)
@@ -183,33 +281,48 @@ class Sim:
             checks.nothing_was_lost_without_a_fault()
 
 
-def _seeds(arguments: argparse.Namespace) -> Iterator[int]:
-    yield from [arguments.seed] if arguments.seed is not None else range(arguments.seeds)
-
-
 def main() -> int:
+    from meshd.testing.campaign import cores, how_to_repeat, run_seeds
+
     parser = argparse.ArgumentParser(description="Run simulated meshes and check the protocol's rules.")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20, help="how many, from --first on")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes; as many as there are cores by default")
     parser.add_argument("--without", help="take this rule out: see meshd.testing.ablations")
-    parser.add_argument("--trace", action="store_true", help="print what happened")
+    parser.add_argument("--trace", action="store_true", help="print what happened in --seed")
     arguments = parser.parse_args()
+    if arguments.seed is not None:
+        return _run_one(arguments.seed, arguments.without, has_trace=arguments.trace)
+    began, cpu_s, failed = time.monotonic(), 0.0, []
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    for verdict in run_seeds(seeds, jobs=arguments.jobs, rule=arguments.without):
+        cpu_s += verdict.cpu_s
+        if verdict.breach:
+            failed.append(verdict)
+            print(verdict, f"    {how_to_repeat(verdict, arguments.without)}", sep="\n", flush=True)
+    took_s = time.monotonic() - began
+    print(
+        f"{len(seeds)} seeds from {arguments.first}: {len(failed)} failed; "
+        f"{took_s:.0f} s on {arguments.jobs} cores, {cpu_s / len(seeds):.2f} s of CPU each"
+    )
+    return 1 if failed else 0
+
+
+def _run_one(seed: int, rule: str | None, *, has_trace: bool) -> int:
     from meshd.testing.ablations import without
 
-    breaches = 0
-    with without(arguments.without):
-        for seed in _seeds(arguments):
-            sim = Sim(seed)
-            try:
-                sim.run()
-                verdict = "holds"
-            except Breach as breach:
-                breaches += 1
-                verdict = str(breach)
-            if arguments.trace:
-                print(*sim.world.heap.history, sep="\n")
-            print(f"seed {seed}: {verdict} ({sim.world.heap.now_ms / 1000:.0f} s, {sim.world.heap.digest()})")
-    return 1 if breaches else 0
+    with without(rule):
+        sim = Sim(seed)
+        try:
+            sim.run()
+            verdict = "holds"
+        except Breach as breach:
+            verdict = str(breach)
+    if has_trace:
+        print(*sim.world.heap.history, sep="\n")
+    print(f"seed {seed}: {verdict} ({sim.world.heap.now_ms / 1000:.0f} s, {sim.world.heap.digest()})")
+    return 0 if verdict == "holds" else 1
 
 
 if __name__ == "__main__":
