@@ -258,9 +258,7 @@ class ServerLog:
         rows += [self._row(server, peer, is_voter=False) for peer in engine.progress if peer not in engine.voters]
         reached = {*self._wire.connected(), engine.me}
         answering = sum(
-            (row.silent_ms is not None and row.silent_ms <= 1000 and not row.is_in_doubt)
-            if engine.is_leader
-            else voter in reached
+            (row.silent_ms is not None and row.silent_ms <= 1000) if engine.is_leader else voter in reached
             for voter, row in zip(engine.voters, rows, strict=False)
             if not row.is_in_doubt
         )
