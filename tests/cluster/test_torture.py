@@ -14,8 +14,10 @@ from torture.network import lacks
 from torture.plan import PARTITIONS, Kill, cycles
 
 REPO = Path(__file__).parents[2]
-SEED, CYCLES = 3555, 8
-FAULTS = ("kill-leader", "kill-node", "kill-minority", "kill-all", "partition", "one-way", "bridge", "lossy")
+SEED, CYCLES = 16009, 8
+FAULTS = (
+    "kill-leader", "kill-follower", "kill-node", "kill-minority", "kill-all", "partition", "one-way", "bridge", "lossy",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
