@@ -133,12 +133,22 @@ def is_readable(command: bytes) -> bool:
     return len(command) <= UNUSUAL_BYTES_MAX and codec.nesting(command) <= NESTING_MAX
 
 
+def first_request(start: int) -> int:
+    """Numbers of requests begin here at the journal's n-th start.
+
+    A leader answers what the process before it has asked on the stream of the next one: were the numbers the
+    same, another command's answer would be taken for ours.
+    """
+    return (start & 0xFFFFF) << 32
+
+
 class Forwarded:
     """What went to the leader from here and is not answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
+        """`first` is `first_request` of this start."""
         self._waiting: dict[int, tuple[VoterId, Proposal]] = {}
-        self._next = 0
+        self._next = first
 
     def add(self, leader: VoterId, proposal: Proposal) -> int:
         self._next += 1

@@ -23,10 +23,11 @@ class _Group:
 
 
 class Reads:
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
+        """`first` is `proposals.first_request` of this start: an older one's answer may be from before what is asked."""
         self._new = _Group()
         self._remote: dict[int, tuple[VoterId, _Group]] = {}
-        self._requests = 0
+        self._requests = first
 
     @property
     def has_new(self) -> bool:

@@ -46,6 +46,7 @@ from meshd.raft.proposals import (
     Proposal,
     Resolve,
     as_message,
+    first_request,
     is_readable,
     resolver,
     stamped,
@@ -218,12 +219,12 @@ class Server:
         self.went_on_alone = False
         """A sole voter, although its last frame may be lost."""
         self.fullness = Fullness(self.engine, settings.disk_free_min, adds_work)
-        self.reads = Reads()
+        self.reads = Reads(first_request(journal.header.start))
         self.own_clock = OwnClock()
         self._hearsay = Hearsay(clocks.now_s)
         self._seats_told_s = float("-inf")
         self._pending = Pending()
-        self._forwarded = Forwarded()
+        self._forwarded = Forwarded(first_request(journal.header.start))
         self._batch_at = (0, 0)
         self._batched_s, self._batched_bytes = float("-inf"), 0
         self._steered_s = float("-inf")
