@@ -23,7 +23,6 @@ import trio
 from meshd.errors import (
     Busy,
     MeshError,
-    NotFound,
     PeerFault,
     TooLarge,
     Unavailable,
@@ -306,7 +305,10 @@ class StreamRpc:
         try:
             handler = self._handlers.get(method)
             if handler is None:
-                raise NotFound(f"this node has no method {method!r}", hint="is it of another version?")
+                # Not NotFound: a node that is just starting would say of what it was asked about that there is no such thing.
+                raise Unavailable(
+                    f"this node has no method {method!r}", hint="it is just starting, or of another version"
+                )
             with trio.move_on_after(request.timeout_ms / 1000) as patience:
                 body = await handler(peer, request.body)
             if patience.cancelled_caught:
