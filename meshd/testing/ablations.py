@@ -33,7 +33,7 @@ from meshd.raft.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
 from meshd.testing.nodes import SimNode
-from meshd.testing.raft_ablations import Patch, wrapped
+from meshd.testing.raft_ablations import RAFT_RULES, Patch, wrapped
 from meshd.worker import MoveLeash, RenewAnswered, State, Worker
 
 # --- the node's side --------------------------------------------------------------------------------------------------
@@ -371,6 +371,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "an incarnation rises with every start": ((SimNode, "count_start", _always_the_first_life),),
     "suspicion ends in death": ((membership, "SUSPICION_MS", 60_000),),
     "whose roots differ compare": (wrapped(Gossip, "ponged", _never_asks_what_differs),),
+    **RAFT_RULES,
 }
 
 

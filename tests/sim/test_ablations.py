@@ -21,12 +21,47 @@ FAILS = {
     "a new leader waits before it ends": (1, "a session outlives its views"),
     "the floor": (2, "what starts is leased"),
     "Reconcile frees up to F only": (2, "what starts is leased"),
+    "once per attempt over all epochs": (35, "what starts is leased"),
+    "grants only while leading": (3, "only a leader grants"),
+    "what has ended stays listed": (50, "fail starts once"),
+    "only what fits is leased": (0, "what runs fits"),
+    "ids outlive their jobs": (2, "a resend never doubles"),
+    "suspicion ends in death": (0, "a death is seen within 5 s"),
+    "once per attempt": (2, "what starts is leased"),
+    "who comes back is adopted": (3, "who comes back keeps its work"),
+    "what is leased is taken from the offer": (8, "leases fit the offer"),
+    "the accused objects": (1, "facts converge"),
+    "whose roots differ compare": (0, "facts converge"),
+    "a majority decides": (12, "reads see what was told before"),
+    "a snapshot is durable before it replaces anything": (75, "everything finishes"),
+    "a snapshot says what it covers": (9, "replicas agree"),
+    "an answer says where it stands": (0, "writes come after what was told before"),
+    "an answer belongs to the start that asked": (78, "a good job is taken"),
 }
 """By rule: the seed, and what it breaks."""
 
 
-def test_rules_are_named_as_they_are() -> None:
-    assert set(FAILS) <= set(RULES)
+SEEDS_WANTED = {
+    "an older or ended epoch opens nothing",
+    "strays are seen dead first",
+    "exactly the next seq is applied",
+    "the view counts from the sending",
+    "a late answer opens nothing",
+    "no grant after the end is proposed",
+    "digests are compared",
+    "only the current lease completes",
+    "the listed are adopted before on_lost",
+    "a cut-off node stops what was promised",
+    "cut off counts from the last view",
+    "what it stopped stays held as lost",
+    "who thinks all others dead is cut off",
+    "an incarnation rises with every start",
+}
+"""Rules whose seeds are to be found again, now that the log beneath is the real one."""
+
+
+def test_every_rule_has_a_seed_or_is_known_to_want_one() -> None:
+    assert set(FAILS) | SEEDS_WANTED == set(RULES) and not set(FAILS) & SEEDS_WANTED
 
 
 @pytest.mark.parametrize("rule", FAILS)
