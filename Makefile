@@ -26,12 +26,14 @@ unit: $(READY)
 	$(BIN)/python -m pytest -m "not cluster" -n auto --dist worksteal --durations=10
 
 cluster: $(READY)
+	@deploy/setup-attacks
 	$(BIN)/python -m pytest -m cluster --durations=10
 
 # Attacks real agents in network namespaces (root): make torture CYCLES=1000 NODES=5 SEED=7
 CYCLES ?= 50
 NODES ?= 3
 torture: $(READY)
+	@deploy/setup-attacks
 	$(BIN)/python -m torture --cycles $(CYCLES) --nodes $(NODES) $(if $(SEED),--seed $(SEED)) $(TORTURE)
 
 bench: $(READY)
