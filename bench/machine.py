@@ -30,8 +30,19 @@ from meshd.model import (
     Role,
     Run,
 )
-from meshd.raft.commands import Batch, Command, CreateInvite, Ended, Found, Join, OpenSession, Report, Stamped, Submit
-from meshd.raft.machine import Machine
+from meshd.raft.state.commands import (
+    Batch,
+    Command,
+    CreateInvite,
+    Ended,
+    Found,
+    Join,
+    OpenSession,
+    Report,
+    Stamped,
+    Submit,
+)
+from meshd.raft.state.machine import Machine
 
 NODES = 20
 SLOTS = 16

@@ -29,8 +29,8 @@ from meshd.model import NodeId
 from meshd.net.identity_key import KeyPair
 from meshd.net.libp2p import Libp2pTransport
 from meshd.ports import Committed, Stream, StreamHandler, Transport
-from meshd.raft.commands import Batch
 from meshd.raft.log import ServerLog
+from meshd.raft.state.commands import Batch
 
 ITEM_BYTES = 100
 WARM_S = 0.3

@@ -25,11 +25,11 @@ from meshd.ids import new_job_id
 from meshd.model import JobId, JobSpec, Member, Needs, Resources, Role, Run, TaskState
 from meshd.ports import Committed
 from meshd.raft.clocks import wall_clock_ms
-from meshd.raft.commands import AnyAnswer, Cancel, Command, CreateInvite, Found, Join, Rejected, Submit
 from meshd.raft.log import ServerLog
-from meshd.raft.machine import Machine
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
+from meshd.raft.state.commands import AnyAnswer, Cancel, Command, CreateInvite, Found, Join, Rejected, Submit
+from meshd.raft.state.machine import Machine
 from meshd.views import PAGE_MAX, AnyQuery, Explain, GetMembers, GetSummary, ListJobs
 
 SNAPSHOT_ENTRIES = 300

@@ -1,7 +1,7 @@
 """What one frame and its sync cost on this disk, by how its room was taken: `python -m bench.sync [DIRECTORY]`.
 
 growing    the file gets longer with each frame
-reserved   its room was taken with posix_fallocate, as the journal does (meshd/raft/segments.py)
+reserved   its room was taken with posix_fallocate, as the journal does (meshd/raft/storage/segments.py)
 zeroed     … and zeros were written into it: what it would gain to write every byte twice
 """
 

@@ -23,7 +23,7 @@ from meshd.keeper import (
     PeerGone,
     RenewArrived,
 )
-from meshd.raft.commands import EndSession
+from meshd.raft.state.commands import EndSession
 from meshd.worker import Proposed, Worker, WorkerEffect, WorkerEvent
 
 

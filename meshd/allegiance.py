@@ -17,9 +17,9 @@ from meshd.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch, choose
 from meshd.errors import StartRefused
 from meshd.home import Home
 from meshd.net.identity_key import KeyPair
-from meshd.raft.disk import DirectoryDisk
-from meshd.raft.journal import journal_lineage
-from meshd.raft.lineage import Lineage, descends, name_of
+from meshd.raft.state.lineage import Lineage, descends, name_of
+from meshd.raft.storage.disk import DirectoryDisk
+from meshd.raft.storage.journal import journal_lineage
 
 REJOIN_HINT = "`meshd rejoin` puts the old log aside; then start it, and it joins again as the same node"
 

@@ -64,14 +64,14 @@ from meshd.node import Node
 from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.quorum import describe_stop
-from meshd.raft.commands import Event, Found, MembersChanged, RaiseFences, Restored, UpdateMember, adds_work
-from meshd.raft.lineage import since
 from meshd.raft.log import ServerLog
-from meshd.raft.machine import Machine
-from meshd.raft.queue import FENCES_LOST_MAX
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
+from meshd.raft.state.commands import Event, Found, MembersChanged, RaiseFences, Restored, UpdateMember, adds_work
+from meshd.raft.state.lineage import since
+from meshd.raft.state.machine import Machine
+from meshd.raft.state.queue import FENCES_LOST_MAX
 from meshd.shell import Shell
 from meshd.tally import Tally
 from meshd.upkeep import Upkeep, find_member

@@ -22,8 +22,8 @@ from meshd.errors import Conflict, MeshError, NotAllowed, NotFound, Unavailable
 from meshd.model import BlobRef, NodeId, Role
 from meshd.ports import BlobStore, Rpc
 from meshd.quorum import check_without
-from meshd.raft.commands import SetDraining
 from meshd.raft.remote import MeshLog
+from meshd.raft.state.commands import SetDraining
 from meshd.views import ClusterStatus, DrainView, GetMembers, MembersView, MemberView
 
 LOOK_EVERY_S = 0.3

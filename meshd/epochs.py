@@ -21,7 +21,7 @@ from meshd import codec
 from meshd.certificates import Sign, Verify
 from meshd.errors import NotAllowed, StartRefused, Unavailable
 from meshd.model import EpochCertificate, NodeId
-from meshd.raft.lineage import RECOVERIES_MAX, Lineage, descends, name_of
+from meshd.raft.state.lineage import RECOVERIES_MAX, Lineage, descends, name_of
 
 KEEP_ONE = "keep one: on each node that is not of it, `meshd rejoin --recovery NAME`"
 HEARD_MAX = 8

@@ -24,7 +24,7 @@ from meshd.home import KnownPeer
 from meshd.invites import Invite
 from meshd.model import Certificate, EpochCertificate, KeyLink, Member, NodeId
 from meshd.ports import Stream, Transport
-from meshd.raft.commands import AnyAnswer, Join, Joined
+from meshd.raft.state.commands import AnyAnswer, Join, Joined
 
 REQUEST_BYTES_MAX = 16 << 10
 REPLY_BYTES_MAX = 1 << 20

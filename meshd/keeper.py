@@ -18,7 +18,7 @@ from typing import Protocol, assert_never
 
 from meshd import codec
 from meshd.model import AttemptKey, JobId, JobSpec, NodeId
-from meshd.raft.commands import AnyAnswer, EndSession, Event, Leased, SessionChanged, StopWanted
+from meshd.raft.state.commands import AnyAnswer, EndSession, Event, Leased, SessionChanged, StopWanted
 from meshd.session_messages import (
     NOTICE_LEASES_MAX,
     NOTICE_SPECS_BYTES_MAX,

@@ -31,8 +31,8 @@ from meshd.logs import LogReader
 from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobId, JobSpec, NodeId, Role, TaskState, TreeRef
 from meshd.neighbours import Neighbours
 from meshd.ports import BlobStore, Rpc
-from meshd.raft.commands import AnyAnswer, AnyCommand, CreateInvite, RemoveMember
 from meshd.raft.remote import MeshLog
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, CreateInvite, RemoveMember
 from meshd.status import cluster_status
 from meshd.views import (
     PAGE_MAX,

@@ -28,12 +28,12 @@ from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
-from meshd.raft.disk import DirectoryDisk, Disk
-from meshd.raft.lineage import RANDOM_BYTES, name_of
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId, node_of
-from meshd.raft.recovery import Kept, begin_epoch, jobs_to_hold, read_kept
-from meshd.raft.rehearsal import Rehearsal
+from meshd.raft.state.lineage import RANDOM_BYTES, name_of
+from meshd.raft.storage.disk import DirectoryDisk, Disk
+from meshd.raft.storage.recovery import Kept, begin_epoch, jobs_to_hold, read_kept
+from meshd.raft.storage.rehearsal import Rehearsal
 
 ASK_S = 3.0
 DOUBLE_S = 12.0

@@ -14,7 +14,7 @@ from meshd.epochs import EpochFile
 from meshd.errors import InvalidRequest, StartRefused
 from meshd.home import Home
 from meshd.model import Role
-from meshd.raft.lineage import name_of
+from meshd.raft.state.lineage import name_of
 
 
 def rejoin(home: Home, *, recovery: str = "") -> Path | None:

@@ -22,7 +22,7 @@ from meshd.errors import MeshError, NotAllowed, Unavailable
 from meshd.keeper import AnswerRenew, NoticeEnded, RenewArrived, SendNotice
 from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
 from meshd.ports import Committed, Leash, ProposeResult, Rpc
-from meshd.raft.commands import AnyAnswer, AnyCommand
+from meshd.raft.state.commands import AnyAnswer, AnyCommand
 from meshd.session_messages import Notice, Refusal, Refused, Renew, RenewAnswer
 from meshd.worker import (
     AttemptEnded,

@@ -13,9 +13,9 @@ from meshd.gossip.service import GossipService
 from meshd.model import NodeId, Role
 from meshd.neighbours import Neighbours
 from meshd.quorum import describe_stop
-from meshd.raft.lineage import name_of
 from meshd.raft.log import RaftStatus
 from meshd.raft.remote import MeshLog
+from meshd.raft.state.lineage import name_of
 from meshd.units import format_duration
 from meshd.views import ClusterStatus, GetMembers, MembersView, NodeStatus
 

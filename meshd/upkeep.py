@@ -19,9 +19,9 @@ from meshd.gossip.service import GossipService
 from meshd.home import Home
 from meshd.model import Certificate, Member, NodeId
 from meshd.neighbours import ADDRESS_FACT, MEMBERS_FACT, Neighbours
-from meshd.raft.commands import UpdateMember
-from meshd.raft.lineage import Lineage, since
 from meshd.raft.remote import MeshLog
+from meshd.raft.state.commands import UpdateMember
+from meshd.raft.state.lineage import Lineage, since
 from meshd.views import GetMembers, MembersView
 
 REFRESH_S = 1.0

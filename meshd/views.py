@@ -1,7 +1,7 @@
 """What can be asked of the mesh, and what is answered: the read side, the same at every node.
 
 A query goes to a voter, which passes the read barrier (protocol.md 2) and answers from
-its core by a pure function (`meshd.raft.queries`). Views are also the JSON of the API,
+its core by a pure function (`meshd.raft.state.queries`). Views are also the JSON of the API,
 so their field names are stable: fields are only ever added.
 """
 

@@ -28,7 +28,7 @@ from meshd import codec
 from meshd.attempts import Attempt, Attempts, Phase, cut_off_allowance_ms, fit
 from meshd.errors import InvalidRequest
 from meshd.model import AttemptKey, EndReason, JobSpec, Offer, Outcome, Resources
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     AnyAnswer,
     AnyCommand,
     Claim,

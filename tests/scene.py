@@ -25,7 +25,7 @@ from meshd.model import (
     Run,
     TaskState,
 )
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     AnyAnswer,
     Batch,
     Claim,
@@ -44,7 +44,7 @@ from meshd.raft.commands import (
     StopWanted,
     Submit,
 )
-from meshd.raft.machine import Machine
+from meshd.raft.state.machine import Machine
 from meshd.views import Explain, Explanation, GetJob, JobView, ListTasks, TaskView
 
 A, B, C = NodeId("node-a"), NodeId("node-b"), NodeId("node-c")

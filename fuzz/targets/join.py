@@ -20,7 +20,7 @@ from meshd.invites import SECRET_BYTES, Door, Invite
 from meshd.join import JoinDesk, JoinRequest, Refusal, Welcome
 from meshd.model import Certificate, EpochCertificate, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
-from meshd.raft.commands import AnyAnswer, Join, Joined
+from meshd.raft.state.commands import AnyAnswer, Join, Joined
 
 FRAMED = True
 _KEY, _MESH_KEY = KeyPair.from_secret(b"k" * 32), KeyPair.from_secret(b"m" * 32)

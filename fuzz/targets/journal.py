@@ -13,12 +13,12 @@ from fuzz.inputs import join, split
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, StartRefused
 from meshd.model import NodeId
-from meshd.raft.frames import LocalHeader, aligned, framed, segment_name
-from meshd.raft.journal import Journal
 from meshd.raft.messages import NO_OP
-from meshd.raft.opening import open_log
-from meshd.raft.segments import JournalSizes
-from meshd.raft.snapshot import Image, pack_image, save
+from meshd.raft.storage.frames import LocalHeader, aligned, framed, segment_name
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.opening import open_log
+from meshd.raft.storage.segments import JournalSizes
+from meshd.raft.storage.snapshot import Image, pack_image, save
 from meshd.testing.raft_disk import MemoryDisk
 
 FRAMED = True

@@ -41,7 +41,8 @@ from meshd.model import (
     Timeout,
     TreeRef,
 )
-from meshd.raft.commands import (
+from meshd.raft.proposals import is_readable
+from meshd.raft.state.commands import (
     AnyAnswer,
     AnyCommand,
     Batch,
@@ -67,8 +68,7 @@ from meshd.raft.commands import (
     Submit,
     UpdateMember,
 )
-from meshd.raft.machine import Machine
-from meshd.raft.proposals import is_readable
+from meshd.raft.state.machine import Machine
 from meshd.views import (
     AnyQuery,
     CheckToken,

@@ -37,10 +37,10 @@ from meshd.logs import LogCall, LogDesk
 from meshd.model import AttemptKey, BlobRef, EndReason, JobId, JobSpec, Member, NodeId, Outcome
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import Committed, Leash, ProposeResult
-from meshd.raft.commands import Batch, OpenSession, Stamped
 from meshd.raft.log import Newest, RaftStatus
-from meshd.raft.machine import Machine
 from meshd.raft.replica import EventsCall, ProposeCall, ReadCall, Replica, WaitCall
+from meshd.raft.state.commands import Batch, OpenSession, Stamped
+from meshd.raft.state.machine import Machine
 from meshd.session_messages import DIGEST_BYTES, Notice, Renew
 from meshd.shell import RenewCall, Shell
 from meshd.views import AnyQuery, Explain, GetJob, GetMembers, ListJobs, ListTasks

@@ -23,11 +23,7 @@ from meshd import codec
 from meshd.errors import Corrupt, MeshError
 from meshd.model import Member, NodeId, Role
 from meshd.raft.agreement import Diverged
-from meshd.raft.commands import Batch, Found, Stamped
 from meshd.raft.configurations import as_command
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal
-from meshd.raft.machine import Machine
 from meshd.raft.messages import (
     NO_OP,
     REPLICATED,
@@ -47,10 +43,14 @@ from meshd.raft.messages import (
     VoterId,
     node_of,
 )
-from meshd.raft.segments import JournalSizes
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, pack_image
+from meshd.raft.state.commands import Batch, Found, Stamped
+from meshd.raft.state.machine import Machine
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import create_journal
+from meshd.raft.storage.segments import JournalSizes
+from meshd.raft.storage.snapshot import Image, pack_image
 from meshd.raft.turn import Turns
 from meshd.testing.raft_disk import MemoryDisk
 

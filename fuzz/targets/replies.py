@@ -26,9 +26,9 @@ from meshd.errors import MeshError
 from meshd.keyring import KeyRing
 from meshd.model import BlobRef, JobId
 from meshd.net.identity_key import KeyPair, verify
-from meshd.raft.commands import Accepted, Joined, Reason, Rejected, RevokeToken, SessionOpened
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import EventsReply, ProposeReply
+from meshd.raft.state.commands import Accepted, Joined, Reason, Rejected, RevokeToken, SessionOpened
 from meshd.session_messages import DIGEST_BYTES, Granted, Refusal, Refused, Renew
 from meshd.views import EventView, GetMembers, GetSummary, JobView, MembersView, Summary
 

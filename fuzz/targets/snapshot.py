@@ -18,10 +18,10 @@ from fuzz.inputs import join, split
 from fuzz.targets import machine as commands
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, PeerFault
-from meshd.raft.commands import Batch, Stamped
-from meshd.raft.frames import LocalHeader
-from meshd.raft.machine import Machine
-from meshd.raft.snapshot import Image, load, newest_readable, pack_image, save, unpack_image
+from meshd.raft.state.commands import Batch, Stamped
+from meshd.raft.state.machine import Machine
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.snapshot import Image, load, newest_readable, pack_image, save, unpack_image
 from meshd.testing.raft_disk import MemoryDisk
 
 FRAMED = True

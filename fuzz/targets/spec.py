@@ -16,9 +16,9 @@ from msgspec import Raw
 from fuzz.targets import machine as commands
 from meshd import codec
 from meshd.errors import InvalidRequest, MeshError
-from meshd.raft.commands import AnyAnswer, Batch, Stamped, Submit
-from meshd.raft.machine import Machine
 from meshd.raft.proposals import is_readable
+from meshd.raft.state.commands import AnyAnswer, Batch, Stamped, Submit
+from meshd.raft.state.machine import Machine
 from meshd.spec import parse_job
 
 FRAMED = False

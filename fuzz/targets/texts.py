@@ -20,7 +20,7 @@ from meshd.model import Certificate, JobId, NodeId, Role
 from meshd.net import addresses
 from meshd.net.identity_key import public_bytes, verify
 from meshd.placement import parse_labels
-from meshd.raft.ids import number_of
+from meshd.raft.state.ids import number_of
 from meshd.units import parse_duration_ms, parse_range, parse_size
 
 FRAMED = False

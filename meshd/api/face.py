@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Literal, Protocol, TypeVar
 
 from meshd.model import BlobRef, JobId, NodeId, Role
-from meshd.raft.commands import AnyAnswer, AnyCommand
+from meshd.raft.state.commands import AnyAnswer, AnyCommand
 from meshd.views import AnyQuery, BlobList, BlobView, ClusterStatus, DrainView, EventView, JobView
 
 V = TypeVar("V")

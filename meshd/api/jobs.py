@@ -18,7 +18,7 @@ from meshd.api.streams import ByteStream, EventStream, format_event, format_outp
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.ids import new_job_id
 from meshd.model import Count, JobId, TaskState, TreeRef
-from meshd.raft.commands import Cancel, ReleaseJob, RetryJob, Submit, Submitted
+from meshd.raft.state.commands import Cancel, ReleaseJob, RetryJob, Submit, Submitted
 from meshd.spec import parse_job
 from meshd.views import EventView, Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
 

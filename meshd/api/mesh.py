@@ -13,7 +13,7 @@ from meshd.api.auth import ROLES, new_token
 from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.errors import InvalidRequest, NotFound
 from meshd.model import NodeId
-from meshd.raft.commands import WALL_MS_MAX, WALL_MS_MIN, ClockSet, CreateToken, RevokeToken
+from meshd.raft.state.commands import WALL_MS_MAX, WALL_MS_MIN, ClockSet, CreateToken, RevokeToken
 from meshd.views import ClockMove, ClusterStatus, GetMembers, GetSummary, GetTokens, MembersView, Summary, TokensView
 
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")

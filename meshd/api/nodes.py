@@ -13,7 +13,7 @@ from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Ri
 from meshd.api.streams import EventStream, format_event
 from meshd.errors import Conflict, InvalidRequest, NotFound
 from meshd.model import Count, NodeId, Role
-from meshd.raft.commands import RevokeInvite, SetDraining
+from meshd.raft.state.commands import RevokeInvite, SetDraining
 from meshd.views import DrainView, GetInvites, GetMembers, InvitesView, MembersView, MemberView
 
 _EVENTS = "text/event-stream"

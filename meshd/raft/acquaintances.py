@@ -16,8 +16,8 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import MeshError
-from meshd.raft.disk import Disk
 from meshd.raft.messages import VoterId
+from meshd.raft.storage.disk import Disk
 
 SEEN_MAX = 256
 """Incarnations remembered; who greeted longest ago is forgotten first. Servers are few, and each has one at a time."""

@@ -14,7 +14,7 @@ from meshd.raft.election import Elections
 from meshd.raft.messages import Appended, Chunk, Received, VoterId
 from meshd.raft.progress import CHUNK_BYTES
 from meshd.raft.pysyncobj_state import RaftState
-from meshd.raft.snapshot import Image
+from meshd.raft.storage.snapshot import Image
 
 
 @dataclass(slots=True)

@@ -45,7 +45,6 @@ from meshd.raft.applying import ApplyFailed, Applying
 from meshd.raft.arrival import Arrival, Arrived
 from meshd.raft.election import Elections
 from meshd.raft.following import Following
-from meshd.raft.journal import Journal
 from meshd.raft.leading import Leadership
 from meshd.raft.messages import (
     REPLICATED,
@@ -65,7 +64,8 @@ from meshd.raft.progress import Progress
 from meshd.raft.pulse import Pulse
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, Packed
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.snapshot import Image, Packed
 from meshd.raft.witnesses import on_fetch
 
 

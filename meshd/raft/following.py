@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from meshd.errors import Corrupt, InvalidRequest, PeerFault
 from meshd.raft.configurations import voters_of
 from meshd.raft.election import Elections
-from meshd.raft.journal import RECORD_BYTES
 from meshd.raft.messages import Append, Appended, Entry, VoterId
 from meshd.raft.pysyncobj_state import RaftState
+from meshd.raft.storage.journal import RECORD_BYTES
 
 
 class Following:

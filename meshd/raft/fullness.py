@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from meshd.model import NodeId
 from meshd.ports import NotCommitted
-from meshd.raft.disk import Room
 from meshd.raft.engine import Engine
 from meshd.raft.messages import VoterId, node_of
+from meshd.raft.storage.disk import Room
 from meshd.room import is_full, soft_mark
 
 LOOK_S = 1.0

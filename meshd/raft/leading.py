@@ -14,11 +14,11 @@ from meshd.errors import PeerFault
 from meshd.raft.agreement import Comparison
 from meshd.raft.configurations import VOTERS_MAX, as_command
 from meshd.raft.feeding import Feeder
-from meshd.raft.frames import FIRST_INDEX
 from meshd.raft.messages import NO_OP, AnyMessage, Append, Appended, Received, TimeoutNow, VoterId
 from meshd.raft.pinning import Pins
 from meshd.raft.progress import Progress
 from meshd.raft.pysyncobj_state import RaftState
+from meshd.raft.storage.frames import FIRST_INDEX
 
 
 @dataclass(frozen=True, slots=True)

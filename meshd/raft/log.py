@@ -23,15 +23,15 @@ from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
 from meshd.raft.acquaintances import load_acquaintances, save_acquaintances
 from meshd.raft.clocks import CLOCKS
-from meshd.raft.disk import DirectoryDisk, Disk
-from meshd.raft.journal import Journal
-from meshd.raft.lineage import Lineage
 from meshd.raft.messages import VoterId, node_of
-from meshd.raft.opening import open_log
 from meshd.raft.proposals import is_readable
 from meshd.raft.server import Clocks, Mail, Server, StateMachine
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image
+from meshd.raft.state.lineage import Lineage
+from meshd.raft.storage.disk import DirectoryDisk, Disk
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.opening import open_log
+from meshd.raft.storage.snapshot import Image
 from meshd.raft.turn import Turns, Work
 from meshd.raft.wire import Greeting, Wire
 

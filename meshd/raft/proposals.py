@@ -16,8 +16,8 @@ from meshd import codec
 from meshd.errors import InvalidRequest
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult, Unknown
-from meshd.raft.commands import AnyCommand, Stamped
 from meshd.raft.messages import Proposed, VoterId
+from meshd.raft.state.commands import AnyCommand, Stamped
 
 BATCH_BYTES_MAX = 256 << 10
 """Of one entry, unless a single command is larger."""

@@ -18,10 +18,10 @@ from pysyncobj.transport import Transport as StockTransport
 from meshd import codec
 from meshd.raft.agreement import Checkpoints
 from meshd.raft.configurations import Configurations
-from meshd.raft.journal import Journal
 from meshd.raft.messages import Entry, RaftMessage, VoterId
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Packed
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.snapshot import Packed
 
 assert syncobj.VERSION == "0.3.17", "the private names below are those of 0.3.17"
 

@@ -18,7 +18,6 @@ from meshd import codec
 from meshd.errors import MeshError, PeerFault, Unavailable, UnknownOutcome, from_code
 from meshd.model import JobId, NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult, Rpc, Unknown
-from meshd.raft.commands import AnyAnswer, AnyCommand, Reason, Rejected
 from meshd.raft.log import RaftStatus
 from meshd.raft.replica import (
     EventsCall,
@@ -29,6 +28,7 @@ from meshd.raft.replica import (
     Replica,
     WaitCall,
 )
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, Reason, Rejected
 from meshd.views import AnyQuery, JobView
 
 ATTEMPT_S = 5.0

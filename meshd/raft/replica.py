@@ -19,7 +19,8 @@ from meshd import codec
 from meshd.errors import Busy, Unavailable
 from meshd.model import Count, JobId, NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult, Rpc, Unknown
-from meshd.raft.commands import (
+from meshd.raft.log import ServerLog
+from meshd.raft.state.commands import (
     AnyCommand,
     Event,
     JobChanged,
@@ -29,8 +30,7 @@ from meshd.raft.commands import (
     SessionChanged,
     StopWanted,
 )
-from meshd.raft.log import ServerLog
-from meshd.raft.machine import Machine
+from meshd.raft.state.machine import Machine
 from meshd.views import AnyQuery, EventView, GetJob, JobView
 
 EVENTS_KEPT = 10_000

@@ -21,12 +21,9 @@ from meshd import codec
 from meshd.errors import Corrupt, MeshError
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult
-from meshd.raft.commands import Batch
-from meshd.raft.disk import Room
 from meshd.raft.engine import Engine
 from meshd.raft.fullness import Fullness
 from meshd.raft.hearsay import Hearsay
-from meshd.raft.journal import Journal
 from meshd.raft.messages import (
     AnyMessage,
     Heard,
@@ -53,8 +50,11 @@ from meshd.raft.proposals import (
 )
 from meshd.raft.reads import Reads
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, Packed
 from meshd.raft.stamp import OwnClock, agreed_wall_ms
+from meshd.raft.state.commands import Batch
+from meshd.raft.storage.disk import Room
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.snapshot import Image, Packed
 from meshd.raft.voters import NEVER_MS, Add, HandOver, Peer, Remove, View, decide, learners, seats_taken
 
 MAIL_SLICE_S = 0.005

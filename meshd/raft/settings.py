@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshd.raft.segments import JournalSizes
+from meshd.raft.storage.segments import JournalSizes
 from meshd.room import FREE_BYTES_MIN
 
 

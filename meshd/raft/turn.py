@@ -14,10 +14,19 @@ from functools import partial
 from meshd.errors import Busy, Corrupt, MeshError, PeerFault
 from meshd.raft.agreement import Diverged
 from meshd.raft.arrival import Arrived
-from meshd.raft.disk import Disk
-from meshd.raft.journal import Journal
 from meshd.raft.server import Capture, Restore, Server, StateMachine
-from meshd.raft.snapshot import Image, Packed, load, pack_image, save, set_all_aside, set_newest_aside, unpack_image
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.snapshot import (
+    Image,
+    Packed,
+    load,
+    pack_image,
+    save,
+    set_all_aside,
+    set_newest_aside,
+    unpack_image,
+)
 
 FULL_PAUSE_S = 10.0
 """Between tries to write a snapshot to a disk without room."""

@@ -25,7 +25,6 @@ from meshd.errors import MeshError, PeerFault, Unavailable
 from meshd.model import NodeId, ShortText
 from meshd.ports import Stream, Transport
 from meshd.raft.acquaintances import Acquaintances, Seen
-from meshd.raft.lineage import RECOVERIES_MAX, name_of
 from meshd.raft.messages import (
     AnyMessage,
     Append,
@@ -40,6 +39,7 @@ from meshd.raft.messages import (
     voter_id,
 )
 from meshd.raft.server import Down, Incident, Mail, Up
+from meshd.raft.state.lineage import RECOVERIES_MAX, name_of
 
 PROTOCOL = "/meshd/raft/1"
 

@@ -24,12 +24,12 @@ from meshd.gossip.membership import Membership
 from meshd.keeper import Keeper, Session
 from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Offer, Outcome
 from meshd.placement import Demand
-from meshd.raft import matching
-from meshd.raft.commands import Claim, Ended, OpenSession, Report, SessionOpened, Submit
-from meshd.raft.ids import number_of
-from meshd.raft.matching import Kind, Matching, Node
-from meshd.raft.queue import Queue
-from meshd.raft.sessions import Sessions
+from meshd.raft.state import matching
+from meshd.raft.state.commands import Claim, Ended, OpenSession, Report, SessionOpened, Submit
+from meshd.raft.state.ids import number_of
+from meshd.raft.state.matching import Kind, Matching, Node
+from meshd.raft.state.queue import Queue
+from meshd.raft.state.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
 from meshd.testing.nodes import SimNode

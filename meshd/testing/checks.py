@@ -17,7 +17,9 @@ from meshd.errors import MeshError
 from meshd.gossip import membership
 from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, Resources, TaskState
 from meshd.placement import Demand, permanent_lacks
-from meshd.raft.commands import (
+from meshd.raft.messages import VoterId
+from meshd.raft.stamp import AGREE_MS
+from meshd.raft.state.commands import (
     AnyAnswer,
     AnyCommand,
     Batch,
@@ -31,9 +33,7 @@ from meshd.raft.commands import (
     SessionOpened,
     Submitted,
 )
-from meshd.raft.machine import Machine
-from meshd.raft.messages import VoterId
-from meshd.raft.stamp import AGREE_MS
+from meshd.raft.state.machine import Machine
 from meshd.testing.heap import Heap
 from meshd.testing.history import History
 from meshd.testing.machines import output_of

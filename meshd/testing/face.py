@@ -35,7 +35,7 @@ from meshd.model import (
     Tree,
     TreeEntry,
 )
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     AnyAnswer,
     AnyCommand,
     Batch,
@@ -52,7 +52,7 @@ from meshd.raft.commands import (
     Stamped,
     StopWanted,
 )
-from meshd.raft.machine import Machine
+from meshd.raft.state.machine import Machine
 from meshd.views import (
     AnyQuery,
     BlobList,

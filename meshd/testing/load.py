@@ -21,7 +21,7 @@ from meshd.model import (
     Timeout,
 )
 from meshd.placement import Demand, permanent_lacks
-from meshd.raft.commands import AnyAnswer, AnyCommand, Cancel, Submit, Submitted
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, Cancel, Submit, Submitted
 from meshd.testing.checks import Breach
 from meshd.testing.machines import output_of
 from meshd.testing.world import World

@@ -28,9 +28,9 @@ from meshd.keeper import (
 from meshd.model import BackendOffer, NodeId, Offer, Resources
 from meshd.neighbours import ADDRESS_FACT, LEADER_FACT, MEMBERS_FACT, OFFER_FACT
 from meshd.ports import Committed, ProposeResult
-from meshd.raft.commands import AnyAnswer, AnyCommand, EndSession, MembersChanged, Restored
-from meshd.raft.machine import Machine
 from meshd.raft.replica import ProposeReply
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, EndSession, MembersChanged, Restored
+from meshd.raft.state.machine import Machine
 from meshd.session_messages import Granted, Notice, Renew, RenewAnswer
 from meshd.testing.gossiping import Done, Gossiping, Reply
 from meshd.testing.machines import Runner

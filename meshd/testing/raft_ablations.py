@@ -14,7 +14,7 @@ from meshd.raft.configurations import Configurations
 from meshd.raft.messages import VoterId
 from meshd.raft.proposals import Proposal
 from meshd.raft.server import Capture, Server
-from meshd.raft.snapshot import Packed
+from meshd.raft.storage.snapshot import Packed
 
 Patch = tuple[Any, str, Any]
 """Where, which name, and what to put there."""

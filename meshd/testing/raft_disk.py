@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from random import Random
 
-from meshd.raft.disk import Room
+from meshd.raft.storage.disk import Room
 
 BLOCK = 4096
 SECTOR = 512
@@ -34,7 +34,7 @@ def _put(target: bytearray, offset: int, data: bytes) -> None:
 
 
 class MemoryDisk:
-    """meshd.raft.disk.Disk. `cut_in` loses power in the middle of the n-th operation from now."""
+    """meshd.raft.storage.disk.Disk. `cut_in` loses power in the middle of the n-th operation from now."""
 
     def __init__(self, *, bytes_total: int = BYTES_TOTAL) -> None:
         self._files: dict[str, _Content] = {}

@@ -15,15 +15,15 @@ from meshd import codec
 from meshd.errors import Corrupt, MeshError
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Unknown
-from meshd.raft.commands import RaiseFences, adds_work
 from meshd.raft.log import RETRY_S
-from meshd.raft.machine import Machine
 from meshd.raft.messages import VoterId, node_of
-from meshd.raft.opening import open_log
 from meshd.raft.proposals import Proposal
 from meshd.raft.pysyncobj_state import CANDIDATE
-from meshd.raft.queue import FENCES_LOST_MAX
 from meshd.raft.server import Clocks, Server
+from meshd.raft.state.commands import RaiseFences, adds_work
+from meshd.raft.state.machine import Machine
+from meshd.raft.state.queue import FENCES_LOST_MAX
+from meshd.raft.storage.opening import open_log
 from meshd.raft.turn import Turns, Work
 from meshd.testing.checks import Checks
 from meshd.testing.raft_disk import PowerCut

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from msgspec.structs import replace as changed
 
 from meshd.model import JobId, TaskState
-from meshd.raft.commands import AnyAnswer, Rejected, RemoveMember, SetDraining
+from meshd.raft.state.commands import AnyAnswer, Rejected, RemoveMember, SetDraining
 from meshd.testing.checks import Breach
 from meshd.testing.epilogue import Epilogue
 from meshd.testing.faults import CALM

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meshd.model import Member, NodeId, Role
-from meshd.raft.commands import AnyCommand, CreateInvite, Found, Join
 from meshd.raft.messages import node_of
-from meshd.raft.segments import JournalSizes
 from meshd.raft.settings import RaftSettings
+from meshd.raft.state.commands import AnyCommand, CreateInvite, Found, Join
+from meshd.raft.storage.segments import JournalSizes
 from meshd.raft.voters import voters_wanted
 from meshd.testing.checks import Checks
 from meshd.testing.faults import Faults

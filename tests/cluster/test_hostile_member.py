@@ -61,8 +61,9 @@ from meshd.net.identity_key import KeyPair
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
 from meshd.ports import Stream
-from meshd.raft import commands
-from meshd.raft.commands import (
+from meshd.raft.replica import EventsCall, ProposeCall, ProposeReply, ReadCall, WaitCall
+from meshd.raft.state import commands
+from meshd.raft.state.commands import (
     AnyAnswer,
     Command,
     CreateInvite,
@@ -81,7 +82,6 @@ from meshd.raft.commands import (
     SetDraining,
     UpdateMember,
 )
-from meshd.raft.replica import EventsCall, ProposeCall, ProposeReply, ReadCall, WaitCall
 from meshd.session_messages import Notice, Renew, digest_of
 from meshd.shell import RenewCall
 from meshd.views import GetMembers

@@ -13,9 +13,9 @@ from meshd import codec
 from meshd.model import NodeId
 from meshd.net.memory import MemoryTransport
 from meshd.ports import Committed
-from meshd.raft.disk import DirectoryDisk, OpenFile
 from meshd.raft.log import ServerLog
 from meshd.raft.settings import RaftSettings
+from meshd.raft.storage.disk import DirectoryDisk, OpenFile
 from tests.integration.test_raft_log import Mesh, until
 
 HANGS_S = 1.6

@@ -18,10 +18,10 @@ from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.ports import Committed, NotCommitted, ProposeResult, Unknown
 from meshd.raft.acquaintances import Seen, unpack_acquaintances
 from meshd.raft.agreement import Diverged
-from meshd.raft.commands import Batch
 from meshd.raft.log import ServerLog
 from meshd.raft.messages import voter_id
 from meshd.raft.settings import RaftSettings
+from meshd.raft.state.commands import Batch
 from meshd.raft.wire import PROTOCOL
 
 QUICK = RaftSettings(election_min_s=0.3, election_max_s=0.6, heartbeat_s=0.06)

@@ -17,13 +17,13 @@ from meshd.ids import new_job_id
 from meshd.model import JobId, JobSpec, Member, NodeId, Role, Run, TaskState
 from meshd.net.memory import MemoryNetwork, MemoryTransport
 from meshd.ports import Committed
-from meshd.raft import machine as queue
 from meshd.raft.clocks import wall_clock_ms
-from meshd.raft.commands import Cancel, Command, Found, Submit
-from meshd.raft.disk import DirectoryDisk, OpenFile, Room
 from meshd.raft.log import ServerLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
+from meshd.raft.state import machine as queue
+from meshd.raft.state.commands import Cancel, Command, Found, Submit
+from meshd.raft.storage.disk import DirectoryDisk, OpenFile, Room
 from meshd.views import PAGE_MAX, GetSummary, ListJobs
 from tests.integration.test_raft_log import PATIENCE_S, Machine, Mesh, Silent, until
 

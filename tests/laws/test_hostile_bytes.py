@@ -31,7 +31,8 @@ from meshd.gossip import facts
 from meshd.model import EndReason, Outcome
 from meshd.net import frames as call_frames
 from meshd.net.libp2p.muxer import Muxer
-from meshd.raft import following, remote, replay, replica, snapshot, wire
+from meshd.raft import following, remote, replica, wire
+from meshd.raft.storage import replay, snapshot
 
 INPUT_S_MAX = 2.0
 """Of CPU: inputs have a few KiB, and the loop should be held for milliseconds."""

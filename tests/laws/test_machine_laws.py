@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from meshd import codec
 from meshd.errors import MeshError
 from meshd.model import Array, AttemptKey, EndReason, Inline, JobId, OnLost, Outcome, Retry, TaskState, Timeout
-from meshd.raft.agenda import Agenda
-from meshd.raft.commands import (
+from meshd.raft.state.agenda import Agenda
+from meshd.raft.state.commands import (
     Accepted,
     AnyAnswer,
     Batch,
@@ -25,9 +25,9 @@ from meshd.raft.commands import (
     Stamped,
     Submit,
 )
-from meshd.raft.lineage import RECOVERIES_MAX
-from meshd.raft.machine import Machine
-from meshd.raft.ranges import Ranges
+from meshd.raft.state.lineage import RECOVERIES_MAX
+from meshd.raft.state.machine import Machine
+from meshd.raft.state.ranges import Ranges
 from meshd.views import PAGE_MAX, Explain, GetMembers, GetSummary, ListJobs, ListTasks
 from tests.scene import WALL_MS, A, B, C, Scene, job_id, spec
 

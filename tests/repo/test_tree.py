@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_agents_cores_can_be_used_without_an_event_loop():
-    code = "import meshd.agent, meshd.raft.machine, meshd.gossip.core, sys; print({'trio', 'libp2p', 'pysyncobj'} & set(sys.modules))"
+    code = "import meshd.agent, meshd.raft.state.machine, meshd.gossip.core, sys; print({'trio', 'libp2p', 'pysyncobj'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "set()\n"
 
 
@@ -31,7 +31,7 @@ def test_a_planted_breach_of_the_architecture_is_found(tmp_path):
     assert lint(tmp_path).returncode == 0, lint(tmp_path).stdout
     queue.write_text(queue.read_text() + "\nimport time\n")
     found = lint(tmp_path)
-    assert found.returncode != 0 and "meshd.raft.queue -> time" in found.stdout
+    assert found.returncode != 0 and "meshd.raft.state.queue -> time" in found.stdout
 
 
 def lint(directory: Path) -> subprocess.CompletedProcess[str]:

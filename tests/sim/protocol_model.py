@@ -28,7 +28,7 @@ import msgspec
 
 from meshd import codec
 from meshd.model import AttemptKey, EndReason, NodeId, OnLost, Outcome, Retry, TaskState
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     AnyAnswer,
     Batch,
     Command,
@@ -44,7 +44,7 @@ from meshd.raft.commands import (
     Stamped,
     Submit,
 )
-from meshd.raft.machine import Machine
+from meshd.raft.state.machine import Machine
 from tests.scene import OFFER, WALL_MS, A, B, Scene, job_id, spec
 
 IDS = (A, B)

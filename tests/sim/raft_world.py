@@ -20,14 +20,14 @@ from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.agreement import Diverged
-from meshd.raft.commands import Batch
-from meshd.raft.lineage import Lineage
 from meshd.raft.messages import AnyMessage, VoterId, node_of
-from meshd.raft.opening import open_log
-from meshd.raft.recovery import Kept, batch_in, begin_epoch
-from meshd.raft.segments import JournalSizes
 from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
 from meshd.raft.settings import RaftSettings
+from meshd.raft.state.commands import Batch
+from meshd.raft.state.lineage import Lineage
+from meshd.raft.storage.opening import open_log
+from meshd.raft.storage.recovery import Kept, batch_in, begin_epoch
+from meshd.raft.storage.segments import JournalSizes
 from meshd.raft.turn import Turns
 from meshd.raft.wire import BUFFER_BYTES_MAX
 from meshd.testing.raft_disk import BYTES_TOTAL, MemoryDisk, PowerCut

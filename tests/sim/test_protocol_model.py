@@ -10,9 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from meshd.model import AttemptKey, OnLost
-from meshd.raft.commands import Leased, OpenSession
-from meshd.raft.machine import Machine
-from meshd.raft.matching import Node
+from meshd.raft.state.commands import Leased, OpenSession
+from meshd.raft.state.machine import Machine
+from meshd.raft.state.matching import Node
 from tests.sim.protocol_model import POLICIES, Faults, Model, Rules, Setup
 
 FAULTS = {

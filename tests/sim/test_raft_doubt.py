@@ -6,10 +6,10 @@ import pytest
 
 from meshd.errors import Corrupt
 from meshd.ports import Committed
-from meshd.raft.frames import BLOCK
 from meshd.raft.leading import Leadership
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.settings import RaftSettings
+from meshd.raft.storage.frames import BLOCK
 from tests.sim.raft_world import Node, RaftWorld, Violation, power_cuts, rough_weather
 from tests.sim.rotting import goes_rotting, rot
 from tests.sim.test_raft_storms import TRIMMING, formed

@@ -47,7 +47,7 @@ def test_a_seed_means_the_same_in_another_process(hash_seed: str) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_node_restarted_within_two_seconds_loses_no_task_to_a_stale_lease(seed: int) -> None:
-    sim = Sim(12 * seed)  # calm, but for this
+    sim = Sim(16 * seed)  # calm, but for this
     world = sim.world
     world.found(servers=3, workers=0)
     jobs = []

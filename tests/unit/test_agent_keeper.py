@@ -17,7 +17,7 @@ from meshd.keeper import (
     SendNotice,
 )
 from meshd.model import AttemptKey, JobId, JobSpec, NodeId, Run
-from meshd.raft.commands import EndSession, Leased, SessionChanged, StopWanted
+from meshd.raft.state.commands import EndSession, Leased, SessionChanged, StopWanted
 from meshd.session_messages import Granted, Notice, Refusal, Refused, Renew, digest_of
 from meshd.worker import Propose
 

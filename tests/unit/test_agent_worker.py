@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshd.model import AttemptKey, EndReason, JobId, JobSpec, Offer, OnLost, Outcome, Resources, Run
-from meshd.raft.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
+from meshd.raft.state.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
 from meshd.session_messages import Granted, Notice, Refusal, Refused
 from meshd.worker import (
     AttemptEnded,

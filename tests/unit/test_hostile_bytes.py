@@ -18,13 +18,13 @@ from meshd.gossip.messages import SignedChunk
 from meshd.model import Array, BackendOffer, Needs, NodeId, Offer, Resources, TaskState
 from meshd.net.identity_key import KeyPair
 from meshd.net.libp2p.transport import Libp2pTransport
-from meshd.raft.commands import AnyAnswer, Batch, Cancel, Claim, Rejected, RevokeToken, Stamped, Submit
 from meshd.raft.configurations import as_command
-from meshd.raft.machine import Machine
 from meshd.raft.messages import NO_OP, Append, Appended, Chunk, VoterId
 from meshd.raft.proposals import NESTING_MAX, is_readable
 from meshd.raft.server import Mail
-from meshd.raft.snapshot import Image, pack_image
+from meshd.raft.state.commands import AnyAnswer, Batch, Cancel, Claim, Rejected, RevokeToken, Stamped, Submit
+from meshd.raft.state.machine import Machine
+from meshd.raft.storage.snapshot import Image, pack_image
 from meshd.views import GetMembers, MembersView
 from tests.scene import WALL_MS, A, B, Scene, job_id, spec
 

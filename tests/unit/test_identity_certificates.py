@@ -16,7 +16,7 @@ from meshd.join import JoinDesk, JoinRequest, knock
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.memory import MemoryNetwork
-from meshd.raft.commands import Join, Joined
+from meshd.raft.state.commands import Join, Joined
 from meshd.views import MembersView, MemberView
 
 MESH_KEY = KeyPair.generate()

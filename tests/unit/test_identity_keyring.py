@@ -12,7 +12,7 @@ from meshd.home import KnownPeer
 from meshd.keyring import LINKS_SHOWN, KeyRing, make_link
 from meshd.model import KeyLink, Member, Role
 from meshd.net.identity_key import KeyPair, verify
-from meshd.raft.commands import Join, Reason, RemoveMember
+from meshd.raft.state.commands import Join, Reason, RemoveMember
 from meshd.views import GetMembers, MembersView, MemberView
 from tests.scene import SECRET, A, B, C, Scene
 

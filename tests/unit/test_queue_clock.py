@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.model import JobId, Member, NodeId, Role
-from meshd.raft.commands import ClockSet, Command, CreateInvite, Join, Joined, Reason, Submit, Submitted
-from meshd.raft.ids import FUTURE_MS, PAST_MS
-from meshd.raft.machine import Machine
+from meshd.raft.state.commands import ClockSet, Command, CreateInvite, Join, Joined, Reason, Submit, Submitted
+from meshd.raft.state.ids import FUTURE_MS, PAST_MS
+from meshd.raft.state.machine import Machine
 from meshd.views import GetMembers
 from tests.scene import WALL_MS, A, B, C, Scene, job_id, spec
 

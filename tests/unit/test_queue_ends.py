@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshd.model import Array, EndReason, OnLost, Outcome, Retry, RetryOn, TaskState, Timeout
-from meshd.raft.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
+from meshd.raft.state.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
 from tests.scene import BAD, GOOD, A, B, Scene, job_id, spec
 
 

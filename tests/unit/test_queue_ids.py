@@ -6,8 +6,8 @@ import pytest
 
 from meshd.errors import Busy, InvalidRequest
 from meshd.model import JobId
-from meshd.raft.commands import Reason, Submit, Submitted
-from meshd.raft.ids import FUTURE_MS, PAST_MS, SeenIds, number_of
+from meshd.raft.state.commands import Reason, Submit, Submitted
+from meshd.raft.state.ids import FUTURE_MS, PAST_MS, SeenIds, number_of
 from tests.scene import WALL_MS, A, Scene, job_id, spec
 
 

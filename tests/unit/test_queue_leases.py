@@ -13,7 +13,7 @@ from meshd.model import (
     Resources,
     TaskState,
 )
-from meshd.raft.commands import Claim, Ended, Reason, Report, Reported, SetDraining
+from meshd.raft.state.commands import Claim, Ended, Reason, Report, Reported, SetDraining
 from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, spec
 
 

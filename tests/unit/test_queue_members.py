@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshd.model import Member, NodeId, Role
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     Accepted,
     CreateInvite,
     CreateToken,

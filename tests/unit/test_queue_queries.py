@@ -6,7 +6,7 @@ import pytest
 
 from meshd.errors import Conflict, InvalidRequest, NotFound
 from meshd.model import Needs, Offer, OnLost, Resources, TaskState
-from meshd.raft.commands import Cancel, Submit
+from meshd.raft.state.commands import Cancel, Submit
 from meshd.views import Explain, GetJob, GetMembers, GetSummary, ListJobs, ListTasks
 from tests.scene import BAD, GOOD, OFFER, WALL_MS, A, B, Scene, job_id, spec
 

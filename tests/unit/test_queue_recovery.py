@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshd.model import OnLost, TaskState
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     Accepted,
     Cancel,
     RaiseFences,
@@ -16,9 +16,9 @@ from meshd.raft.commands import (
     Reported,
     Submit,
 )
-from meshd.raft.lineage import NUMBER_BITS, RECOVERIES_MAX
-from meshd.raft.machine import Machine
-from meshd.raft.queue import FENCES_LOST_MAX, RECOVERED_AHEAD_MS_MAX
+from meshd.raft.state.lineage import NUMBER_BITS, RECOVERIES_MAX
+from meshd.raft.state.machine import Machine
+from meshd.raft.state.queue import FENCES_LOST_MAX, RECOVERED_AHEAD_MS_MAX
 from meshd.views import ListJobs, ListTasks
 from tests.scene import BAD, GOOD, WALL_MS, A, B, Scene, job_id, spec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshd.model import Array, AttemptKey, EndReason, NodeId, OnLost, Outcome, Retry, TaskState
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     Accepted,
     EndSession,
     Reason,
@@ -15,7 +15,7 @@ from meshd.raft.commands import (
     SessionOpened,
     SetDraining,
 )
-from meshd.raft.machine import Machine
+from meshd.raft.state.machine import Machine
 from tests.scene import BAD, GOOD, A, B, Scene, spec
 
 LOST = Outcome(reason=EndReason.LOST)

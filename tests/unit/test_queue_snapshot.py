@@ -6,9 +6,9 @@ import pytest
 
 from meshd.errors import Corrupt, NotFound
 from meshd.model import EndReason, Inline, Outcome, TaskState
-from meshd.raft import queue
-from meshd.raft.commands import Cancel
-from meshd.raft.machine import Machine
+from meshd.raft.state import queue
+from meshd.raft.state.commands import Cancel
+from meshd.raft.state.machine import Machine
 from tests.scene import BAD, GOOD, A, B, Scene, spec
 
 TOLD = Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"said"))

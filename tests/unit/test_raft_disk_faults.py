@@ -10,11 +10,11 @@ import pytest
 from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import NodeId
 from meshd.raft.configurations import as_command
-from meshd.raft.journal import Journal, parted
 from meshd.raft.messages import VoterId
-from meshd.raft.opening import open_log
-from meshd.raft.segments import JournalSizes
-from meshd.raft.snapshot import Image, pack_image, save
+from meshd.raft.storage.journal import Journal, parted
+from meshd.raft.storage.opening import open_log
+from meshd.raft.storage.segments import JournalSizes
+from meshd.raft.storage.snapshot import Image, pack_image, save
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
 ME, B, C = VoterId("a/01"), VoterId("b/02"), VoterId("c/03")

@@ -7,11 +7,11 @@ from random import Random
 
 from meshd.raft import election
 from meshd.raft.engine import Engine
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import Journal
 from meshd.raft.messages import NO_OP, Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
-from meshd.raft.segments import JournalSizes, Segments
 from meshd.raft.settings import RaftSettings
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import Journal
+from meshd.raft.storage.segments import JournalSizes, Segments
 from meshd.testing.raft_disk import MemoryDisk
 
 A, B, C, D, E = (VoterId(f"{name}/0{number}") for number, name in enumerate("abcde", 1))

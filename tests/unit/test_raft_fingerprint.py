@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from meshd.model import TaskState
-from meshd.raft.fingerprint import STRIDE
-from meshd.raft.machine import Machine
+from meshd.raft.state.fingerprint import STRIDE
+from meshd.raft.state.machine import Machine
 from tests.scene import A, B, Scene, spec
 
 JOBS = 100

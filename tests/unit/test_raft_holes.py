@@ -24,8 +24,6 @@ from meshd.errors import Corrupt, PeerFault
 from meshd.raft.applying import ApplyFailed
 from meshd.raft.configurations import as_command
 from meshd.raft.engine import Engine
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal
 from meshd.raft.messages import (
     REPLICATED,
     Append,
@@ -38,9 +36,11 @@ from meshd.raft.messages import (
     Voted,
     VoterId,
 )
-from meshd.raft.reopening import Found, open_journal
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, unpack_image
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import create_journal
+from meshd.raft.storage.reopening import Found, open_journal
+from meshd.raft.storage.snapshot import Image, unpack_image
 from meshd.testing.raft_disk import MemoryDisk
 
 A, B, C, D, E = (VoterId(f"{name}/01") for name in "abcde")

@@ -9,12 +9,12 @@ from random import Random
 import pytest
 
 from meshd.errors import Corrupt, StartRefused
-from meshd.raft.disk import DirectoryDisk
-from meshd.raft.frames import BLOCK, FRAME_BYTES_MIN, LocalHeader
-from meshd.raft.journal import Journal, create_journal, journal_names
 from meshd.raft.messages import VoterId
-from meshd.raft.reopening import Found, open_journal
-from meshd.raft.segments import JournalSizes
+from meshd.raft.storage.disk import DirectoryDisk
+from meshd.raft.storage.frames import BLOCK, FRAME_BYTES_MIN, LocalHeader
+from meshd.raft.storage.journal import Journal, create_journal, journal_names
+from meshd.raft.storage.reopening import Found, open_journal
+from meshd.raft.storage.segments import JournalSizes
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 
 A, B, C = VoterId("a/01"), VoterId("b/02"), VoterId("c/03")

@@ -11,20 +11,20 @@ from msgspec import Raw
 from meshd import codec
 from meshd.errors import StartRefused
 from meshd.model import NodeId, OnLost, TaskState
-from meshd.raft.commands import Batch, Stamped, Submit
 from meshd.raft.configurations import as_command
-from meshd.raft.disk import Disk
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal, journal_lineage
-from meshd.raft.lineage import NUMBER_BITS, RECOVERIES_MAX, Lineage
-from meshd.raft.machine import Machine
 from meshd.raft.messages import AnyMessage, VoterId
-from meshd.raft.opening import open_log
-from meshd.raft.recovery import Kept, as_entry, batch_in, begin_epoch, jobs_to_hold, read_kept
-from meshd.raft.rehearsal import Rehearsal
 from meshd.raft.server import Clocks, Server
 from meshd.raft.settings import RaftSettings
-from meshd.raft.snapshot import Image, pack_image, save
+from meshd.raft.state.commands import Batch, Stamped, Submit
+from meshd.raft.state.lineage import NUMBER_BITS, RECOVERIES_MAX, Lineage
+from meshd.raft.state.machine import Machine
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import create_journal, journal_lineage
+from meshd.raft.storage.opening import open_log
+from meshd.raft.storage.recovery import Kept, as_entry, batch_in, begin_epoch, jobs_to_hold, read_kept
+from meshd.raft.storage.rehearsal import Rehearsal
+from meshd.raft.storage.snapshot import Image, pack_image, save
 from meshd.raft.turn import Turns
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 from tests.scene import WALL_MS, A, B, C, Scene, job_id, spec

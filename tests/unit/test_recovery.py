@@ -13,15 +13,15 @@ from meshd.errors import Conflict, Corrupt, InvalidRequest, NotAllowed, StartRef
 from meshd.home import Home, KnownPeer, MeshFile
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
-from meshd.raft.commands import Batch, Found, Stamped
-from meshd.raft.disk import DirectoryDisk
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import create_journal
-from meshd.raft.lineage import RECOVERIES_MAX, name_of, since
 from meshd.raft.log import Newest
 from meshd.raft.messages import VoterId
-from meshd.raft.opening import open_log
-from meshd.raft.recovery import as_entry
+from meshd.raft.state.commands import Batch, Found, Stamped
+from meshd.raft.state.lineage import RECOVERIES_MAX, name_of, since
+from meshd.raft.storage.disk import DirectoryDisk
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import create_journal
+from meshd.raft.storage.opening import open_log
+from meshd.raft.storage.recovery import as_entry
 from meshd.recover import Asked, Recovery, Refusal, judge
 from meshd.rejoin import rejoin
 

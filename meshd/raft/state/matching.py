@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from meshd.model import NodeId, Offer
 from meshd.placement import Demand, amounts_of, rank
-from meshd.raft.agenda import Agenda
-from meshd.raft.jobs import Job
+from meshd.raft.state.agenda import Agenda
+from meshd.raft.state.jobs import Job
 
 KINDS_MAX = 10_000
 """Different demands among live jobs; a freed slot is compared with each kind in line (0.3 µs each)."""

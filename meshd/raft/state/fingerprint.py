@@ -15,11 +15,11 @@ from itertools import islice
 
 from meshd import codec
 from meshd.model import JobId
-from meshd.raft.jobs import Job
-from meshd.raft.matching import Matching
-from meshd.raft.members import Members
-from meshd.raft.moment import Moment
-from meshd.raft.queue import Queue
+from meshd.raft.state.jobs import Job
+from meshd.raft.state.matching import Matching
+from meshd.raft.state.members import Members
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.queue import Queue
 
 JOBS_LOOKED_AT = 32
 ROWS_MAX = 64

@@ -19,8 +19,10 @@ from pysyncobj.journal import Journal as StockJournal
 
 from meshd import codec
 from meshd.errors import Busy, Corrupt, MeshError
-from meshd.raft.disk import Disk
-from meshd.raft.frames import (
+from meshd.raft.messages import MEMBERSHIP, NO_OP, Entry, VoterId
+from meshd.raft.state.lineage import Lineage, is_next
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.frames import (
     FIRST_INDEX,
     FRAME_BODY_BYTES_MAX,
     FRAME_BYTES_MIN,
@@ -32,9 +34,7 @@ from meshd.raft.frames import (
     read_header,
     segment_name,
 )
-from meshd.raft.lineage import Lineage, is_next
-from meshd.raft.messages import MEMBERSHIP, NO_OP, Entry, VoterId
-from meshd.raft.segments import JournalSizes, Segments, is_full
+from meshd.raft.storage.segments import JournalSizes, Segments, is_full
 
 RECORD_BYTES = 32
 """What a record takes beside its command, at most: to tell how much waits for a commit."""

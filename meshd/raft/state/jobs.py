@@ -34,10 +34,10 @@ from meshd.model import (
     RetryOn,
     TaskState,
 )
-from meshd.raft.ranges import Ranges
+from meshd.raft.state.ranges import Ranges
 
 if TYPE_CHECKING:
-    from meshd.raft.matching import Kind
+    from meshd.raft.state.matching import Kind
 
 LOST_AFTER_AUTO_MAX_MS = 120_000
 """`auto` waits a tenth of the time an attempt has run, at most this long, for its node to come back."""

@@ -27,8 +27,8 @@ from msgspec import Struct
 
 from meshd import codec
 from meshd.errors import Corrupt, MeshError
-from meshd.raft.lineage import Lineage
 from meshd.raft.messages import Number, VoterId
+from meshd.raft.state.lineage import Lineage
 
 BLOCK = 4096
 """A sync of one frame never touches the pages of another."""

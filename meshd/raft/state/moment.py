@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from meshd.model import NodeId
-from meshd.raft.commands import ClockSet, Event
+from meshd.raft.state.commands import ClockSet, Event
 from meshd.views import ClockMove
 
 ENTRY_ELAPSED_MS_MAX = 60_000

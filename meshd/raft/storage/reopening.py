@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from meshd.errors import Corrupt, StartRefused
-from meshd.raft.disk import Disk
-from meshd.raft.frames import LocalHeader, Record, numbers, read_header, segment_name
-from meshd.raft.journal import Journal, parted
-from meshd.raft.lineage import Lineage, name_of
 from meshd.raft.messages import VoterId
-from meshd.raft.replay import Replay
-from meshd.raft.segments import JournalSizes, Segments, forget_unfinished, set_aside
+from meshd.raft.state.lineage import Lineage, name_of
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.frames import LocalHeader, Record, numbers, read_header, segment_name
+from meshd.raft.storage.journal import Journal, parted
+from meshd.raft.storage.replay import Replay
+from meshd.raft.storage.segments import JournalSizes, Segments, forget_unfinished, set_aside
 
 REWRITE_BYTES = 1 << 20
 """Of entries in one frame, when the log is rewritten."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from meshd.raft.disk import Disk, OpenFile
-from meshd.raft.frames import PREFIX, aligned, numbers, segment_name
+from meshd.raft.storage.disk import Disk, OpenFile
+from meshd.raft.storage.frames import PREFIX, aligned, numbers, segment_name
 
 RESERVE = "reserve-"
 NEW = ".new"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from meshd import codec
 from meshd.errors import InvalidRequest
 from meshd.model import AttemptKey, NodeId, Offer
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     Accepted,
     AnyAnswer,
     Claim,
@@ -25,9 +25,9 @@ from meshd.raft.commands import (
     SessionChanged,
     SessionOpened,
 )
-from meshd.raft.matching import Matching, Node
-from meshd.raft.moment import Moment
-from meshd.raft.queue import Queue
+from meshd.raft.state.matching import Matching, Node
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.queue import Queue
 
 SLOTS_MAX = 10_000
 """Attempts that one node holds; its list must fit one command."""

@@ -20,8 +20,8 @@ from blake3 import blake3
 from meshd import codec
 from meshd.errors import InvalidRequest, MeshError, NotAllowed
 from meshd.model import AttemptKey, JobId, JobSpec, KeyLink, Member, NodeId, TaskState
-from meshd.raft import queries, snapshot_state
-from meshd.raft.commands import (
+from meshd.raft.state import queries, snapshot_state
+from meshd.raft.state.commands import (
     BATCH_COMMANDS_MAX,
     Accepted,
     AnyAnswer,
@@ -53,14 +53,14 @@ from meshd.raft.commands import (
     Submit,
     UpdateMember,
 )
-from meshd.raft.fingerprint import fingerprint
-from meshd.raft.jobs import Job
-from meshd.raft.lineage import Lineage
-from meshd.raft.matching import Matching, Node
-from meshd.raft.members import Members
-from meshd.raft.moment import Moment
-from meshd.raft.queue import Queue
-from meshd.raft.sessions import Sessions
+from meshd.raft.state.fingerprint import fingerprint
+from meshd.raft.state.jobs import Job
+from meshd.raft.state.lineage import Lineage
+from meshd.raft.state.matching import Matching, Node
+from meshd.raft.state.members import Members
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.queue import Queue
+from meshd.raft.state.sessions import Sessions
 from meshd.views import AnyQuery
 
 BATCH_BYTES_MAX = BATCH_COMMANDS_MAX * codec.COMMAND_BYTES_MAX

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from meshd.errors import Corrupt, StartRefused
 from meshd.model import NodeId
-from meshd.raft.disk import Disk
-from meshd.raft.frames import LocalHeader
-from meshd.raft.journal import Journal, create_journal, journal_names
-from meshd.raft.lineage import Lineage
 from meshd.raft.messages import voter_id
-from meshd.raft.reopening import Found, open_journal
-from meshd.raft.segments import JournalSizes, is_full, set_aside
-from meshd.raft.snapshot import Image, newest_readable
+from meshd.raft.state.lineage import Lineage
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import Journal, create_journal, journal_names
+from meshd.raft.storage.reopening import Found, open_journal
+from meshd.raft.storage.segments import JournalSizes, is_full, set_aside
+from meshd.raft.storage.snapshot import Image, newest_readable
 
 
 def open_log(

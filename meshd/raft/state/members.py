@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from meshd.errors import Busy, Conflict, InvalidRequest, NotAllowed, NotFound
 from meshd.model import KeyLink, Member, NodeId, Role
-from meshd.raft.commands import (
+from meshd.raft.state.commands import (
     Accepted,
     CreateInvite,
     CreateToken,
@@ -24,7 +24,7 @@ from meshd.raft.commands import (
     RevokeToken,
     UpdateMember,
 )
-from meshd.raft.moment import Moment
+from meshd.raft.state.moment import Moment
 
 MEMBERS_MAX = 10_000
 REVOKED_MAX = 100_000

@@ -18,14 +18,14 @@ from msgspec import Raw
 from meshd import codec
 from meshd.errors import StartRefused
 from meshd.model import NodeId, TaskState
-from meshd.raft.commands import Batch, Recovered, Stamped
 from meshd.raft.configurations import Configurations, as_command
-from meshd.raft.disk import Disk
-from meshd.raft.journal import Journal, journal_lineage
-from meshd.raft.lineage import RECOVERIES_MAX, Lineage
-from meshd.raft.machine import Machine
 from meshd.raft.messages import REPLICATED, VoterId, voter_id
-from meshd.raft.opening import open_log
+from meshd.raft.state.commands import Batch, Recovered, Stamped
+from meshd.raft.state.lineage import RECOVERIES_MAX, Lineage
+from meshd.raft.state.machine import Machine
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.journal import Journal, journal_lineage
+from meshd.raft.storage.opening import open_log
 from meshd.views import PAGE_MAX, JobPage, JobView, ListJobs
 
 _APPLY_BATCH = 0

@@ -22,8 +22,8 @@ from meshd.model import (
     TaskState,
 )
 from meshd.placement import Demand
-from meshd.raft.agenda import Agenda
-from meshd.raft.commands import (
+from meshd.raft.state.agenda import Agenda
+from meshd.raft.state.commands import (
     Accepted,
     Cancel,
     Ended,
@@ -36,12 +36,12 @@ from meshd.raft.commands import (
     Submit,
     Submitted,
 )
-from meshd.raft.ids import SeenIds, date_ms_of, number_of
-from meshd.raft.jobs import Job, Row, after_loss, after_outcome, lost_after_ms
-from meshd.raft.lineage import NUMBER_BITS, Lineage, is_next, since
-from meshd.raft.matching import Matching, Node
-from meshd.raft.moment import Moment
-from meshd.raft.ranges import Ranges
+from meshd.raft.state.ids import SeenIds, date_ms_of, number_of
+from meshd.raft.state.jobs import Job, Row, after_loss, after_outcome, lost_after_ms
+from meshd.raft.state.lineage import NUMBER_BITS, Lineage, is_next, since
+from meshd.raft.state.matching import Matching, Node
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.ranges import Ranges
 
 LIVE_JOBS_MAX = 200_000
 """About 3 KB each at every voter."""

@@ -20,12 +20,12 @@ from msgspec.structs import replace
 from meshd import codec
 from meshd.errors import Corrupt, InvalidRequest
 from meshd.model import JobId, KeyLink, NodeId, Offer, TaskState
-from meshd.raft import ids
-from meshd.raft.jobs import JobRecord, Row
-from meshd.raft.matching import Matching, Node
-from meshd.raft.members import Invite, MemberRecord, Members, Token
-from meshd.raft.moment import Moment
-from meshd.raft.queue import Queue
+from meshd.raft.state import ids
+from meshd.raft.state.jobs import JobRecord, Row
+from meshd.raft.state.matching import Matching, Node
+from meshd.raft.state.members import Invite, MemberRecord, Members, Token
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.queue import Queue
 from meshd.views import ClockMove
 
 VERSION = 1

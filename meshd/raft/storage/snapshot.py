@@ -21,10 +21,10 @@ from msgspec import Meta, Struct
 from meshd import codec
 from meshd.errors import Busy, Corrupt, MeshError, PeerFault
 from meshd.raft.configurations import VOTERS_MAX
-from meshd.raft.disk import Disk
-from meshd.raft.frames import LocalHeader
 from meshd.raft.messages import SNAPSHOT_BYTES_MAX, Number, VoterId
-from meshd.raft.segments import NEW, is_full, set_aside
+from meshd.raft.storage.disk import Disk
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.segments import NEW, is_full, set_aside
 
 _MAGIC = b"meshdsn1"
 _LENGTHS = struct.Struct("<II")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from meshd.errors import Corrupt, InvalidRequest
 from meshd.raft.configurations import voters_of
-from meshd.raft.frames import (
+from meshd.raft.messages import NO_OP, TERM_MAX, Entry, VoterId
+from meshd.raft.storage.frames import (
     FIRST_INDEX,
     End,
     Ended,
@@ -23,7 +24,6 @@ from meshd.raft.frames import (
     read_segment,
     records_of,
 )
-from meshd.raft.messages import NO_OP, TERM_MAX, Entry, VoterId
 
 
 @dataclass(slots=True)

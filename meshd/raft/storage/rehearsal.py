@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from meshd.raft.disk import Disk, OpenFile, Room
+from meshd.raft.storage.disk import Disk, OpenFile, Room
 
 
 class Rehearsal:
-    """meshd.raft.disk.Disk over another one, which is only ever read."""
+    """meshd.raft.storage.disk.Disk over another one, which is only ever read."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk

@@ -15,11 +15,11 @@ from meshd import codec
 from meshd.errors import Conflict, InvalidRequest, NotFound
 from meshd.model import BackendOffer, JobId, Member, Outcome, TaskState
 from meshd.placement import Demand, passing_lacks, permanent_lacks, resources_of
-from meshd.raft.jobs import BARE_OUTCOME, Job, Row
-from meshd.raft.matching import Matching, Node
-from meshd.raft.members import Members
-from meshd.raft.moment import Moment
-from meshd.raft.queue import Queue
+from meshd.raft.state.jobs import BARE_OUTCOME, Job, Row
+from meshd.raft.state.matching import Matching, Node
+from meshd.raft.state.members import Members
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.queue import Queue
 from meshd.views import (
     PAGE_MAX,
     AnyQuery,
