@@ -27,7 +27,7 @@ def test_a_planted_breach_of_the_architecture_is_found(tmp_path):
     """`lint-imports` passes on the tree as it is, and not once a pure core reads a clock."""
     for name in ("meshd", "cli", ".importlinter"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(tmp_path / name)], check=True)
-    queue = tmp_path / "meshd" / "raft" / "queue.py"
+    queue = tmp_path / "meshd" / "raft" / "state" / "queue.py"
     assert lint(tmp_path).returncode == 0, lint(tmp_path).stdout
     queue.write_text(queue.read_text() + "\nimport time\n")
     found = lint(tmp_path)
