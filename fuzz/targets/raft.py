@@ -43,7 +43,7 @@ from meshd.raft.messages import (
     VoterId,
     node_of,
 )
-from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
+from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import Batch, Found, Stamped
 from meshd.raft.state.machine import Machine
@@ -51,6 +51,7 @@ from meshd.raft.storage.frames import LocalHeader
 from meshd.raft.storage.journal import create_journal
 from meshd.raft.storage.segments import JournalSizes
 from meshd.raft.storage.snapshot import Image, pack_image
+from meshd.raft.surroundings import Clocks, Down, Incident, Mail, Up
 from meshd.raft.turn import Turns
 from meshd.testing.raft_disk import MemoryDisk
 

@@ -20,7 +20,7 @@ from meshd import codec
 from meshd.errors import MeshError
 from meshd.model import NodeId
 from meshd.raft.acquaintances import Acquaintances
-from meshd.raft.server import Mail
+from meshd.raft.surroundings import Mail
 from meshd.raft.wire import INBOX_BYTES_MAX, PROTOCOL, Greeting, Refused, Wire
 
 FRAMED = True

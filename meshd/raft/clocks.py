@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 
-from meshd.raft.server import Clocks
+from meshd.raft.surroundings import Clocks
 
 _TIME_ERROR = 5
 """adjtimex(2): the clock is not synchronised."""

@@ -25,13 +25,14 @@ from meshd.raft.acquaintances import load_acquaintances, save_acquaintances
 from meshd.raft.clocks import CLOCKS
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.proposals import is_readable
-from meshd.raft.server import Clocks, Mail, Server, StateMachine
+from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
 from meshd.raft.state.lineage import Lineage
 from meshd.raft.storage.disk import DirectoryDisk, Disk
 from meshd.raft.storage.journal import Journal
 from meshd.raft.storage.opening import open_log
 from meshd.raft.storage.snapshot import Image
+from meshd.raft.surroundings import Clocks, Mail, StateMachine
 from meshd.raft.turn import Turns, Work
 from meshd.raft.wire import Greeting, Wire
 
@@ -290,7 +291,7 @@ class ServerLog:
         """Let another voter lead; returns when this server leads no more. Raises Unavailable."""
         server = self._running()
         with trio.move_on_after(HAND_OVER_S):
-            while server.engine.is_leader and server.hand_over():
+            while server.engine.is_leader and server.steering.hand_over():
                 self._woken.set()
                 await self._wait_moved()
         if server.engine.is_leader:
@@ -303,7 +304,7 @@ class ServerLog:
         progress = engine.progress.get(voter)
         if progress is None:
             return VoterStatus(NodeId(node), incarnation, is_voter, 0, 0, None)
-        silent_ms = None if progress.heard_s == -inf else server.silent_ms(progress.heard_s)
+        silent_ms = None if progress.heard_s == -inf else server.steering.silent_ms(progress.heard_s)
         lag = engine.last - progress.match
         return VoterStatus(NodeId(node), incarnation, is_voter, progress.match, lag, silent_ms, progress.is_in_doubt)
 

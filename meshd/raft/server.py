@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol, assert_never
+from typing import assert_never
 
 from meshd import codec
 from meshd.errors import Corrupt, MeshError
@@ -23,7 +23,6 @@ from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult
 from meshd.raft.engine import Engine
 from meshd.raft.fullness import Fullness
-from meshd.raft.hearsay import Hearsay
 from meshd.raft.messages import (
     AnyMessage,
     Heard,
@@ -33,7 +32,6 @@ from meshd.raft.messages import (
     ReadAt,
     SeatTaken,
     VoterId,
-    node_of,
     voter_id,
 )
 from meshd.raft.proposals import (
@@ -52,17 +50,14 @@ from meshd.raft.reads import Reads
 from meshd.raft.settings import RaftSettings
 from meshd.raft.stamp import OwnClock, agreed_wall_ms
 from meshd.raft.state.commands import Batch
+from meshd.raft.steering import Steering
 from meshd.raft.storage.disk import Room
 from meshd.raft.storage.journal import Journal
 from meshd.raft.storage.snapshot import Image, Packed
-from meshd.raft.voters import NEVER_MS, Add, HandOver, Peer, Remove, View, decide, learners, seats_taken
+from meshd.raft.surroundings import Clocks, Down, Links, Mail, Report, StateMachine, Up
 
 MAIL_SLICE_S = 0.005
 """Reading mail stops after so long, and the turn goes on."""
-STEER_S = 0.05
-"""The autopilot looks no more often …"""
-STEER_IDLE_S = 1.0
-"""… and no less often while leading."""
 WITNESS_S = 0.1
 """So long after the last frame an empty one proves it (protocol.md 9)."""
 TICK_MS_MIN = 10
@@ -71,87 +66,7 @@ TICK_MS_MAX = 60_000
 """One entry counts at most a minute, so while something is pending there is one each minute."""
 SLOWED_S = 0.5
 """While a peer that is far behind slows the log down there is a batch so often, of as much as may be written in that time."""
-HAND_OVER_PAUSE_S = 0.5
-"""No batches for so long after another voter was asked to lead: it must have everything."""
-SEATS_TOLD_S = 10.0
-"""A newcomer that waits for the seat of its own older journal is told why no more often."""
 DISPUTED = "the voters' states differ and none has a majority; see `mesh cluster status`"
-
-
-Restore = Callable[[], Callable[[], None] | None]
-"""Puts an unpacked state in place. What it returns, if anything, takes the replaced one apart, in a thread: it may be large."""
-
-
-class StateMachine(Protocol):
-    """What is replicated."""
-
-    @property
-    def wall_ms(self) -> int:
-        """The state's wall time."""
-        ...
-
-    def apply(self, index: int, batch: bytes) -> list[bytes]:
-        """Encoded answers, one for each command. Total and deterministic."""
-        ...
-
-    def digest(self) -> str:
-        """A hash, in hex, of the state and of all before it: once different, different for good."""
-        ...
-
-    def capture(self) -> Callable[[], bytes]:
-        """Cheap and consistent; the packer it returns may run in a thread."""
-        ...
-
-    def unpack(self, data: bytes) -> Restore:
-        """Touches nothing of the present state, and may run in a thread; the function it returns replaces it, at once."""
-        ...
-
-    def next_timer_ms(self) -> int | None:
-        """State time until something timed is due; None: no ticks are needed."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """Frames can be sent to it from now on; nothing that was sent before is on its way."""
-
-    peer: VoterId
-
-
-@dataclass(frozen=True, slots=True)
-class Down:
-    peer: VoterId
-
-
-@dataclass(frozen=True, slots=True)
-class Mail:
-    peer: VoterId
-    message: AnyMessage
-    size: int = 0
-
-
-Incident = Up | Down | Mail
-
-
-class Links(Protocol):
-    """The streams to other servers, as far as a turn needs them."""
-
-    def send(self, peer: VoterId, message: AnyMessage) -> bool:
-        """Stage a frame for the next flush; False when it cannot be."""
-        ...
-
-    def take(self) -> Incident | None: ...
-    def connected(self) -> list[VoterId]: ...
-    def reach(self, peers: Collection[NodeId]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    now_s: Callable[[], float]
-    """CLOCK_BOOTTIME."""
-    wall_ms: Callable[[], int]
-    is_synchronised: Callable[[], bool]
-    """The kernel calls the wall clock synchronised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +95,7 @@ class Server:
         clocks: Clocks,
         random: Random,
         packed: Callable[[], Packed | None],
-        report: Callable[[str, dict[str, object]], None],
+        report: Report,
         after_doubt: Callable[[], bytes] | None = None,
         adds_work: Callable[[bytes], bool] = lambda command: False,
     ) -> None:
@@ -191,9 +106,6 @@ class Server:
         self._journal = journal
         self._machine = machine
         self._links = links
-        self._servers = servers
-        self._draining = draining
-        self._zones = zones
         self._settings = settings
         self._clocks = clocks
         self._now = self.now_s = clocks.now_s
@@ -221,14 +133,13 @@ class Server:
         self.fullness = Fullness(self.engine, settings.disk_free_min, adds_work)
         self.reads = Reads(first_request(journal.header.start))
         self.own_clock = OwnClock()
-        self._hearsay = Hearsay(clocks.now_s)
-        self._seats_told_s = float("-inf")
+        self.steering = Steering(
+            self.engine, links, self.fullness, servers=servers, draining=draining, zones=zones, now=clocks.now_s, report=report
+        )  # fmt: skip
         self._pending = Pending()
         self._forwarded = Forwarded(first_request(journal.header.start))
         self._batch_at = (0, 0)
         self._batched_s, self._batched_bytes = float("-inf"), 0
-        self._steered_s = float("-inf")
-        self._paused_until_s = float("-inf")
         self._written_s = float("-inf")
         self._saved_index = self.engine.applied
         self._bytes_since_saved = 0
@@ -247,7 +158,7 @@ class Server:
         if self._disputed != self.engine.disputed:
             self._disputed = self.engine.disputed
             self.report("raft.states_differ" if self._disputed else "raft.states_agree", {"index": self._disputed})
-        self._steer()
+        self.steering.steer()
         self._trim()
         self._serve_reads()
         self._propose_batch()
@@ -288,7 +199,7 @@ class Server:
         """When a turn is due although nothing happens."""
         due = [self.engine.next_deadline(), self._tick_due_s()]
         if self.engine.is_leader:
-            due.append(self._steered_s + STEER_IDLE_S)
+            due.append(self.steering.next_due_s())
         if self._pending and (free_s := self._may_batch_s()) > self._now():
             due.append(free_s)
         if self._journal.wants_witness:
@@ -316,7 +227,7 @@ class Server:
                     self._forwarded.lost(peer)
                     self.reads.lost(peer)
                 case Mail(peer, message):
-                    self._tell_heard(peer)
+                    self.steering.tell_heard(peer)
                     try:
                         self._read(peer, message)
                     except Corrupt:
@@ -341,19 +252,11 @@ class Server:
             case ReadAt(request, position):
                 self.reads.answered(peer, request, position)
             case Heard(voter):
-                if self.engine.is_leader and peer in self.engine.voters and voter in self.engine.voters:
-                    self._hearsay.told(voter)
+                self.steering.on_heard(peer, voter)
             case SeatTaken(voter):
-                if peer == self.engine.leader:
-                    self.report("raft.identity_runs_twice", {"older": voter, "heard_by": peer})
+                self.steering.on_seat_taken(peer, voter)
             case _:
                 self.engine.receive(peer, message)
-
-    def _tell_heard(self, peer: VoterId) -> None:
-        engine, leader = self.engine, self.engine.leader
-        if leader != engine.me and self._hearsay.must_tell(peer, leader, engine.voters):
-            assert leader is not None
-            self._links.send(leader, Heard(peer))
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -403,7 +306,7 @@ class Server:
     def _may_batch_s(self) -> float:
         """When the next batch may be written, if nothing else is in its way."""
         pause_s = min(SLOWED_S, self._batched_bytes / self.engine.write_rate())
-        return max(self._paused_until_s, self._batched_s + pause_s)
+        return max(self.steering.paused_until_s, self._batched_s + pause_s)
 
     def _propose_batch(self) -> None:
         """What arrived while the last batch was being committed; or a tick, when something timed is due."""
@@ -485,86 +388,6 @@ class Server:
 
     def _answer_read(self, peer: VoterId, request: int, position: int | None) -> None:
         self._links.send(peer, ReadAt(request, position or 0))
-
-    # --- who votes ----------------------------------------------------------------------------------------------------
-
-    def _steer(self) -> None:
-        engine, now = self.engine, self._now()
-        if not engine.is_leader:
-            wanted = [node_of(voter) for voter in engine.voters] if engine.is_voter else []
-            self._links.reach([*wanted, *self._servers()] if engine.is_alone_in_doubt else wanted)
-            return
-        if now - self._steered_s < STEER_S:
-            return
-        self._steered_s = now
-        servers = self._servers()
-        self._links.reach({*servers, *(node_of(voter) for voter in engine.voters)})
-        view = View(
-            me=engine.me,
-            voters=engine.voters,
-            peers={voter: self._peer(voter) for voter in {*self._links.connected(), *engine.progress}},
-            servers=servers,
-            draining=self._draining(),
-            leading_ms=int(engine.leading_s * 1000),
-            zones=self._zones(),
-        )
-        if (successor := self.fullness.successor(now)) is not None:
-            self._hand_over_to(successor)
-            return
-        engine.set_learners(learners(view))
-        self._tell_seats_taken(view)
-        if not engine.may_change_voters() or not engine.leads():
-            return
-        match decision := decide(view):
-            case Add(voter):
-                self.report("raft.voter_added", {"voter": voter})
-                engine.change_voters([*engine.voters, voter])
-            case Remove(voter):
-                self.report("raft.voter_removed", {"voter": voter})
-                engine.change_voters([other for other in engine.voters if other != voter])
-            case HandOver(to):
-                self._hand_over_to(to)
-            case None:
-                pass
-            case _:
-                assert_never(decision)
-
-    def _tell_seats_taken(self, view: View) -> None:
-        """Whoever waits for the seat of its own older journal learns why."""
-        self._hearsay.forget(view.voters)
-        if self._now() - self._seats_told_s >= SEATS_TOLD_S:
-            self._seats_told_s = self._now()
-            for newcomer, older in seats_taken(view):
-                self.report("raft.identity_runs_twice", {"older": older, "newer": newcomer})
-                self._links.send(newcomer, SeatTaken(older))
-
-    def hand_over(self) -> bool:
-        """Ask the voter that has most to lead; False when there is none."""
-        engine = self.engine
-        others = [
-            voter for voter in engine.voters if voter in engine.progress and not engine.progress[voter].is_in_doubt
-        ]
-        if not others:
-            return False
-        self._hand_over_to(
-            max(others, key=lambda voter: (engine.progress[voter].contact_s, engine.progress[voter].match))
-        )
-        return True
-
-    def _hand_over_to(self, voter: VoterId) -> None:
-        self._paused_until_s = self._now() + HAND_OVER_PAUSE_S
-        self.engine.transfer_to(voter)
-
-    def _peer(self, voter: VoterId) -> Peer:
-        progress = self.engine.progress.get(voter)
-        if progress is None:
-            return Peer(lag=self.engine.last, silent_ms=NEVER_MS)
-        silent_ms = self.silent_ms(progress.doubted_s if progress.is_in_doubt else progress.heard_s)
-        by_others_ms = self.silent_ms(self._hearsay.heard_s(voter))
-        return Peer(self.engine.last - progress.match, silent_ms, by_others_ms, progress.is_in_doubt)
-
-    def silent_ms(self, heard_s: float) -> int:
-        return NEVER_MS if heard_s == float("-inf") else max(0, int((self._now() - heard_s) * 1000))
 
     # --- snapshots ----------------------------------------------------------------------------------------------------
 

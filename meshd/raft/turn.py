@@ -14,7 +14,7 @@ from functools import partial
 from meshd.errors import Busy, Corrupt, MeshError, PeerFault
 from meshd.raft.agreement import Diverged
 from meshd.raft.arrival import Arrived
-from meshd.raft.server import Capture, Restore, Server, StateMachine
+from meshd.raft.server import Capture, Server
 from meshd.raft.storage.disk import Disk
 from meshd.raft.storage.journal import Journal
 from meshd.raft.storage.snapshot import (
@@ -27,6 +27,7 @@ from meshd.raft.storage.snapshot import (
     set_newest_aside,
     unpack_image,
 )
+from meshd.raft.surroundings import Restore, StateMachine
 
 FULL_PAUSE_S = 10.0
 """Between tries to write a snapshot to a disk without room."""

@@ -38,8 +38,8 @@ from meshd.raft.messages import (
     VoterId,
     voter_id,
 )
-from meshd.raft.server import Down, Incident, Mail, Up
 from meshd.raft.state.lineage import RECOVERIES_MAX, name_of
+from meshd.raft.surroundings import Down, Incident, Mail, Up
 
 PROTOCOL = "/meshd/raft/1"
 

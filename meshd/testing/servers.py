@@ -19,11 +19,12 @@ from meshd.raft.log import RETRY_S
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.proposals import Proposal
 from meshd.raft.pysyncobj_state import CANDIDATE
-from meshd.raft.server import Clocks, Server
+from meshd.raft.server import Server
 from meshd.raft.state.commands import RaiseFences, adds_work
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.queue import FENCES_LOST_MAX
 from meshd.raft.storage.opening import open_log
+from meshd.raft.surroundings import Clocks
 from meshd.raft.turn import Turns, Work
 from meshd.testing.checks import Checks
 from meshd.testing.raft_disk import PowerCut
@@ -140,7 +141,7 @@ class SimServer:
         return None if self.engine.leader is None else node_of(self.engine.leader)
 
     def hand_over(self) -> None:
-        if self.engine.is_leader and self.server.hand_over():
+        if self.engine.is_leader and self.server.steering.hand_over():
             self.wake()
 
     def propose(self, origin: NodeId, command: bytes, answer: Answer, *, timeout_ms: int) -> None:

@@ -15,7 +15,7 @@ from meshd import codec
 from meshd.model import NodeId
 from meshd.raft import wire
 from meshd.raft.messages import AnyMessage, VoterId, node_of
-from meshd.raft.server import Down, Incident, Mail, Up
+from meshd.raft.surroundings import Down, Incident, Mail, Up
 
 if TYPE_CHECKING:
     from meshd.testing.nodes import SimNode

@@ -21,13 +21,14 @@ from meshd.model import NodeId
 from meshd.ports import Committed, NotCommitted, ProposeResult
 from meshd.raft.agreement import Diverged
 from meshd.raft.messages import AnyMessage, VoterId, node_of
-from meshd.raft.server import Clocks, Down, Incident, Mail, Server, Up
+from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import Batch
 from meshd.raft.state.lineage import Lineage
 from meshd.raft.storage.opening import open_log
 from meshd.raft.storage.recovery import Kept, batch_in, begin_epoch
 from meshd.raft.storage.segments import JournalSizes
+from meshd.raft.surroundings import Clocks, Down, Incident, Mail, Up
 from meshd.raft.turn import Turns
 from meshd.raft.wire import BUFFER_BYTES_MAX
 from meshd.testing.raft_disk import BYTES_TOTAL, MemoryDisk, PowerCut

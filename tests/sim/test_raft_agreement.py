@@ -74,7 +74,7 @@ def test_two_of_two_that_differ_apply_nothing_further_until_a_third_decides() ->
     propose(world, leader, 20, "refused")
     assert [world.nodes[name].server.engine.applied for name in (leader, wrong)] == before  # type: ignore[union-attr]
     assert world.counts["Committed"] == committed
-    assert first.hand_over()
+    assert first.steering.hand_over()
     world.run(3)  # another leads, and begins its term with an entry that nobody may apply either
     assert first.engine.term > 1 and not first.engine.is_leader
     assert [world.nodes[name].server.engine.applied for name in (leader, wrong)] == before  # type: ignore[union-attr]

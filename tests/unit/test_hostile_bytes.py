@@ -21,10 +21,10 @@ from meshd.net.libp2p.transport import Libp2pTransport
 from meshd.raft.configurations import as_command
 from meshd.raft.messages import NO_OP, Append, Appended, Chunk, VoterId
 from meshd.raft.proposals import NESTING_MAX, is_readable
-from meshd.raft.server import Mail
 from meshd.raft.state.commands import AnyAnswer, Batch, Cancel, Claim, Rejected, RevokeToken, Stamped, Submit
 from meshd.raft.state.machine import Machine
 from meshd.raft.storage.snapshot import Image, pack_image
+from meshd.raft.surroundings import Mail
 from meshd.views import GetMembers, MembersView
 from tests.scene import WALL_MS, A, B, Scene, job_id, spec
 

@@ -13,7 +13,7 @@ from meshd.errors import StartRefused
 from meshd.model import NodeId, OnLost, TaskState
 from meshd.raft.configurations import as_command
 from meshd.raft.messages import AnyMessage, VoterId
-from meshd.raft.server import Clocks, Server
+from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import Batch, Stamped, Submit
 from meshd.raft.state.lineage import NUMBER_BITS, RECOVERIES_MAX, Lineage
@@ -25,6 +25,7 @@ from meshd.raft.storage.opening import open_log
 from meshd.raft.storage.recovery import Kept, as_entry, batch_in, begin_epoch, jobs_to_hold, read_kept
 from meshd.raft.storage.rehearsal import Rehearsal
 from meshd.raft.storage.snapshot import Image, pack_image, save
+from meshd.raft.surroundings import Clocks
 from meshd.raft.turn import Turns
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
 from tests.scene import WALL_MS, A, B, C, Scene, job_id, spec
