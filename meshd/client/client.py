@@ -56,6 +56,8 @@ T = TypeVar("T")
 POLL_S = 30.0
 RECONNECTS_MAX = 20
 """In a row, without a byte in between, before a live stream is given up."""
+COPY_S = 30.0
+"""What a job names is on two disks before it is submitted."""
 PAUSE_S = 0.5
 NEVER_REACHED = 2**53
 """A version that no job comes to: only its end answers a wait for that."""
@@ -146,7 +148,7 @@ class Client:
         """
         job_id = job_id or self.new_id()
         spec = upload_references(document, Path(base), self)
-        return self._ask("POST", "/v1/jobs", _Submitted, {"id": job_id, "spec": spec}).id
+        return self._ask("POST", "/v1/jobs", _Submitted, {"id": job_id, "spec": spec}, waits_s=COPY_S).id
 
     def run(self, document: Mapping[str, Any], *, base: Path | str = ".", timeout_s: float | None = None) -> JobView:
         """Submit, and wait for the end."""
@@ -171,7 +173,8 @@ class Client:
 
     def wait_change(self, job: str, version: int, timeout_s: float) -> JobView:
         """The job when its version is above this one or it has ended; at the timeout (at most 60 s) as it is."""
-        return self._ask("GET", f"{_job(job)}/wait", JobView, after=version, timeout=f"{max(timeout_s, 0):.3f}")
+        waits_s = max(timeout_s, 0)
+        return self._ask("GET", f"{_job(job)}/wait", JobView, waits_s=waits_s, after=version, timeout=f"{waits_s:.3f}")
 
     def job(self, job: str) -> JobView:
         """By id, unique prefix, name or `last`."""
@@ -448,11 +451,17 @@ class Client:
         body: object = None,
         *,
         is_resendable: bool = True,
+        waits_s: float = 0,
         **query: object,
     ) -> T:
+        """`waits_s`: so long may the node take before it even asks the mesh."""
         asked = _query(**query)
         data = self._requester.json(
-            method, f"{path}?{asked}" if asked else path, body, timeout_s=ANSWER_S, is_resendable=is_resendable
+            method,
+            f"{path}?{asked}" if asked else path,
+            body,
+            timeout_s=ANSWER_S + waits_s,
+            is_resendable=is_resendable,
         )
         return _decode(data, kind) if kind is not None else None  # type: ignore[return-value]
 

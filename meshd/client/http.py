@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import ssl
 
 CONNECT_S = 5.0
-ANSWER_S = 75.0
-"""Longer than anything the API waits for by itself (a long poll: 60 s)."""
+ANSWER_S = 25.0
+"""A node that is stopped or gone says nothing; one that is well has an answer of the mesh within 20 s."""
 STREAM_S = 45.0
 """Without a byte: the API shows life every 15 s."""
 PATIENCE_S = 20.0

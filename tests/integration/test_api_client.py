@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import tarfile
 import threading
 import time
@@ -317,6 +318,15 @@ def test_a_node_with_somebody_elses_certificate_is_not_trusted(mesh: Client, api
 def test_the_client_goes_on_with_the_next_node(mesh: Client, api: Served, tmp_path: Path) -> None:
     with Client([f"unix:{tmp_path}/nobody.sock", "127.0.0.1:1", api.node], token="mesh_x_" + "0" * 32) as client:
         assert client.run(ECHO).state is TaskState.DONE
+
+
+def test_a_node_that_says_nothing_is_passed_over(api: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As an agent under SIGSTOP: its kernel takes the connection and the request, and nothing comes back.
+    monkeypatch.setattr("meshd.client.client.ANSWER_S", 0.5)
+    with socket.socket(socket.AF_UNIX) as stopped, Client([f"unix:{tmp_path}/s.sock", api.node]) as client:
+        stopped.bind(f"{tmp_path}/s.sock")
+        stopped.listen()
+        assert client.summary() is not None
 
 
 def test_a_node_that_reaches_no_voter_is_passed_over(api: Served) -> None:
