@@ -37,6 +37,7 @@ from meshd.raft.state.machine import Machine
 from meshd.testing.heap import Heap
 from meshd.testing.history import History
 from meshd.testing.machines import output_of
+from meshd.testing.promises import Promises
 from meshd.views import GetJob, ListTasks, TaskPage, TaskView
 from meshd.worker import State
 
@@ -87,6 +88,7 @@ class Checks:
         self._answers: dict[int, list[bytes]] = {}
         self._digests: dict[int, tuple[bytes, str]] = {}
         self.history = History(self.breach)
+        self.promises = Promises(self.breach)
         self._views: dict[tuple[JobId, int], TaskView] = {}
         self._fence = 0
         self._ending: set[tuple[NodeId, int, int | None, NodeId, int]] = set()
@@ -165,22 +167,16 @@ class Checks:
     # --- servers ------------------------------------------------------------------------------------------------------
 
     def turned(self, server: SimServer) -> None:
-        """One leader a term; and it has everything that was ever committed, before it says a word."""
+        """One leader a term."""
         engine = server.engine
+        self.promises.turned(server)
         if not engine.is_leader:
             return
+        if engine.term not in self.leaders:
+            self.world.elected(server.node)
         known = self.leaders.setdefault(engine.term, engine.me)
         if known != engine.me:
             self.breach("one leader a term", f"{known} and {engine.me} lead term {engine.term}")
-        if engine.leads() and engine.applied < self.last and engine.term == max(self.leaders):
-            at = max(engine.first, 1)
-            missing = [
-                index
-                for index, data in self.entries.items()
-                if index > at and (index > engine.last or engine.log[index - engine.first][0][1:] != data)
-            ]
-            if missing:
-                self.breach("a leader has all that is committed", f"{server.node.name} lacks entries {missing[:5]}")
 
     def campaigns(self, server: SimServer, silence_s: float) -> None:
         """It has raised its term: somebody must have said that it would vote."""
@@ -200,10 +196,12 @@ class Checks:
         servers = [node.server for node in self.world.nodes.values() if node.server is not None and node.has_replica]
         leading = [server for server in servers if server.leading_term() is not None]
         voters = {voter for server in leading for voter in server.engine.voters}
-        return bool(leading) and all(
-            server.engine.applied >= self.last and server.machine.digest() == self.oracle.digest()
-            for server in servers
-            if server.voter in voters
+        replicas = [server for server in servers if server.voter in voters]
+        return (
+            bool(leading)
+            and len(replicas) == len(voters)
+            and all(server.machine.position == self.last for server in replicas)
+            and {server.machine.digest() for server in replicas} == {self.oracle.digest()}
         )
 
     def _time_is_monotonic(self) -> None:

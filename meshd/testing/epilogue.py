@@ -1,6 +1,6 @@
 """After the faults: does the mesh know all again, see a death in time, and become whole when the dead one is back?
 
-healed ── 10 s ──▶ everybody knows the same ── one dies ── 5 s ──▶ seen by all ── comes back ── 5 s ──▶ whole
+healed ── 10 s ──▶ everybody knows the same ── one dies ── 5 s ──▶ seen by all ── comes back ── 5 s ──▶ whole ──▶ replicas equal
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ CONVERGED_MS = 10_000
 SPACES = (ADDRESS_FACT, OFFER_FACT, "blob/")
 SEEN_MS = 5_000
 WHOLE_MS = 5_000
+LEVEL_MS = 15_000
+"""Somebody who was far behind gets a snapshot, and what was added meanwhile."""
 SLACK_MS = 250
 """Clocks that run 0.2 % slow, and the rounding of timers."""
 
@@ -47,6 +49,14 @@ class Epilogue:
         world.checks.must_live |= {victim.id}
         self._pass(WHOLE_MS)
         self._everybody_knows_the_same("who comes back is whole within 5 s")
+        self._every_voter_has_everything()
+
+    def _every_voter_has_everything(self) -> None:
+        """Whatever goes on meanwhile: there are moments when all have applied the same."""
+        world = self.world
+        world.heap.run(world.heap.now_ms + LEVEL_MS, is_over=world.checks.replicas_are_equal, looks_often=True)
+        if not world.checks.replicas_are_equal():
+            world.checks.breach("every voter has everything", f"not within {LEVEL_MS} ms")
 
     def _living(self) -> list[SimNode]:
         return [node for node in self.world.nodes.values() if node.is_alive]

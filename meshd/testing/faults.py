@@ -52,6 +52,12 @@ class Faults:
     """Each crash draws one of these."""
     blackouts: int = 0
     """All machines lose power at once, each in the middle of what its disk is at."""
+    power_cuts: int = 0
+    """Followers lose power in the middle of a write, the leader a moment later; it is away while they are back."""
+    rots: int = 0
+    """Bits of a server's log or snapshot turn over while it is down; of one server at a time."""
+    hunts: int = 0
+    """The leader of the moment hands over, is cut off, killed or frozen, under commands and reads; perhaps the next too."""
     freezes: int = 0
     freezes_then_cuts: int = 0
     clock_jumps: int = 0

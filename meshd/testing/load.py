@@ -24,6 +24,7 @@ from meshd.placement import Demand, permanent_lacks
 from meshd.raft.state.commands import AnyAnswer, AnyCommand, Cancel, Submit, Submitted
 from meshd.testing.checks import Breach
 from meshd.testing.machines import output_of
+from meshd.testing.nodes import SimNode
 from meshd.testing.world import World
 from meshd.views import GetJob, JobPage, JobView, ListJobs
 
@@ -85,31 +86,41 @@ class Client:
 
         def look() -> None:
             alive = [node for node in self.world.nodes.values() if node.is_alive]
-            if not alive:
-                return
-            node = heap.random.choice(alive)
-            history = self.world.checks.history
-            operation = history.begins(f"reading {job[-6:]} at {node.name}")
-
-            def in_list(page: JobPage | None, position: int) -> None:
-                assert page is not None
-                history.read(operation, job, next((view for view in page.jobs if view.id == job), None), position)
-
-            if heap.chance(0.5):
-                node.query(ListJobs(limit=JOBS_LISTED), JobPage, in_list)
-            else:
-                node.query(GetJob(job), JobView, lambda view, at: history.read(operation, job, view, at))
+            if alive:
+                self.reads_at(heap.random.choice(alive), job)
 
         for _ in range(READS):
             heap.after(heap.between(0, within_ms), look)
             within_ms *= READ_LATER
 
+    def reads_at(self, node: SimNode, job: JobId) -> None:
+        if not node.is_alive:
+            return
+        history = self.world.checks.history
+        operation = history.begins(f"reading {job[-6:]} at {node.name}")
+
+        def in_list(page: JobPage | None, position: int) -> None:
+            assert page is not None
+            history.read(operation, job, next((view for view in page.jobs if view.id == job), None), position)
+
+        if self.world.heap.chance(0.5):
+            node.query(ListJobs(limit=JOBS_LISTED), JobPage, in_list)
+        else:
+            node.query(GetJob(job), JobView, lambda view, at: history.read(operation, job, view, at))
+
+    def pokes(self, first: SimNode | None = None) -> None:
+        """A small command that changes nothing, for the sake of its answer: cancels what nobody has submitted."""
+        job = uuid7(self.world.wall_ms(), self.world.heap.random)
+        self.send(Cancel(job), lambda answer: None, first=first)
+
     def cancel(self, job: JobId) -> None:
         self.world.heap.note(f"client: cancels {job[-6:]}")
         self.send(Cancel(job), lambda answer: None)
 
-    def send(self, command: AnyCommand, answered: object, *, at_servers: bool = False) -> None:
-        """Until it is answered: every second, anywhere."""
+    def send(
+        self, command: AnyCommand, answered: object, *, at_servers: bool = False, first: SimNode | None = None
+    ) -> None:
+        """Until it is answered: every second, anywhere, and to `first` at first."""
         self.unanswered += 1
         is_answered = False
         operation = self.world.checks.history.begins(f"{type(command).__name__} by a client")
@@ -130,7 +141,11 @@ class Client:
                 self.world.heap.random.choice(alive).propose(command, done)
             self.world.heap.after(1_000, attempt)
 
-        attempt()
+        if first is not None and first.is_alive:
+            first.propose(command, done)
+            self.world.heap.after(1_000, attempt)
+        else:
+            attempt()
 
 
 def uuid7(wall_ms: int, random: Random) -> JobId:

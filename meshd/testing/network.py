@@ -91,6 +91,11 @@ class Network:
             lost |= {(other.id, node.id) for other in others}
         self._cut_for(for_ms, lost, [node], f"{node.name}: cut off{' one way' if one_way else ''}")
 
+    def deafen(self, node: SimNode, for_ms: float) -> None:
+        """It is heard and hears nothing."""
+        lost = {(other.id, node.id) for other in self._nodes.values() if other is not node}
+        self._cut_for(for_ms, lost, [node], f"{node.name}: deaf")
+
     def split(self, half: list[SimNode], other_half: list[SimNode], for_ms: float) -> None:
         """Whoever is in neither hears both: a bridge."""
         lost = {(one.id, other.id) for one in half for other in other_half}

@@ -56,10 +56,11 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
             return Faults(cuts=5, cut_ms=(12_500, 20_000), cut_breaks=1), crowd
         case 9:  # power that goes in the middle of a write, everywhere at once too
             return Faults(
-                crashes=12, power_loss=1, restart_ms=((100, 2_000),), blackouts=3, slow_disk=0.2, stream_break=0.002
-            ), BUSY
-        case 10:  # disks that hang, fail and fill up
-            return Faults(disk_hangs=4, failed_syncs=3, full_disks=3, crashes=3, slow_disk=0.2), BUSY
+                crashes=4, power_loss=1, restart_ms=((100, 2_000),), blackouts=3, power_cuts=6, slow_disk=0.2,
+                stream_break=0.002,
+            ), BUSY  # fmt: skip
+        case 10:  # disks that hang, fail, fill up and rot
+            return Faults(disk_hangs=3, failed_syncs=4, full_disks=3, crashes=3, rots=4, slow_disk=0.2), BUSY
         case 11:  # servers that come and go
             return Faults(
                 servers=(3, 4, 5, 6), grows=3, drains=1, comes_back=0.7, dies_for_good=0.5, crashes=3, transfers=3,
@@ -67,8 +68,12 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
             ), BUSY  # fmt: skip
         case 12:  # halves that do not hear each other, one-way cuts, leaders that come back late; clocks that lie
             return Faults(
-                servers=(3, 5), splits=6, cuts=4, cut_ms=(500, 12_000), clock_jumps=3, stream_stall=0.005,
+                servers=(3, 5), splits=6, cuts=4, cut_ms=(500, 12_000), clock_jumps=6, stream_stall=0.005,
                 stream_break=0.002, freezes=3,
+            ), BUSY  # fmt: skip
+        case 13:  # leaders that are hunted, over slow networks and slow disks: many elections, votes that split
+            return Faults(
+                servers=(3, 5, 5), hunts=12, latency_ms=(5.0, 60.0), slow_disk=0.3, slow_ms=150, stream_break=0.01,
             ), BUSY  # fmt: skip
         case _:
             return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation
@@ -100,4 +105,7 @@ def _mixed(random: Random) -> Faults:
         grows=random.choice((0, 0, 1, 2)),
         comes_back=0.5,
         slow_disk=random.choice((0.02, 0.1, 0.3)),
+        power_cuts=random.choice((0, 0, 2)),
+        rots=random.choice((0, 0, 1)),
+        hunts=random.choice((0, 0, 3)),
     )

@@ -10,10 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 from meshd.raft import server, turn
+from meshd.raft.arrival import Arrival
 from meshd.raft.configurations import Configurations
-from meshd.raft.messages import VoterId
+from meshd.raft.election import Elections
+from meshd.raft.following import Following
+from meshd.raft.leading import Leadership
+from meshd.raft.messages import Append, Vote, VoterId
 from meshd.raft.proposals import Proposal
 from meshd.raft.server import Capture, Server
+from meshd.raft.state.commands import Restored
+from meshd.raft.state.machine import Machine
+from meshd.raft.storage.journal import Journal
 from meshd.raft.storage.snapshot import Packed
 
 Patch = tuple[Any, str, Any]
@@ -22,6 +29,30 @@ Patch = tuple[Any, str, Any]
 
 def wrapped(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
     return owner, name, make(vars(owner)[name])
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def _counts_what_is_in_memory(original: Callable[..., int]) -> Callable[..., int]:
+    def stored(self: Leadership, voter: VoterId) -> int:
+        return self._raft.last if voter == self._raft.me else original(self, voter)
+
+    return stored
+
+
+def _keeps_votes_in_memory(self: Journal, term: int, vote: VoterId | None) -> None:
+    self._term, self._vote = term, vote
+
+
+def _goes_on_after_a_failed_sync(original: Callable[..., None]) -> Callable[..., None]:
+    def append(self: Journal, records: list[Any]) -> None:
+        try:
+            original(self, records)
+        except OSError:
+            return  # the next one will do
+
+    return append
 
 
 def _installs_before_it_saves(self: turn.Turns, packed: Packed) -> int:
@@ -36,8 +67,76 @@ def _captures_one_entry_less(original: Callable[..., Capture | None]) -> Callabl
     return capture
 
 
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def _commits_what_older_leaders_wrote(self: Leadership) -> None:
+    self._raft.commit = max(self._raft.commit, self._raft.configurations.reached(self._stored))
+
+
+def _always_cuts(original: Callable[..., tuple[bool, int]]) -> Callable[..., tuple[bool, int]]:
+    def merge(self: Following, peer: VoterId, m: Append) -> tuple[bool, int]:
+        raft = self._raft
+        if raft.first <= m.prev_index < raft.last and m.prev_index >= raft.commit:
+            raft.cut_from(m.prev_index + 1)
+        return original(self, peer, m)
+
+    return merge
+
+
+def _commits_all_that_the_leader_says(original: Callable[..., None]) -> Callable[..., None]:
+    def on_append(self: Following, peer: VoterId, m: Append) -> None:
+        original(self, peer, m)
+        if m.term == self._raft.term and m.prev_index:
+            self._raft.commit = max(self._raft.commit, min(m.commit, self._raft.last))
+
+    return on_append
+
+
+def _any_vote_is_enough(self: Configurations, servers: set[VoterId]) -> bool:
+    return bool(servers)
+
+
 def _one_is_enough(self: Configurations, of: Callable[[VoterId], Any]) -> Any:
     return max(of(voter) for voter in self.voters)
+
+
+# --- elections and configurations -------------------------------------------------------------------------------------
+
+
+def _asks_for_real(original: Callable[..., None]) -> Callable[..., None]:
+    def ask_trial(self: Elections) -> None:
+        self._campaign()
+
+    return ask_trial
+
+
+def _votes_for_anybody(original: Callable[..., None]) -> Callable[..., None]:
+    def on_vote(self: Elections, peer: VoterId, m: Vote) -> None:
+        original(self, peer, Vote(m.term, 1 << 40, 1 << 40, m.is_trial))
+
+    return on_vote
+
+
+def _votes_twice(original: Callable[..., None]) -> Callable[..., None]:
+    def on_vote(self: Elections, peer: VoterId, m: Vote) -> None:
+        raft = self._raft
+        if not m.is_trial and m.term == raft.term and not raft.is_leader and raft.vote not in (None, raft.me):
+            raft.set_term(raft.term, None)
+        original(self, peer, m)
+
+    return on_vote
+
+
+def _changes_while_one_is_open(self: Leadership) -> bool:
+    return True
+
+
+# --- reads and answers ------------------------------------------------------------------------------------------------
+
+
+def _answers_readers_at_once(self: Leadership, answer: Callable[[int | None], None]) -> None:
+    answer(self._raft.commit)
 
 
 def _names_an_older_position(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,10 +147,54 @@ def _names_an_older_position(original: Callable[..., Any]) -> Callable[..., Any]
     return resolver
 
 
+def _believes_its_own_clock(now_ms: int, offsets_ms: Any, voters: int) -> int:
+    return int(now_ms + offsets_ms[0])
+
+
+def _keeps_quiet_about_snapshots(original: Callable[..., Any]) -> Callable[..., Any]:
+    def unpack(self: Machine, data: bytes) -> Callable[[], Callable[[], None]]:
+        replace = original(self, data)
+
+        def replaced() -> Callable[[], None]:
+            take_apart = replace()
+            self._moment.events = [event for event in self._moment.events if not isinstance(event, Restored)]
+            return take_apart  # type: ignore[no-any-return]
+
+        return replaced
+
+    return unpack
+
+
+def _resets_the_term_with_the_log(original: Callable[..., bool]) -> Callable[..., bool]:
+    def install(self: Arrival, image: Any, restore: Callable[[], None]) -> bool:
+        is_news = original(self, image, restore)
+        if is_news:
+            self._raft.log.reset(image.index, image.term)
+        return is_news
+
+    return install
+
+
 RAFT_RULES: dict[str, tuple[Patch, ...]] = {
+    "entries are durable before they are acknowledged": ((Server, "may_send_early", True),),
+    "the leader counts itself once it has synced": (wrapped(Leadership, "_stored", _counts_what_is_in_memory),),
+    "a vote is durable before it is given": ((Journal, "setCurrentTerm", _keeps_votes_in_memory),),
+    "a failed sync stops the server": (wrapped(Journal, "_append", _goes_on_after_a_failed_sync),),
     "a snapshot is durable before it replaces anything": ((turn.Turns, "_saved_on_disk", _installs_before_it_saves),),
     "a snapshot says what it covers": (wrapped(Server, "capture", _captures_one_entry_less),),
+    "a snapshot keeps the tail that agrees": (wrapped(Arrival, "install", _resets_the_term_with_the_log),),
+    "who got a snapshot looks at the state anew": (wrapped(Machine, "unpack", _keeps_quiet_about_snapshots),),
+    "a leader commits by its own term": ((Leadership, "advance_commit", _commits_what_older_leaders_wrote),),
+    "a log is cut only where it contradicts": (wrapped(Following, "_merge", _always_cuts),),
+    "a follower commits what it has compared": (wrapped(Following, "on_append", _commits_all_that_the_leader_says),),
     "a majority decides": ((Configurations, "reached", _one_is_enough),),
+    "a majority elects": ((Configurations, "is_majority", _any_vote_is_enough),),
+    "a term rises after a trial": (wrapped(Elections, "_ask_trial", _asks_for_real),),
+    "votes go to the newest log": (wrapped(Elections, "on_vote", _votes_for_anybody),),
+    "one vote a term": (wrapped(Elections, "on_vote", _votes_twice),),
+    "one change of voters at a time": ((Leadership, "may_change_voters", _changes_while_one_is_open),),
+    "a read waits for a round": ((Leadership, "barrier", _answers_readers_at_once),),
     "an answer says where it stands": (wrapped(server, "resolver", _names_an_older_position),),
     "an answer belongs to the start that asked": ((server, "first_request", lambda start: 0),),
+    "a quorum of clocks makes the date": ((server, "agreed_wall_ms", _believes_its_own_clock),),
 }

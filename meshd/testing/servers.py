@@ -50,22 +50,23 @@ Told = Callable[[Any, int], None]
 class CheckedMachine(Machine):
     """A replica that shows the checks each entry, and what came of it."""
 
-    def __init__(self, checks: Checks) -> None:
+    def __init__(self, checks: Checks, server: SimServer) -> None:
         super().__init__()
-        self._checks = checks
+        self._checks, self._server = checks, server
 
     def apply(self, index: int, batch: bytes) -> list[bytes]:
+        self._checks.promises.applies(self._server, index)
         self._checks.committed(index, batch)
         answers = super().apply(index, batch)
         self._checks.replica_applied(index, answers, self)
         return answers
 
     def unpack(self, data: bytes) -> Callable[[], Callable[[], None]]:
-        checks, replace = self._checks, super().unpack(data)
+        checks, server, replace = self._checks, self._server, super().unpack(data)
 
         def restored() -> Callable[[], None]:
             take_apart = replace()
-            self._checks = checks
+            self._checks, self._server = checks, server
             checks.replica_restored(self)
             return take_apart
 
@@ -86,7 +87,7 @@ class SimServer:
         world = node.world
         self.node = node
         random = Random(f"{world.seed} {node.name} {node.process} raft")  # noqa: S311 - a simulation
-        self.machine = CheckedMachine(world.checks)
+        self.machine = CheckedMachine(world.checks, self)
         self.journal, image = open_log(
             node.disk,
             mesh=MESH,
@@ -129,6 +130,7 @@ class SimServer:
         self._told: tuple[int, bool, VoterId | None] = (self.engine.applied, False, None)
         self._retries: list[Callable[[], None]] = []
         self._readers: list[_Reader] = []
+        world.checks.promises.started(self)
         self.wake()
 
     # --- what the node asks -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from msgspec.structs import replace as changed
 
 from meshd.model import JobId, TaskState
 from meshd.raft.state.commands import AnyAnswer, Rejected, RemoveMember, SetDraining
+from meshd.testing.attacks import Attacks
 from meshd.testing.checks import Breach
 from meshd.testing.epilogue import Epilogue
 from meshd.testing.faults import CALM
@@ -41,6 +42,7 @@ class Sim:
         self.faults, self.load = profile_of(seed)
         self.world = World(seed, self.faults)
         self.client = Client(self.world, rough=self.faults is not CALM)
+        self.attacks = Attacks(self.world, self.client)
         self.lost: SimNode | None = None
         self.is_removed = False
         self._hopeless: tuple[JobId, str] | None = None
@@ -97,6 +99,11 @@ class Sim:
         plan(faults.failed_syncs, self._fail_sync, servers)
         plan(faults.full_disks, self._fill_disk, servers)
         plan(faults.clock_jumps, self._set_clock, [heap.random.choice(servers)])
+        plan(faults.rots, self.attacks.rot, servers)
+        for _ in range(faults.power_cuts):
+            heap.after(moment(), self.attacks.cut_power)
+        for _ in range(faults.hunts):
+            heap.after(moment(), self.attacks.hunt)
         for _ in range(faults.blackouts):
             heap.after(moment(), self._black_out)
         for _ in range(faults.splits):

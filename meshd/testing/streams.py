@@ -56,6 +56,8 @@ class Streams:
         self._in: dict[NodeId, Stream] = {}
         self.heard_s = float("-inf")
         """When a frame was last read, by this machine's clock."""
+        self._saying: list[tuple[VoterId, AnyMessage]] = []
+        """What is staged."""
         self._reached: frozenset[NodeId] = frozenset()
         self._dialling: dict[NodeId, float] = {}
         """The pause before the next try."""
@@ -67,6 +69,7 @@ class Streams:
         if stream is None or stream.peer != peer:
             return False
         stream.staged.append(codec.encode(message))
+        self._saying.append((peer, message))
         return True
 
     def take(self) -> Incident | None:
@@ -86,6 +89,9 @@ class Streams:
 
     def flush(self) -> None:
         """What was staged leaves; all of one stream in one go."""
+        saying, self._saying = self._saying, []
+        for to, message in saying:
+            self.node.world.checks.promises.spoke(self._server, to, message)
         for stream in list(self._out.values()):
             if stream.staged:
                 frames, stream.staged = stream.staged, []

@@ -48,6 +48,8 @@ class World:
         self.network = Network(self.heap, faults, self.nodes)
         self.checks = Checks(self.heap, self)
         self.settings = SETTINGS
+        self.elected: Callable[[SimNode], None] = lambda node: None
+        """Told of every new leader, in the turn in which it has become one."""
 
     def wall_ms(self) -> int:
         return WALL_START_MS + self.heap.now_ms

@@ -32,16 +32,32 @@ FAILS = {
     "what is leased is taken from the offer": (8, "leases fit the offer"),
     "the accused objects": (1, "facts converge"),
     "whose roots differ compare": (0, "facts converge"),
-    "a majority decides": (12, "reads see what was told before"),
+    "a majority decides": (12, "nobody can lead without what is committed"),
+    "a read waits for a round": (45, "reads see what was told before"),
     "a snapshot is durable before it replaces anything": (75, "everything finishes"),
     "a snapshot says what it covers": (9, "replicas agree"),
     "an answer says where it stands": (0, "writes come after what was told before"),
+    "entries are durable before they are acknowledged": (9, "nobody can lead without what is committed"),
+    "the leader counts itself once it has synced": (9, "nobody can lead without what is committed"),
+    "a vote is durable before it is given": (9, "what was said is remembered"),
+    "a term rises after a trial": (9, "a term rises when a majority would vote"),
+    "a follower commits what it has compared": (13, "no server contradicts another"),
+    "votes go to the newest log": (25, "a leader has all that is committed"),
+    "a majority elects": (13, "one leader a term"),
     "an answer belongs to the start that asked": (78, "a good job is taken"),
 }
 """By rule: the seed, and what it breaks."""
 
 
 SEEDS_WANTED = {
+    "a failed sync stops the server",
+    "a leader commits by its own term",
+    "a log is cut only where it contradicts",
+    "a quorum of clocks makes the date",
+    "a snapshot keeps the tail that agrees",
+    "one change of voters at a time",
+    "one vote a term",
+    "who got a snapshot looks at the state anew",
     "an older or ended epoch opens nothing",
     "strays are seen dead first",
     "exactly the next seq is applied",
