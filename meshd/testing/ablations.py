@@ -32,6 +32,7 @@ from meshd.raft.state.queue import Queue
 from meshd.raft.state.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
+from meshd.testing.gossiping import Gossiping
 from meshd.testing.nodes import SimNode
 from meshd.testing.raft_ablations import RAFT_RULES, Patch, wrapped
 from meshd.worker import MoveLeash, RenewAnswered, State, Worker
@@ -300,8 +301,11 @@ def _never_asks_what_differs(original: Callable[..., list[Effect]]) -> Callable[
     return ponged
 
 
-def _always_the_first_life(self: SimNode) -> None:
-    self.starts = 1
+def _always_the_first_life(original: Callable[..., None]) -> Callable[..., None]:
+    def begin(self: Gossiping, host: Any, me: NodeId, incarnation: int, random: Any) -> None:
+        original(self, host, me, 1, random)
+
+    return begin
 
 
 def _takes_all_to_be_dead(staying: Sequence[NodeId], is_dead: Any, *, holds_log_alone: bool) -> tuple[NodeId, ...]:
@@ -368,7 +372,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "ids outlive their jobs": (wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),
     # gossip
     "the accused objects": ((Membership, "_on_claim_about_me", _bears_any_accusation),),
-    "an incarnation rises with every start": ((SimNode, "count_start", _always_the_first_life),),
+    "an incarnation rises with every start": (wrapped(Gossiping, "__init__", _always_the_first_life),),
     "suspicion ends in death": ((membership, "SUSPICION_MS", 60_000),),
     "whose roots differ compare": (wrapped(Gossip, "ponged", _never_asks_what_differs),),
     **RAFT_RULES,

@@ -15,6 +15,7 @@ from meshd import codec
 from meshd.attempts import fit
 from meshd.errors import MeshError
 from meshd.gossip import membership
+from meshd.keeper import GRANT_MS
 from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, Resources, TaskState
 from meshd.placement import Demand, permanent_lacks
 from meshd.raft.messages import VoterId
@@ -29,6 +30,7 @@ from meshd.raft.state.commands import (
     JobChanged,
     OpenSession,
     Rejected,
+    RemoveMember,
     Report,
     SessionOpened,
     Submitted,
@@ -96,6 +98,8 @@ class Checks:
         self._ended_early: set[tuple[NodeId, int]] = set()
         """Sessions whose end was proposed before their last grant had run out."""
         self._wall_ms = 0
+        self._granted_ms: dict[tuple[NodeId, int], int] = {}
+        """By session: when a leader granted it last; its opening counts as a grant."""
         self._claimed: dict[tuple[NodeId, int], tuple[int, int]] = {}
         """By session: the seq of its last claim, and the slots."""
 
@@ -286,11 +290,12 @@ class Checks:
         answers: list[bytes],
     ) -> None:
         """What a node lists as it opens, and what was its own until then, is leased to its new epoch."""
-        alone = len(commands) == 1  # others in the same entry may have moved it first
         for (origin, command), data in zip(commands, answers, strict=True):
             answer = codec.decode(data, AnyAnswer)
-            if not (alone and isinstance(command, OpenSession) and isinstance(answer, SessionOpened)):
+            if not (isinstance(command, OpenSession) and isinstance(answer, SessionOpened)):
                 continue
+            if any(other != command and _may_move(other, of=origin, by=by) for by, other in commands):
+                continue  # it may have been moved first, by the same entry
             for key in command.held:
                 was, now = before.get((key.job, key.task)), self._views.get((key.job, key.task))
                 if was is None or now is None or was.fence != key.fence or was.node != origin:
@@ -311,6 +316,7 @@ class Checks:
             is_refused = isinstance(codec.decode(data, AnyAnswer), Rejected)
             if isinstance(command, OpenSession) and not is_refused:
                 self._claimed.setdefault((origin, command.epoch), (0, command.slots))
+                self._granted_ms.setdefault((origin, command.epoch), self.heap.now_ms)
             elif isinstance(command, Claim) and not is_refused:
                 last = self._claimed.get((origin, command.epoch), (0, 0))
                 self._claimed[origin, command.epoch] = max(last, (command.seq, command.slots))
@@ -353,6 +359,19 @@ class Checks:
             self.breach("only a leader grants", f"{server.name} grants {node} epoch {epoch}")
         if (server.id, server.process, term, node, epoch) in self._ending:
             self.breach("no grant after the end is proposed", f"{server.name} grants {node} epoch {epoch}")
+        self._granted_ms[node, epoch] = self.heap.now_ms
+
+    def view_moved(self, node: SimNode) -> None:
+        """Whatever a leader may do, its session lives longer: a leader that hears nothing more ends it after `GRANT_MS`."""
+        assert node.agent is not None
+        view = node.agent.worker
+        granted_ms = self._granted_ms.get((node.id, view.epoch))
+        if view.state is not State.OPEN or granted_ms is None:
+            return
+        end_ms = self.heap.now_ms + node.until_ms(view.view_end_ms / 1000)
+        if end_ms > granted_ms + GRANT_MS:
+            late_ms = int(end_ms - granted_ms)
+            self.breach("a session outlives its views", f"{node.name} has a view until {late_ms} ms after its grant")
 
     def liveness_changed(self, at: SimNode, node: NodeId, state: membership.State) -> None:
         """Where nothing is lost or late, and everybody awake, nobody is wronged."""
@@ -427,6 +446,11 @@ class Checks:
 def _digest(index: int, machine: Machine) -> tuple[bytes, str]:
     """What every entry did, and now and then also the state that is there."""
     return machine._digest, "" if index % FINGERPRINT_EVERY else machine.digest()
+
+
+def _may_move(command: AnyCommand, *, of: NodeId, by: NodeId) -> bool:
+    """Could this take a task from that node, other than by the job's own rules?"""
+    return by == of or (isinstance(command, EndSession | RemoveMember) and command.node == of)
 
 
 def _short(value: AnyCommand | AnyAnswer) -> str:

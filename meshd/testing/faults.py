@@ -11,6 +11,8 @@ class Faults:
 
     servers: tuple[int, ...] = (3,)
     """How many the mesh begins with: one of these."""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """… and so many nodes without the log: what they propose goes through the network, and comes late or twice."""
     lasts_ms: int = 40_000
 
     # messages and connections
@@ -26,6 +28,8 @@ class Faults:
     """How often a connection breaks instead of taking another frame."""
     cuts: int = 0
     """One node is cut off from all others, or they from it."""
+    cuts_hit_servers: bool = True
+    """Else the log goes on meanwhile."""
     cut_ms: tuple[float, float] = (2_000.0, 40_000.0)
     cut_breaks: float = 0.3
     """How many cuts are seen at once, as connections that break; else their silence has to be noticed."""

@@ -259,7 +259,11 @@ class SimNode:
     def handle(self, event: AgentEvent) -> None:
         if self.agent is None:
             return
-        for effect in self.agent.handle(event, self.clock_ms()):
+        view_end_ms = self.agent.worker.view_end_ms
+        effects = self.agent.handle(event, self.clock_ms())
+        if self.agent.worker.view_end_ms != view_end_ms:
+            self.world.checks.view_moved(self)
+        for effect in effects:
             self._perform(effect)
         timer_ms = self.agent.next_timer_ms()
         if timer_ms is not None and (self._timer_ms is None or timer_ms < self._timer_ms):

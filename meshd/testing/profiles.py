@@ -17,13 +17,19 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
     match seed % 16:
         case 0:
             return CALM, Load()
-        case 1:  # long absences from jobs that may run once at a time
+        case 1:  # long absences from jobs that may run once at a time; a quorum stays, and gives them to others
             promised = Load(
-                jobs=(2, 4), on_lost=(OnLost.RERUN,), lost_after_ms=(30_000, 35_000), lengths_ms=(90_000,), counts=(1,)
+                jobs=(8, 11),
+                on_lost=(OnLost.RERUN, OnLost.WAIT),
+                lost_after_ms=(30_000, 35_000),
+                lengths_ms=(25_000, 90_000),
+                counts=(1,),
             )
-            return Faults(cuts=3, cut_ms=(60_000, 100_000)), promised
+            return Faults(workers=(2, 3, 4), cuts=2, cut_ms=(60_000, 100_000)), promised
         case 2:  # claims that change all the time, doubled and late
-            return Faults(double=0.5, late=0.4, offers=40), Load(jobs=(15, 25), lengths_ms=(20, 300), counts=(3, 6))
+            return Faults(workers=(2, 3, 4), double=0.5, late=0.4, offers=40), Load(
+                jobs=(15, 25), lengths_ms=(20, 300), counts=(3, 6)
+            )
         case 3:  # many leaders, each of which tells again what is leased; nodes come and go meanwhile
             careful = Load(
                 jobs=(4, 7),
@@ -42,11 +48,38 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
                 cut_breaks=0,
             ), careful
         case 4:  # nodes that leave and hand back what they have
-            return Faults(drains=1, hands_over=1), Load(jobs=(6, 9), lengths_ms=(8_000, 25_000), counts=(2, 4))
-        case 5:  # sleepers that wake to old answers, and nobody who says that they are gone
-            return Faults(late=0.1, late_ms=(1_000, 5_000), freezes_then_cuts=3, cut_breaks=0), Load()
-        case 6:  # absences about as long as it takes to be called dead, and a slow log
-            return Faults(cuts=14, cut_ms=(3_000, 6_000), cut_breaks=1, slow_disk=0.3, slow_ms=700), Load()
+            return Faults(drains=1, hands_over=1), Load(
+                jobs=(6, 9),
+                on_lost=(OnLost.RERUN, OnLost.WAIT, OnLost.FAIL, OnLost.FAIL),
+                lengths_ms=(8_000, 25_000),
+                counts=(2, 4),
+            )
+        case 5:  # a bad link: much is lost, or comes late or twice; and sleepers that wake to old answers
+            return Faults(
+                workers=(2, 3, 4),
+                lose=0.35,
+                double=0.3,
+                late=0.3,
+                late_ms=(1_000, 8_000),
+                freezes_then_cuts=2,
+                cut_breaks=0,
+                offers=10,
+            ), Load(
+                jobs=(8, 12),
+                on_lost=(OnLost.RERUN, OnLost.WAIT, OnLost.FAIL, OnLost.FAIL),
+                lost_after_ms=(0, 0, 5_000),
+                lengths_ms=(300, 2_000, 8_000, 25_000),
+            )
+        case 6:  # absences about as long as it takes to be called dead, far away, so that an end takes a while
+            return Faults(
+                workers=(4, 5),
+                latency_ms=(60, 220),
+                cuts=14,
+                cuts_hit_servers=False,
+                cut_ms=(5_500, 7_200),
+                cut_breaks=1,
+                slow_disk=0,
+            ), Load()
         case 7:  # quick restarts, and reports of the life before that arrive in the next
             return Faults(late=0.4, late_ms=(1_000, 12_000), crashes=10, restart_ms=((100, 2_000),)), Load(
                 jobs=(15, 25), lengths_ms=(300, 2_000), counts=(3, 6)

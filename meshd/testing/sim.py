@@ -55,7 +55,7 @@ class Sim:
         if self.faults is CALM:
             world.checks.must_live = frozenset(world.nodes)
         random = world.heap.random
-        world.found(servers=random.choice(self.faults.servers), workers=random.randint(0, 2))
+        world.found(servers=random.choice(self.faults.servers), workers=random.choice(self.faults.workers))
         for _ in range(random.randint(*self.load.jobs)):
             world.heap.after(random.uniform(0, max(self.faults.lasts_ms - 5_000, 10_000)), self._someone_submits)
         world.heap.after(random.uniform(0, 10_000), self._someone_submits_in_vain)
@@ -116,7 +116,7 @@ class Sim:
             for_ms = heap.between(1_000, 12_000 if whole else 40_000)
             heap.after(moment(), lambda node=node, whole=whole, ms=for_ms: self._freeze(node, ms, whole))  # type: ignore[misc]
         for _ in range(faults.cuts):
-            node = heap.random.choice(nodes)
+            node = heap.random.choice([node for node in nodes if faults.cuts_hit_servers or not node.is_server])
             for_ms, one_way = heap.between(*faults.cut_ms), heap.chance(0.25)
             heap.after(moment(), lambda n=node, ms=for_ms, o=one_way: self.world.network.cut_off(n, ms, one_way=o))  # type: ignore[misc]
         for _ in range(faults.freezes_then_cuts):
