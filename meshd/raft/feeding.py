@@ -9,8 +9,6 @@ from meshd.raft.pysyncobj_state import RaftState
 APPEND_BYTES_MAX = 256 << 10
 """Entries in one message, unless a single one is larger."""
 
-APPEND_ENTRIES_MAX = 512
-
 
 class Feeder:
     def __init__(self, raft: RaftState) -> None:
@@ -55,9 +53,9 @@ class Feeder:
         return True
 
     def _entries_from(self, index: int, until: int, bytes_max: int) -> tuple[tuple[Entry, ...], int]:
-        first, size = self._raft.first, 0
+        first, size, entries_max = self._raft.first, 0, self._raft.settings.append_entries
         entries: list[Entry] = []
-        for entry in self._raft.log[index - first : min(index + APPEND_ENTRIES_MAX, until + 1) - first]:
+        for entry in self._raft.log[index - first : min(index + entries_max, until + 1) - first]:
             if entries and size + len(entry[0]) > bytes_max:
                 break
             entries.append(entry)

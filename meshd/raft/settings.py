@@ -16,6 +16,8 @@ class RaftSettings:
     election_max_s: float = 1.6
     heartbeat_s: float = 0.15
     contact_s: float = 1.0
+    append_entries: int = 512
+    """In one message at most."""
     disk_hangs_s: float = 2.0
     """A sync that takes longer ends the leadership: it is no slow disk any more."""
     apply_slice_s: float = 0.008

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 
 from meshd.errors import PeerFault
 from meshd.model import NodeId
-from meshd.raft.feeding import APPEND_BYTES_MAX, APPEND_ENTRIES_MAX
+from meshd.raft.feeding import APPEND_BYTES_MAX
 from meshd.raft.messages import MEMBERSHIP, Entry, Fetch, Fetched, VoterId, node_of
 from meshd.raft.pysyncobj_state import RaftState
 
@@ -66,7 +66,7 @@ def on_fetch(raft: RaftState, peer: VoterId, m: Fetch) -> None:
     entries: list[Entry] = []
     if raft.first <= m.index <= raft.last and raft.term_at(m.index) == m.of_term:
         size, start = 0, m.index + 1 - raft.first
-        for entry in raft.log[start : start + APPEND_ENTRIES_MAX]:
+        for entry in raft.log[start : start + raft.settings.append_entries]:
             entries.append(entry)
             size += len(entry[0])
             if size > APPEND_BYTES_MAX:

@@ -124,6 +124,7 @@ class Attacks:
             return
         heap = self.world.heap
         self._rotten = node
+        node.has_rotted = True
         node.crash(loses_power=heap.chance(0.5))
         names = [name for name in node.disk.names() if name.startswith(("journal-", "snapshot-")) and "." not in name]
         newest = max((name for name in names if name.startswith("journal-")), key=lambda name: (len(name), name))

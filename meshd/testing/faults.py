@@ -37,6 +37,9 @@ class Faults:
     """Two halves do not hear each other; perhaps one node hears both."""
     split_ms: tuple[float, float] = (500.0, 15_000.0)
 
+    entries_at_once: int = 512
+    """That a leader puts into one message: with few, a follower is often between two that belong together."""
+
     # disks
     slow_disk: float = 0.05
     """How often a sync takes up to `slow_ms` instead of six."""

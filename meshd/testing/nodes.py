@@ -78,6 +78,8 @@ class SimNode:
         self.cores = max(1, slots - 1)
         """The last slot is claimed ahead: what is leased to it waits for a core."""
         self.disk = MemoryDisk()
+        self.has_rotted = False
+        """Bits on its disk have turned over at some time."""
         self.saved_epoch = 0
         self.starts = 0
         self.blobs: dict[str, None] = {}

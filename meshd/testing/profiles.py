@@ -89,11 +89,13 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
             return Faults(cuts=5, cut_ms=(12_500, 20_000), cut_breaks=1), crowd
         case 9:  # power that goes in the middle of a write, everywhere at once too
             return Faults(
-                crashes=4, power_loss=1, restart_ms=((100, 2_000),), blackouts=3, power_cuts=6, slow_disk=0.2,
+                crashes=4, power_loss=1, restart_ms=((100, 2_000),), blackouts=3, power_cuts=6, slow_disk=0.2, entries_at_once=2,
                 stream_break=0.002,
             ), BUSY  # fmt: skip
         case 10:  # disks that hang, fail, fill up and rot
-            return Faults(disk_hangs=3, failed_syncs=4, full_disks=3, crashes=3, rots=4, slow_disk=0.2), BUSY
+            return Faults(
+                disk_hangs=3, failed_syncs=6, full_disks=3, crashes=5, power_loss=0.7, rots=2, slow_disk=0.2
+            ), BUSY
         case 11:  # servers that come and go
             return Faults(
                 servers=(3, 4, 5, 6), grows=3, drains=1, comes_back=0.7, dies_for_good=0.5, crashes=3, transfers=3,
@@ -107,6 +109,7 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
         case 13:  # leaders that are hunted, over slow networks and slow disks: many elections, votes that split
             return Faults(
                 servers=(3, 5, 5), hunts=12, latency_ms=(5.0, 60.0), slow_disk=0.3, slow_ms=150, stream_break=0.01,
+                entries_at_once=1,
             ), BUSY  # fmt: skip
         case _:
             return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation

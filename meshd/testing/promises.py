@@ -15,6 +15,9 @@ from meshd.raft.messages import AnyMessage, Append, Appended, Entry, Vote, Voted
 if TYPE_CHECKING:
     from meshd.testing.servers import SimServer
 
+LOSSES = ("what followed entry", "a vote may be lost")
+"""Doubts of replay.py that no loss of power explains; a last frame that is damaged may be a torn one."""
+
 
 @dataclass
 class _Promise:
@@ -65,6 +68,8 @@ class Promises:
         journal, name = server.journal, server.node.name
         self._servers[server.voter] = server
         if journal.is_in_doubt:
+            if journal.doubt.startswith(LOSSES) and not server.node.has_rotted:
+                self._breach("only rot loses what was synced", f"{name}: {journal.doubt}")
             self._promises[server.voter] = _Promise()
             return
         promise = self._promises.setdefault(server.voter, _Promise())
@@ -94,6 +99,7 @@ class Promises:
                     "a leader commits by its own term", f"{server.node.name} commits {engine.commit}, which is older"
                 )
             promise.led = (engine.term, engine.commit)
+            self._majorities_overlap(server)
         self._nothing_is_gone(server, promise)
         while self._last < engine.commit:
             self._last += 1
@@ -103,6 +109,14 @@ class Promises:
         promise.agreed = max(promise.agreed, min(first, durable))
         while promise.agreed < durable and self._agrees(server, promise.agreed + 1):
             promise.agreed += 1
+
+    def _majorities_overlap(self, leader: SimServer) -> None:
+        """Of those who vote by what is committed, whoever knows of it, and by whatever may be committed next."""
+        configurations = leader.engine.configurations
+        decided = configurations.at(max(self._last, leader.engine.first))
+        newest = configurations.voters
+        if decided and len(decided) // 2 + 1 + len(newest) // 2 + 1 <= len({*decided, *newest}):
+            self._breach("two majorities share a voter", f"{leader.node.name} goes from {decided} to {newest}")
 
     def _agrees(self, server: SimServer, index: int) -> bool:
         """What is committed at this index is in its log."""

@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from meshd.ports import Committed, Unknown
 from meshd.raft import server, turn
 from meshd.raft.arrival import Arrival
 from meshd.raft.configurations import Configurations
 from meshd.raft.election import Elections
+from meshd.raft.feeding import Feeder
 from meshd.raft.following import Following
 from meshd.raft.leading import Leadership
 from meshd.raft.messages import Append, Vote, VoterId
 from meshd.raft.proposals import Proposal
 from meshd.raft.server import Capture, Server
-from meshd.raft.state.commands import Restored
+from meshd.raft.state.commands import Cancel, Restored
 from meshd.raft.state.machine import Machine
+from meshd.raft.state.moment import Moment
+from meshd.raft.state.queue import Queue
 from meshd.raft.storage.journal import Journal
 from meshd.raft.storage.snapshot import Packed
+from meshd.testing.servers import SimServer
 
 Patch = tuple[Any, str, Any]
 """Where, which name, and what to put there."""
@@ -175,6 +180,76 @@ def _resets_the_term_with_the_log(original: Callable[..., bool]) -> Callable[...
     return install
 
 
+def _takes_all_it_has_for_committed(original: Callable[..., None]) -> Callable[..., None]:
+    def on_append(self: Following, peer: VoterId, m: Append) -> None:
+        original(self, peer, m)
+        if m.term == self._raft.term and m.entries:
+            self._raft.commit = self._raft.last
+
+    return on_append
+
+
+def _sends_the_one_before_too(original: Callable[..., Any]) -> Callable[..., Any]:
+    def entries_from(self: Feeder, index: int, until: int, bytes_max: int) -> Any:
+        return original(self, max(index - 1, self._raft.first + 1), until, bytes_max)
+
+    return entries_from
+
+
+def _acknowledges_one_more(original: Callable[..., tuple[bool, int]]) -> Callable[..., tuple[bool, int]]:
+    def merge(self: Following, peer: VoterId, m: Append) -> tuple[bool, int]:
+        is_ok, following = original(self, peer, m)
+        return is_ok, following + 1 if is_ok else following
+
+    return merge
+
+
+def _finds_answers_by_index(batch: list[Proposal]) -> Callable[[list[bytes] | None, int, str], None]:
+    def resolve(answers: list[bytes] | None, index: int, why: str) -> None:
+        for proposal in batch:
+            proposal.end(Committed(answers[index], index) if answers is not None else Unknown(why))
+
+    return resolve
+
+
+def _names_the_position_asked_for(original: Callable[..., None]) -> Callable[..., None]:
+    def answer_readers(self: SimServer) -> None:
+        for reader in self._readers:
+            told, position = reader.told, reader.position
+            reader.told = lambda view, _, told=told, position=position: told(view, position)  # type: ignore[misc]
+        original(self)
+
+    return answer_readers
+
+
+def _cancels_what_is_not_there(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cancel(self: Queue, command: Cancel) -> Any:
+        assert self.jobs[command.job]
+        return original(self, command)
+
+    return cancel
+
+
+def _goes_back_as_well(original: Callable[..., None]) -> Callable[..., None]:
+    def advance(self: Moment, position: int, elapsed_ms: int, wall_ms: int) -> None:
+        original(self, position, elapsed_ms, wall_ms)
+        self.wall_ms = wall_ms
+
+    return advance
+
+
+def _installs_nothing(self: Arrival, image: Any, restore: Callable[[], None]) -> bool:
+    self._incoming = self.arrived = None
+    return False
+
+
+def _trims_all_that_is_closed(original: Callable[..., None]) -> Callable[..., None]:
+    def release(self: Journal, snapshot_index: int) -> None:
+        original(self, self[-1][1])
+
+    return release
+
+
 RAFT_RULES: dict[str, tuple[Patch, ...]] = {
     "entries are durable before they are acknowledged": ((Server, "may_send_early", True),),
     "the leader counts itself once it has synced": (wrapped(Leadership, "_stored", _counts_what_is_in_memory),),
@@ -194,6 +269,18 @@ RAFT_RULES: dict[str, tuple[Patch, ...]] = {
     "one vote a term": (wrapped(Elections, "on_vote", _votes_twice),),
     "one change of voters at a time": ((Leadership, "may_change_voters", _changes_while_one_is_open),),
     "a read waits for a round": ((Leadership, "barrier", _answers_readers_at_once),),
+    "a follower commits what its leader has": (wrapped(Following, "on_append", _takes_all_it_has_for_committed),),
+    "a leader sends what follows": (wrapped(Feeder, "_entries_from", _sends_the_one_before_too),),
+    "a follower acknowledges what it has": (wrapped(Following, "_merge", _acknowledges_one_more),),
+    "an answer goes to whose command it was": ((server, "resolver", _finds_answers_by_index),),
+    "a view says as of when it is": (wrapped(SimServer, "_answer_readers", _names_the_position_asked_for),),
+    "what is refused is answered": (wrapped(Queue, "cancel", _cancels_what_is_not_there),),
+    "the date never goes back": (
+        wrapped(Moment, "advance", _goes_back_as_well),
+        (Server, "_stamp_wall", lambda self, now_ms, elapsed_ms: self._clocks.wall_ms()),
+    ),
+    "a snapshot that has arrived is installed": ((Arrival, "install", _installs_nothing),),
+    "the log is trimmed to what a snapshot covers": (wrapped(Journal, "release", _trims_all_that_is_closed),),
     "an answer says where it stands": (wrapped(server, "resolver", _names_an_older_position),),
     "an answer belongs to the start that asked": ((server, "first_request", lambda start: 0),),
     "a quorum of clocks makes the date": ((server, "agreed_wall_ms", _believes_its_own_clock),),

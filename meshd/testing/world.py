@@ -9,6 +9,7 @@ may be gone for good; an operator removes it then.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from meshd.model import Member, NodeId, Role
 from meshd.raft.messages import node_of
@@ -47,7 +48,7 @@ class World:
         self.nodes: dict[NodeId, SimNode] = {}
         self.network = Network(self.heap, faults, self.nodes)
         self.checks = Checks(self.heap, self)
-        self.settings = SETTINGS
+        self.settings = replace(SETTINGS, append_entries=faults.entries_at_once)
         self.elected: Callable[[SimNode], None] = lambda node: None
         """Told of every new leader, in the turn in which it has become one."""
 
