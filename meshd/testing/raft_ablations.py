@@ -243,13 +243,6 @@ def _installs_nothing(self: Arrival, image: Any, restore: Callable[[], None]) ->
     return False
 
 
-def _trims_all_that_is_closed(original: Callable[..., None]) -> Callable[..., None]:
-    def release(self: Journal, snapshot_index: int) -> None:
-        original(self, self[-1][1])
-
-    return release
-
-
 RAFT_RULES: dict[str, tuple[Patch, ...]] = {
     "entries are durable before they are acknowledged": ((Server, "may_send_early", True),),
     "the leader counts itself once it has synced": (wrapped(Leadership, "_stored", _counts_what_is_in_memory),),
@@ -280,7 +273,6 @@ RAFT_RULES: dict[str, tuple[Patch, ...]] = {
         (Server, "_stamp_wall", lambda self, now_ms, elapsed_ms: self._clocks.wall_ms()),
     ),
     "a snapshot that has arrived is installed": ((Arrival, "install", _installs_nothing),),
-    "the log is trimmed to what a snapshot covers": (wrapped(Journal, "release", _trims_all_that_is_closed),),
     "an answer says where it stands": (wrapped(server, "resolver", _names_an_older_position),),
     "an answer belongs to the start that asked": ((server, "first_request", lambda start: 0),),
     "a quorum of clocks makes the date": ((server, "agreed_wall_ms", _believes_its_own_clock),),
