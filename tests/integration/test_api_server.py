@@ -140,10 +140,10 @@ def test_a_kept_connection_that_is_idle_does_not_hold_the_stop() -> None:
 def test_an_answer_that_is_under_way_is_finished_at_the_stop() -> None:
     with served() as api:
         client = connect(api)
-        client.sendall(b'POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 44\r\n\r\n{"spec":{"run":')
-        while not open_connections(api):
-            time.sleep(0.01)
-        time.sleep(0.05)
+        client.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 44\r\n\r\n")
+        # Whoever asks for the body has begun with the request.
+        assert client.recv(1024).startswith(b"HTTP/1.1 100")
+        client.sendall(b'{"spec":{"run":')
         api.do(api._scope.cancel)
         client.sendall(b'{"args":["echo","hello"]}}  }')
         assert b"HTTP/1.1 201" in read_all(client)

@@ -108,12 +108,12 @@ def test_a_leader_learns_from_others_that_a_voter_it_cannot_reach_still_speaks()
     assert leader is not None and leader.server is not None
     lost = next(node for node in world.nodes.values() if node is not leader)
     world.run(15)
-    assert leader.server._peer(lost.id).unheard_ms > 12_000
+    assert leader.server.steering._peer(lost.id).unheard_ms > 12_000
     world.cut(leader.name, lost.name)
     world.cut(lost.name, leader.name)
     world.run(20)
     assert world.leader() is leader
-    seen = leader.server._peer(lost.id)
+    seen = leader.server.steering._peer(lost.id)
     assert seen.silent_ms > 12_000 and seen.unheard_ms < 3_000
 
 
