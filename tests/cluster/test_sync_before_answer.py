@@ -44,7 +44,7 @@ def happened(trace: str) -> list[tuple[str, str]]:
     """(system call, its line), in the order of their ends: a traced thread goes on only when strace has noted it."""
     found, begun = [], {}
     for line in trace.splitlines():
-        thread, _, rest = line.split(" ", 2)
+        thread, _, rest = line.split(maxsplit=2)  # short process ids are padded
         if match := re.match(r"(\w+)\((.*) <unfinished \.\.\.>$", rest):
             begun[thread] = rest
         elif match := re.match(r"<\.\.\. (\w+) resumed>(.*)", rest):
