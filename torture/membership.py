@@ -21,6 +21,8 @@ PATIENCE_S = 60.0
 HAND_OVER_MS = 1000
 """A drained node's jobs are handed over after this."""
 
+WATCH_S = 10.0
+"""Whoever watches a drain sees within this that it is over; until then it may ask for it once more."""
 JOINS_MAX = 10
 """It may be killed while it joins."""
 
@@ -35,6 +37,7 @@ class Membership:
         self._home = home
         self._engine = engine
         self._draining = ""
+        self._watch = threading.Thread()
         self._gone = 0
 
     def drain(self, node: str) -> None:
@@ -47,12 +50,16 @@ class Membership:
                     if self._draining != node:
                         return
 
-        threading.Thread(target=watch, daemon=True).start()
+        self._watch = threading.Thread(target=watch, daemon=True)
+        self._watch.start()
 
     def take_back(self) -> None:
         """Raises Undecided."""
         node, self._draining = self._draining, ""
         if node:
+            self._decide(node, f"{node} takes work again", lambda client: client.undrain(node))
+            # A client that lost its node goes on at another, and asks for the drain again: seen to leave two of three drained.
+            self._watch.join(WATCH_S)
             self._decide(node, f"{node} takes work again", lambda client: client.undrain(node))
 
     def replace(self, node: str, processes: Processes) -> None:
