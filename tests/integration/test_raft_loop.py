@@ -273,7 +273,7 @@ class Queues(Mesh):
 async def test_no_step_of_the_loop_is_long_with_many_live_jobs(tmp_path: Path) -> None:
     longest = LongestStep()
     settings = RaftSettings(
-        election_min_s=2.0, election_max_s=4.0, contact_s=2.0, snapshot_entries=20, retain_entries=1
+        election_min_s=2.0, election_max_s=4.0, contact_s=2.0, snapshot_entries=20, retain_entries=1, pinned_s=1.0
     )
     with frozen():
         async with trio.open_nursery() as nursery:
