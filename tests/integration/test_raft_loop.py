@@ -203,12 +203,14 @@ class LongestStep(trio.abc.Instrument):
     def __init__(self) -> None:
         self.ms = 0.0
         self.task = ""
-        self._began_s = time.thread_time()
+        self._began_s: float | None = None  # the step that adds this began unseen, and is not measured
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self._began_s = time.thread_time()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self._began_s is None:
+            return
         if (took_ms := (time.thread_time() - self._began_s) * 1000) > self.ms:
             self.ms, self.task = took_ms, task.name
 
