@@ -183,6 +183,7 @@ class Engine(RaftState):
 
     def peer_up(self, peer: VoterId) -> None:
         self.connected.add(peer)
+        self._following.peer_up()
         if (leading := self._elections.leading) is not None:
             leading.peer_up(peer)
 
@@ -196,7 +197,7 @@ class Engine(RaftState):
         if self.is_leader:
             self._advance_commit()
             self._SyncObj__applyLogEntries()
-        self._SyncObj__sendAppendEntries()  # followers learn of the commit at once
+        self._SyncObj__sendAppendEntries()
 
     def _advance_commit(self) -> None:
         if (leading := self._elections.leading) is not None:
@@ -222,8 +223,8 @@ class Engine(RaftState):
 
     def next_deadline(self) -> float | None:
         """When a turn is due although nothing arrives; None: never."""
-        if self.is_leader:
-            return self.heartbeat_at if self.progress else None
+        if (leading := self._elections.leading) is not None:
+            return min(self.heartbeat_at, leading.news_due_s) if leading.progress else None
         return self.election_at if self.is_voter else None
 
     def propose(self, payload: bytes, answer: Callable[[list[bytes] | None, int, str], None]) -> None:

@@ -19,9 +19,12 @@ class Feeder:
 
     def feed(
         self, peer: VoterId, progress: Progress, round_: int, now: float, agreed: tuple[int, bytes], *, ends_doubt: bool,
-        is_round: bool,
+        is_round: bool, is_news_due: bool,
     ) -> None:  # fmt: skip
-        """`is_round`: something must be sent, that the peer may answer this round; `agreed` and `ends_doubt` are told along."""
+        """`is_round`: something must be sent, that the peer may answer this round; `is_news_due`: the commit, if it does not know it.
+
+        `agreed` and `ends_doubt` are told along.
+        """
         self._ends_doubt = ends_doubt
         self._round = round_
         self._agreed = agreed
@@ -38,7 +41,8 @@ class Feeder:
             has_sent = True
         # To one whose link is full the news of a commit only adds to the line: it comes with the next entries.
         is_news = progress.commit_told < self._raft.commit and progress.flow.has_room
-        if not has_sent and (is_round or is_news):
+        is_first = not progress.commit_told  # of a stream, or after a refusal: where it stands shall be known at once
+        if not has_sent and (is_round or (is_news and (is_news_due or is_first))):
             self._send_append(peer, progress, (), now)
 
     def _send_append(self, peer: VoterId, progress: Progress, entries: tuple[Entry, ...], now: float) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from meshd.errors import Corrupt, InvalidRequest, PeerFault
 from meshd.raft.configurations import voters_of
 from meshd.raft.election import Elections
@@ -20,6 +22,12 @@ class Following:
     def __init__(self, raft: RaftState, elections: Elections) -> None:
         self._raft = raft
         self._elections = elections
+        self._said: tuple[VoterId, Appended] | None = None
+        """The last answer, and to whom, but for the time in it."""
+
+    def peer_up(self) -> None:
+        """On a new stream an answer is one more: what was said on an older one may be lost."""
+        self._said = None
 
     def on_append(self, peer: VoterId, m: Append) -> None:
         raft = self._raft
@@ -39,10 +47,13 @@ class Following:
             if m.ends_doubt:
                 raft.log.end_doubt()
         answer = Appended(
-            raft.term, m.round, m.sent_ms, is_ok, next_index, raft.wall_ms(), *raft.checkpoints.newest,
-            raft.is_in_doubt, raft.is_disk_full,
-        )  # fmt: skip
-        raft.send(peer, answer)
+            raft.term, m.round, 0, is_ok, next_index, 0, *raft.checkpoints.newest, raft.is_in_doubt, raft.is_disk_full
+        )
+        # The news of a commit between two rounds needs no answer: it would say again what the last one did.
+        if not m.entries and self._said == (peer, answer):
+            return
+        if raft.send(peer, structs.replace(answer, sent_ms=m.sent_ms, wall_ms=raft.wall_ms())):
+            self._said = (peer, answer)
 
     def _merge(self, peer: VoterId, m: Append) -> tuple[bool, int]:
         """(whether our log now agrees with this message, the next entry to send)."""

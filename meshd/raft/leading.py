@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from meshd.errors import PeerFault
 from meshd.raft.agreement import Comparison
@@ -19,6 +20,9 @@ from meshd.raft.pinning import Pins
 from meshd.raft.progress import Progress
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.storage.frames import FIRST_INDEX
+
+NEWS_S = 0.001
+"""So long the news of a commit waits for entries to travel with: of its own it costs each side a frame, a turn and an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,10 @@ class Leadership:
         self._round = 0
         self._barriers_new: list[Callable[[int | None], None]] = []
         self._barriers: list[_Barrier] = []
+        self._news = 0
+        """The commit that was last found to be new."""
+        self.news_due_s = inf
+        """When those who do not know it are told, entries or not."""
         self.reconfigure()
         raft.own_first = raft.append(NO_OP)
         raft.heartbeat_at = now
@@ -107,14 +115,28 @@ class Leadership:
             self._barriers_new = []
             self._settle_debts()
             self._pins.watch(self.progress)
+        is_news_due = self._is_news_due(now)
         for peer, progress in self.progress.items():
             if progress.is_connected:
                 ends_doubt = progress.is_in_doubt and self._may_end_doubt(peer, progress)
                 self._feeder.feed(
-                    peer, progress, self._round, now, self._comparison.telling, ends_doubt=ends_doubt, is_round=is_round
-                )
+                    peer, progress, self._round, now, self._comparison.telling, ends_doubt=ends_doubt,
+                    is_round=is_round, is_news_due=is_news_due,
+                )  # fmt: skip
+        if all(it.commit_told >= raft.commit for it in self.progress.values() if it.is_connected):
+            self.news_due_s = inf
         if self._barriers:
             self._answer_barriers()
+
+    def _is_news_due(self, now: float) -> bool:
+        """Who proposes again when it is answered makes the next entry, and that tells of this commit."""
+        if self._news < self._raft.commit:
+            self._news = self._raft.commit
+            self.news_due_s = min(self.news_due_s, now + NEWS_S)
+        is_due = now >= self.news_due_s
+        if is_due:
+            self.news_due_s = inf
+        return is_due
 
     def beat(self, say: Callable[[VoterId, AnyMessage], bool]) -> None:
         """A round about no entry, when one is due: the disk has not answered yet."""
