@@ -93,6 +93,17 @@ class Attempts:
     def forget(self, key: AttemptKey) -> None:
         self._held.pop(key.fence, None)
 
+    def take_back(self, key: AttemptKey) -> None:
+        """It was handed on to be run, and did not begin: it is held as before, unless it was to be stopped meanwhile."""
+        attempt = self._held.get(key.fence)
+        if attempt is None or attempt.phase is not Phase.RUNNING:
+            self.forget(key)  # a stray that never lived
+        elif attempt.stopped_for is None:
+            attempt.phase = Phase.HELD
+        else:
+            attempt.phase = Phase.ENDED
+            attempt.outcome = Outcome(attempt.stopped_for, message="stopped before it started")
+
     def listing(self) -> tuple[AttemptKey, ...]:
         """What the node says it holds: also what has ended and is not answered yet, never a stray."""
         return tuple(each.key for each in self.all() if each.phase is not Phase.STRAY)

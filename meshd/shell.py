@@ -3,7 +3,8 @@
     world ── event ──▶ Agent.handle ── effects ──▶ a task each ── what came of it, as an event ──▶ …
 
 `feed` never waits, so a slow peer, disk or job cannot hold up the next decision; whatever takes
-time is a task that reports back. Attempts run under a scope each, which is how they are stopped.
+time is a task that reports back. Attempts run under a scope each, which is how they are stopped. Those that wait
+behind another of the same `Start` are known from the moment it is decided, so that a stop finds them.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from meshd.ports import Committed, Leash, ProposeResult, Rpc
 from meshd.raft.state.commands import AnyAnswer, AnyCommand
 from meshd.session_messages import Notice, Refusal, Refused, Renew, RenewAnswer
 from meshd.worker import (
-    AttemptEnded,
+    AttemptsEnded,
     MoveLeash,
     NoticeArrived,
     Open,
     Propose,
     Proposed,
+    Recall,
+    Recalled,
     RenewAnswered,
     SendRenew,
     Start,
@@ -105,6 +108,7 @@ class Shell:
         self._fed = trio.Event()
         self._leashes: dict[int, Leash] = {}
         self._scopes: dict[int, tuple[trio.CancelScope, list[EndReason]]] = {}
+        self._waiting: dict[int, AttemptKey] = {}
         self._calls = itertools.count(1)
         self._renewals: dict[int, RenewAnswer] = {}
         rpc.register("session.renew", self._on_renew)
@@ -127,17 +131,19 @@ class Shell:
             if isinstance(effect, AnswerRenew):
                 self._renewals[effect.call] = effect.answer
             else:
+                if isinstance(effect, Start):
+                    self._accept(effect)
                 self._tasks.start_soon(self._perform, effect)
         self._stirred.set()
         self._fed.set()
 
     @property
     def attempts_running(self) -> int:
-        return len(self._scopes)
+        return len(self._leashes)
 
     async def wait_empty(self) -> None:
         """Until nothing runs here and every end is answered."""
-        while self._scopes or self._agent.worker.attempts.all():
+        while self._leashes or self._agent.worker.attempts.all():
             self._fed = trio.Event()
             await self._fed.wait()
 
@@ -164,6 +170,8 @@ class Shell:
                 await self._send_notice(effect)
             case Start():
                 await self._run(effect)
+            case Recall(keys):
+                self.feed(Recalled(tuple(key for key in keys if self._withdraw(key))))
             case Stop(key, reason):
                 self._stop(key, reason)
             case MoveLeash(key, leash_ms):
@@ -260,17 +268,33 @@ class Shell:
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
-    async def _run(self, effect: Start) -> None:
-        key = effect.key
+    def _accept(self, effect: Start) -> None:
         leash = Leash(None if effect.leash_ms is None else effect.leash_ms / 1000)
+        for key in effect.keys:
+            self._leashes[key.fence] = leash
+            self._waiting[key.fence] = key
+
+    def _withdraw(self, key: AttemptKey) -> bool:
+        """Whether it still waited; then it never begins."""
+        if self._waiting.pop(key.fence, None) is None:
+            return False
+        del self._leashes[key.fence]
+        return True
+
+    async def _run(self, effect: Start) -> None:
+        for key in effect.keys:
+            if self._waiting.pop(key.fence, None) is not None:
+                outcome = await self._run_one(key, effect.spec, self._leashes[key.fence])
+                self.feed(AttemptsEnded(((key, outcome),)))
+
+    async def _run_one(self, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
         reasons: list[EndReason] = []
         outcome: Outcome | None = None
         log.info("attempt.started", job=key.job, task=key.task, attempt=key.attempt, fence=key.fence)
         try:
             with trio.CancelScope() as scope:
-                self._leashes[key.fence] = leash
                 self._scopes[key.fence] = (scope, reasons)
-                outcome = await self._runs.run(key, effect.spec, leash)
+                outcome = await self._runs.run(key, spec, leash)
         except Exception as error:
             # A defect of ours must cost one attempt, not the node; it counts as a loss, so that it ends.
             log.exception("attempt.broke", job=key.job, task=key.task, fence=key.fence)
@@ -289,10 +313,12 @@ class Shell:
             reason=outcome.reason.value,
             code=outcome.exit_code,
         )
-        self.feed(AttemptEnded(key, outcome))
+        return outcome
 
     def _stop(self, key: AttemptKey, reason: EndReason) -> None:
-        if key.fence in self._scopes:
+        if self._withdraw(key):
+            self.feed(AttemptsEnded(((key, Outcome(reason, message="stopped before it started")),)))
+        elif key.fence in self._scopes:
             scope, reasons = self._scopes[key.fence]
             reasons.append(reason)
             scope.cancel()

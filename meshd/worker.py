@@ -110,11 +110,17 @@ class NoticeArrived:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptEnded:
-    """It runs no more, nothing of it is left, and what the outcome names is durable on enough nodes (protocol.md 6)."""
+class AttemptsEnded:
+    """They run no more, nothing of them is left, and what the outcomes name is durable on enough nodes (protocol.md 6)."""
 
-    key: AttemptKey
-    outcome: Outcome
+    ended: tuple[tuple[AttemptKey, Outcome], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """The one result of each `Recall`: those of its attempts that had not begun, and now never will by their `Start`."""
+
+    keys: tuple[AttemptKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ class Recovered:
     """This node has followed its mesh to a new recovery epoch: its session was in the log that is lost."""
 
 
-WorkerEvent = Offering | Proposed | RenewAnswered | NoticeArrived | AttemptEnded | HandOver | Recovered
+WorkerEvent = Offering | Proposed | RenewAnswered | NoticeArrived | AttemptsEnded | Recalled | HandOver | Recovered
 
 
 # --- effects ---------------------------------------------------------------------------------------------------------
@@ -159,16 +165,27 @@ class SendRenew:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Fetch, run, make durable; report exactly one `AttemptEnded`. `leash_ms`: it must be dead soon after, None is never."""
+    """Attempts of one job, one after the other in the room of one: fetch, run, make durable.
 
-    key: AttemptKey
+    Each is told of once, by an `AttemptsEnded` or a `Recalled`: soon after it ended, alone or together with others,
+    before or after its neighbours. `leash_ms`: all must be dead soon after, None is never.
+    """
+
+    keys: tuple[AttemptKey, ...]
     spec: JobSpec
     leash_ms: int | None
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Give back which of these has not begun, at once: what runs before it takes long, and others have room for it."""
+
+    keys: tuple[AttemptKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
-    """End it; its `AttemptEnded` carries this reason, unless it ended by itself before. It may never have run yet."""
+    """End it; its `AttemptsEnded` carries this reason, unless it ended by itself before. It may never have run yet."""
 
     key: AttemptKey
     reason: EndReason
@@ -182,7 +199,7 @@ class MoveLeash:
     leash_ms: int
 
 
-WorkerEffect = Open | Propose | SendRenew | Start | Stop | MoveLeash
+WorkerEffect = Open | Propose | SendRenew | Start | Recall | Stop | MoveLeash
 
 
 class State(Enum):
@@ -236,8 +253,12 @@ class Worker:
                 self._renewed(event, now_ms)
             case NoticeArrived(notice):
                 self._noticed(notice)
-            case AttemptEnded(key, outcome):
-                self._ended(key, outcome)
+            case AttemptsEnded(ended):
+                for key, outcome in ended:
+                    self._ended(key, outcome)
+            case Recalled(keys):
+                for key in keys:
+                    self.attempts.take_back(key)
             case HandOver():
                 self._hand_over()
             case Recovered():
@@ -455,7 +476,7 @@ class Worker:
         for attempt in self.attempts.startable(self._room):
             attempt.phase = Phase.RUNNING
             attempt.started_ms = now_ms
-            self._effects.append(Start(attempt.key, attempt.spec, self._leash_ms(attempt)))
+            self._effects.append(Start((attempt.key,), attempt.spec, self._leash_ms(attempt)))
 
     def _next_command(self, now_ms: int) -> None:
         if self._told != (self._slots, self._offer):

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from meshd.model import AttemptKey, BlobRef, EndReason, JobId, JobSpec, Outcome
 from meshd.neighbours import takers_of
-from meshd.worker import AttemptEnded
+from meshd.worker import AttemptsEnded
 
 if TYPE_CHECKING:
     from meshd.testing.nodes import SimNode
@@ -149,7 +149,7 @@ class Runner:
 
     def _tell(self, run: Run, outcome: Outcome) -> None:
         self._runs.pop(run.key.fence, None)
-        self.node.handle(AttemptEnded(run.key, outcome))
+        self.node.handle(AttemptsEnded(((run.key, outcome),)))
 
     # --- the process --------------------------------------------------------------------------------------------------
 

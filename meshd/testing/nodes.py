@@ -45,6 +45,8 @@ from meshd.worker import (
     Open,
     Propose,
     Proposed,
+    Recall,
+    Recalled,
     RenewAnswered,
     SendRenew,
     Start,
@@ -317,9 +319,12 @@ class SimNode:
                 self._propose(command)
             case SendRenew(epoch, sent_ms, renew):
                 self._send_renew(epoch, sent_ms, renew)
-            case Start(key, spec, leash_ms):
-                world.checks.decided_to_start(self, key)
-                self.runner.start(key, spec, leash_ms)
+            case Start(keys, spec, leash_ms):
+                for key in keys:
+                    world.checks.decided_to_start(self, key)
+                    self.runner.start(key, spec, leash_ms)
+            case Recall():
+                self.handle(Recalled(()))
             case Stop(key, reason):
                 self.runner.stop(key, reason)
             case MoveLeash(key, leash_ms):

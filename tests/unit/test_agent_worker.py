@@ -8,7 +8,7 @@ from meshd.model import AttemptKey, EndReason, JobId, JobSpec, Offer, OnLost, Ou
 from meshd.raft.state.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
 from meshd.session_messages import Granted, Notice, Refusal, Refused
 from meshd.worker import (
-    AttemptEnded,
+    AttemptsEnded,
     HandOver,
     MoveLeash,
     NoticeArrived,
@@ -16,6 +16,7 @@ from meshd.worker import (
     Open,
     Propose,
     Proposed,
+    Recalled,
     Recovered,
     RenewAnswered,
     SendRenew,
@@ -42,6 +43,10 @@ def spec(on_lost: OnLost = OnLost.RERUN, lost_after_ms: int | None = None) -> Jo
 
 def notice(worker: Worker, *fences: int, of: JobSpec | None = None) -> NoticeArrived:
     return NoticeArrived(Notice(worker.epoch, tuple(map(key, fences)), ((JOB, of or spec()),)))
+
+
+def ended(fence: int, outcome: Outcome) -> AttemptsEnded:
+    return AttemptsEnded(((key(fence), outcome),))
 
 
 def stop_notice(worker: Worker, fence: int) -> NoticeArrived:
@@ -149,20 +154,20 @@ def test_a_notice_that_overtakes_the_answer_to_the_open_waits_for_it() -> None:
     worker.handle(Offering(2, OFFER), T0)
     assert worker.handle(notice(worker, 1), T0 + 1) == []
 
-    assert only(opened(worker, T0 + 2), Start) == [Start(key(1), spec(), None)]
+    assert only(opened(worker, T0 + 2), Start) == [Start((key(1),), spec(), None)]
 
 
 def test_attempts_beyond_what_fits_wait_in_fence_order() -> None:
     worker = open_worker()
-    assert only(worker.handle(notice(worker, 3, 2, 1), T0 + 1), Start) == [Start(key(1), spec(), None)]
+    assert only(worker.handle(notice(worker, 3, 2, 1), T0 + 1), Start) == [Start((key(1),), spec(), None)]
 
-    assert only(worker.handle(AttemptEnded(key(1), OK), T0 + 2), Start) == [Start(key(2), spec(), None)]
+    assert only(worker.handle(ended(1, OK), T0 + 2), Start) == [Start((key(2),), spec(), None)]
 
 
 def test_an_attempt_is_obeyed_once_over_all_epochs() -> None:
     worker = open_worker()
     worker.handle(notice(worker, 1), T0)
-    [report] = only(worker.handle(AttemptEnded(key(1), OK), T0 + 1), Propose)
+    [report] = only(worker.handle(ended(1, OK), T0 + 1), Propose)
     worker.handle(Proposed(report.command, None), T0 + 2)
     worker.handle(None, T0 + 10_000)
     [report] = only(opened(worker, T0 + 10_001, 1), Propose)
@@ -175,9 +180,9 @@ def test_an_attempt_is_obeyed_once_over_all_epochs() -> None:
 def test_an_unanswered_report_is_sent_again_unchanged_and_the_next_one_waits() -> None:
     worker = open_worker()
     worker.handle(notice(worker, 1, 2), T0)
-    [first] = only(worker.handle(AttemptEnded(key(1), OK), T0 + 1), Propose)
+    [first] = only(worker.handle(ended(1, OK), T0 + 1), Propose)
     assert first.command == Report(7, 1, (Ended(key(1), OK),))
-    assert only(worker.handle(AttemptEnded(key(2), OK), T0 + 2), Propose) == []
+    assert only(worker.handle(ended(2, OK), T0 + 2), Propose) == []
 
     worker.handle(Proposed(first.command, None), T0 + 3)
     assert only(worker.handle(None, T0 + 300), Propose) == [first]
@@ -198,7 +203,7 @@ def test_what_the_opens_answer_does_not_name_is_seen_dead_before_anything_starts
     assert only(effects, Start) == []
     assert only(worker.handle(notice(worker, 5), T0 + 10_002), Start) == []
 
-    assert only(worker.handle(AttemptEnded(key(1), OK), T0 + 12_000), Start) == [Start(key(2), spec(), None)]
+    assert only(worker.handle(ended(1, OK), T0 + 12_000), Start) == [Start((key(2),), spec(), None)]
     assert worker.attempts.listing() == (key(2), key(5))
 
 
@@ -253,7 +258,7 @@ def test_what_it_stopped_by_itself_stays_listed_as_lost() -> None:
     worker.handle(notice(worker, 1, of=spec(OnLost.FAIL)), T0)
     worker.handle(None, T0 + 10_000)
     lost = Outcome(EndReason.LOST)
-    worker.handle(AttemptEnded(key(1), lost), T0 + 11_000)
+    worker.handle(ended(1, lost), T0 + 11_000)
     assert worker.attempts.listing() == (key(1),)
 
     [report] = only(opened(worker, T0 + 12_000, 1), Propose)
@@ -268,6 +273,26 @@ def test_a_cancelled_attempt_is_stopped_or_ends_before_it_starts() -> None:
     assert only(worker.handle(stop_notice(worker, 1), T0), Stop) == [Stop(key(1), EndReason.CANCELLED)]
     [report] = only(worker.handle(stop_notice(worker, 2), T0), Propose)
     assert [ended.outcome.reason for ended in report.command.ended] == [EndReason.CANCELLED]
+
+
+def test_what_is_given_back_before_it_began_is_held_as_before_and_starts_again() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1, 2), T0)
+
+    [start] = only(worker.handle(Recalled((key(1),)), T0 + 1), Start)
+
+    assert start.keys == (key(1),)
+    assert worker.attempts.listing() == (key(1), key(2))
+
+
+def test_what_was_to_be_stopped_and_is_given_back_has_ended_so() -> None:
+    worker = open_worker()
+    worker.handle(notice(worker, 1), T0)
+    worker.handle(stop_notice(worker, 1), T0)
+
+    [report] = only(worker.handle(Recalled((key(1),)), T0 + 1), Propose)
+
+    assert [each.outcome.reason for each in report.command.ended] == [EndReason.CANCELLED]
 
 
 def test_a_lease_notice_that_comes_after_its_stop_is_not_obeyed() -> None:
@@ -299,7 +324,7 @@ def test_a_backends_impossible_outcome_becomes_one_that_the_log_takes() -> None:
     worker = open_worker()
     worker.handle(notice(worker, 1), T0)
 
-    [report] = only(worker.handle(AttemptEnded(key(1), Outcome(EndReason.EXIT, message="x" * 3000)), T0), Propose)
+    [report] = only(worker.handle(ended(1, Outcome(EndReason.EXIT, message="x" * 3000)), T0), Propose)
 
     assert report.command.ended[0].outcome.reason is EndReason.BACKEND
 
