@@ -36,6 +36,7 @@ from meshd.raft.messages import (
     Vote,
     Voted,
     VoterId,
+    node_of,
     voter_id,
 )
 from meshd.raft.state.lineage import RECOVERIES_MAX, name_of
@@ -223,6 +224,7 @@ class Wire:
                     raise
             if patience.cancelled_caught:
                 raise PeerFault(f"{node} did not greet within {GREETING_S:g} s")
+            self._end_link(self._links.get(node))
             link = self._links[node] = _Link(peer)
             self._put(Up(peer))
             try:
@@ -233,10 +235,15 @@ class Wire:
                         await stream.read(1)
                     nursery.cancel_scope.cancel()
             finally:
-                del self._links[node]
-                self._put(Down(peer))
+                self._end_link(link)
         finally:
             await stream.aclose()
+
+    def _end_link(self, link: _Link | None) -> None:
+        """Down, before a successor is up: a write that cannot be cancelled may hold up the end of its stream for longer."""
+        if link is not None and self._links.get(node := node_of(link.peer)) is link:
+            del self._links[node]
+            self._put(Down(link.peer))
 
     async def _write(self, link: _Link, stream: Stream, scope: trio.CancelScope) -> None:
         with suppress(MeshError):
@@ -286,7 +293,8 @@ class Wire:
                     self._inbox_bytes += len(body)
                     self._put(Mail(peer, message, len(body)))
                     while self._inbox_bytes > INBOX_BYTES_MAX:
-                        self._has_room = trio.Event()
+                        if self._has_room.is_set():
+                            self._has_room = trio.Event()  # never one that others still wait for
                         await self._has_room.wait()
         finally:
             if self._inward.get(node) is scope:
