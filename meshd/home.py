@@ -146,7 +146,8 @@ class Home:
         self._write("peers.json", PeersFile(peers), is_synced=False)
 
     def has_journal(self) -> bool:
-        return self.raft.is_dir() and any(self.raft.glob("journal-*"))
+        """Not what was only begun (.new), nor what was set aside (.bad-N)."""
+        return self.raft.is_dir() and any(not path.suffix for path in self.raft.glob("journal-*"))
 
     def put_journal_aside(self) -> Path | None:
         """Renamed, never deleted, and durable when this returns; None when there is none."""

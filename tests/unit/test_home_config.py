@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 
@@ -10,6 +11,8 @@ from meshd import config
 from meshd.errors import Busy, Corrupt, InvalidRequest, StartRefused
 from meshd.home import Counters, Home, KnownPeer
 from meshd.model import NodeId, Role
+from meshd.raft.storage.disk import DirectoryDisk
+from meshd.raft.storage.opening import open_log
 
 
 def test_flags_beat_the_environment_and_that_beats_the_file(tmp_path):
@@ -112,3 +115,27 @@ def test_on_a_full_disk_what_does_not_fit_is_refused_and_what_stood_there_stays(
     home.write_peers((one,) * 2000)
     assert len(home.peers()) == 2000
     home.close()
+
+
+def test_a_journal_that_a_crash_left_half_made_is_none(tmp_path):
+    """Else the first start of a mesh, killed at the wrong moment, is followed by one that founds nothing for ever."""
+    home = Home(tmp_path / "d")
+    home.raft.mkdir()
+    disk = DirectoryDisk(home.raft)
+
+    def killed(name: str, to: str) -> None:
+        raise KeyboardInterrupt
+
+    disk.rename = killed
+    founding = functools.partial(
+        open_log, mesh="m", lineage=(), me=NodeId("a"), is_founding=True, random="aa", incarnation="01"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        founding(disk)
+    disk.close()
+    assert os.listdir(home.raft) != ["lock"], "it was killed in between"
+    assert not home.has_journal()
+    journal, _ = founding(disk := DirectoryDisk(home.raft))
+    assert journal.header.founding and home.has_journal()
+    journal.close()
+    disk.close()
