@@ -7,6 +7,9 @@ import pytest
 from meshd.model import NodeId
 from meshd.raft.acquaintances import SEEN_MAX, Acquaintances, Seen, load_acquaintances, save_acquaintances
 from meshd.raft.messages import Append, Appended, Propose, TimeoutNow, Vote, Voted, VoterId
+from meshd.raft.storage.frames import LocalHeader
+from meshd.raft.storage.journal import create_journal, journal_names
+from meshd.raft.storage.reopening import Found, open_journal
 from meshd.raft.wire import spoken_term
 from meshd.testing.raft_disk import MemoryDisk
 
@@ -98,3 +101,22 @@ def test_what_changes_nothing_is_not_written_down() -> None:
     known.spoke(A, 7)
     known.spoke(B, 9)
     assert known.changes == before
+
+
+def test_a_journal_whose_newest_header_rotted_is_not_taken_for_an_older_copy() -> None:
+    """The starts that its lost headers counted are counted all the same: it is in doubt, and others mend it."""
+    disk = MemoryDisk()
+    create_journal(disk, LocalHeader("m", "01", 1, "aa", founding=(A, B)))
+    known = Acquaintances()
+
+    def started(random: str) -> str:
+        header = open_journal(disk, mesh="m", lineage=(), random=random, found=Found()).header
+        told = seen(header.start, header.random, header.term)
+        if why := known.why_older(told, is_in_doubt=header.is_in_doubt):
+            return why
+        known.greeted(told)
+        return ""
+
+    assert not started("bb") and not started("cc")
+    disk.flip(journal_names(disk)[-1], 8 * 30)
+    assert not started("dd") and not started("ee")

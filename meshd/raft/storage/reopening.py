@@ -57,13 +57,13 @@ def open_journal(
     `is_recovery` also a sole voter goes on, with what is left.
     """
     chain = list(_chain(disk))
-    headers = [segment.header for segment in chain if segment.header is not None]
+    headers = [(segment.number, segment.header) for segment in chain if segment.header is not None]
     if not headers:
         raise Corrupt(
             f"the journal is damaged: no header of its {len(chain)} segments can be read",
             hint="give this voter a new life with `meshd rejoin`; if it is the only one, see `meshd recover`",
         )
-    newest = headers[-1]
+    its_number, newest = headers[-1]
     name = segment_name(chain[-1].number)
     if newest.mesh != mesh:
         raise StartRefused(
@@ -93,7 +93,9 @@ def open_journal(
             + (f"; damaged: {', '.join(found.damaged)}" if found.damaged else ""),
             hint="`meshd recover` goes on with what is left and says what that is; if other voters run, `meshd rejoin` here",
         )
-    header = structs.replace(newest, start=newest.start + 1, random=random, voters=voters, lost=lost)
+    # Each start has begun a segment: a later one whose header cannot be read may be a start that others remember.
+    start = newest.start + 1 + chain[-1].number - its_number
+    header = structs.replace(newest, start=start, random=random, voters=voters, lost=lost)
     forget_unfinished(disk)
     journal = Journal(header, Segments(disk, sizes or JournalSizes()), verdict.entries, verdict.doubt)
     last = (verdict.entries[-1][1], verdict.entries[-1][2])
