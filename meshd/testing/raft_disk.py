@@ -115,6 +115,8 @@ class MemoryDisk:
 
     def remove(self, name: str) -> None:
         self.step()
+        if name not in self._files:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
         self._do(self._files, "remove", name, name)
         self._changes.append(("remove", name, name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from random import Random
 
@@ -11,6 +12,7 @@ from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import NodeId
 from meshd.raft.configurations import as_command
 from meshd.raft.messages import VoterId
+from meshd.raft.storage.disk import OpenFile
 from meshd.raft.storage.journal import Journal, parted
 from meshd.raft.storage.opening import open_log
 from meshd.raft.storage.segments import JournalSizes
@@ -314,6 +316,27 @@ def test_on_a_full_disk_a_segment_goes_on_beyond_its_size_instead_of_using_up_th
     assert journal.bytes_left == left
     add(journal, journal[-1][1] + 2)
     assert journal.bytes_left >= 2 * SIZES.reserve
+
+
+def test_a_disk_that_makes_no_more_files_is_a_full_one_and_stops_nobody() -> None:
+    class NoInodes(MemoryDisk):
+        is_out = False
+
+        def open(self, name: str) -> OpenFile:
+            if self.is_out and name not in self.names():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().open(name)
+
+    disk = NoInodes()
+    journal = written(disk)
+    disk.is_out = True
+    journal, _ = opened(disk, random="cc")
+    assert not journal.is_reserve_whole
+    journal.refill_reserve()
+    add(journal, 32)
+    disk.is_out = False
+    journal.refill_reserve()
+    assert journal.is_reserve_whole and held(opened(disk, random="dd")[0])[-1] == 32
 
 
 def test_doubt_that_is_not_over_on_disk_is_not_over_in_the_next_segment() -> None:

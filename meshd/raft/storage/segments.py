@@ -114,7 +114,8 @@ class Segments:
         except OSError as error:
             if not is_full(error):
                 raise
-            self.disk.remove(name + NEW)
+            if name + NEW in self.disk.names():  # a disk may be full of files as well: then it was not even made
+                self.disk.remove(name + NEW)
 
     @property
     def is_reserve_whole(self) -> bool:
