@@ -85,7 +85,10 @@ class Acquaintances:
 
 def load_acquaintances(disk: Disk) -> Acquaintances:
     """As they were last saved (blocks)."""
-    return unpack_acquaintances(disk.read(_FILE)) if _FILE in disk.names() else Acquaintances()
+    try:
+        return unpack_acquaintances(disk.read(_FILE)) if _FILE in disk.names() else Acquaintances()
+    except OSError:
+        return Acquaintances()
 
 
 def unpack_acquaintances(content: bytes) -> Acquaintances:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from meshd.errors import Corrupt
@@ -10,6 +12,7 @@ from meshd.raft.leading import Leadership
 from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.settings import RaftSettings
 from meshd.raft.storage.frames import BLOCK
+from meshd.testing.raft_disk import MemoryDisk
 from tests.sim.raft_world import Node, RaftWorld, Violation, power_cuts, rough_weather
 from tests.sim.rotting import goes_rotting, rot
 from tests.sim.test_raft_storms import TRIMMING, formed
@@ -161,7 +164,20 @@ def test_a_voter_in_doubt_is_not_replaced_by_its_own_word(monkeypatch: pytest.Mo
     assert damaged.id == name
 
 
-def test_a_leader_whose_snapshot_has_rotted_writes_another_before_it_sends_it() -> None:
+def bad_sectors(disk: MemoryDisk, unreadable: str) -> None:
+    """The disk cannot give this file back."""
+    read = disk.read
+
+    def fail_or_read(name: str) -> bytes:
+        if name == unreadable:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(name)
+
+    disk.read = fail_or_read  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_a_leader_whose_snapshot_has_rotted_writes_another_before_it_sends_it(is_readable: bool) -> None:
     world = formed(12, settings=TRIMMING)
     leader = world.leader()
     assert leader is not None
@@ -170,7 +186,10 @@ def test_a_leader_whose_snapshot_has_rotted_writes_another_before_it_sends_it() 
     for number in range(70):
         write(world, b"%d" % number)
     newest = [name for name in leader.disk.names() if name.startswith("snapshot-")][-1]
-    leader.disk.flip(newest, 900)
+    if is_readable:
+        leader.disk.flip(newest, 900)
+    else:
+        bad_sectors(leader.disk, newest)
     world.revive(away.name)
     world.settle()
     assert world.counts["raft.snapshot_damaged"] == 1 and world.leader() is leader

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from meshd.model import NodeId
@@ -120,3 +122,13 @@ def test_a_journal_whose_newest_header_rotted_is_not_taken_for_an_older_copy() -
     assert not started("bb") and not started("cc")
     disk.flip(journal_names(disk)[-1], 8 * 30)
     assert not started("dd") and not started("ee")
+
+
+def test_a_memory_that_the_disk_cannot_give_back_is_only_forgotten() -> None:
+    class Unreadable(MemoryDisk):
+        def read(self, name: str) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    disk = Unreadable()
+    save_acquaintances(disk, after(seen(3, "aa", 7)).packed())
+    assert not load_acquaintances(disk).why_older(seen(2, "xx", 9))

@@ -12,7 +12,7 @@ from meshd.errors import Corrupt, StartRefused
 from meshd.raft.messages import VoterId
 from meshd.raft.storage.disk import DirectoryDisk
 from meshd.raft.storage.frames import BLOCK, FRAME_BYTES_MIN, LocalHeader
-from meshd.raft.storage.journal import Journal, create_journal, journal_names
+from meshd.raft.storage.journal import Journal, create_journal, journal_lineage, journal_names
 from meshd.raft.storage.reopening import Found, open_journal
 from meshd.raft.storage.segments import JournalSizes
 from meshd.testing.raft_disk import MemoryDisk, PowerCut
@@ -256,6 +256,7 @@ def test_a_file_that_the_disk_cannot_give_back_is_damaged() -> None:
     written(disk, 3)
     again(disk)
     disk.__class__ = Unreadable
+    assert journal_lineage(disk) == (), "which a start and `meshd recover` ask first"
     assert again(disk, random="cc").is_in_doubt
 
 

@@ -34,7 +34,7 @@ from meshd.raft.storage.frames import (
     read_header,
     segment_name,
 )
-from meshd.raft.storage.segments import JournalSizes, Segments, is_full
+from meshd.raft.storage.segments import JournalSizes, Segments, is_full, readable
 
 RECORD_BYTES = 32
 """What a record takes beside its command, at most: to tell how much waits for a commit."""
@@ -358,7 +358,7 @@ def create_journal(disk: Disk, header: LocalHeader, sizes: JournalSizes | None =
 def journal_lineage(disk: Disk) -> Lineage | None:
     """Of the newest segment that can be read (blocks); None when there is no journal."""
     for number in reversed(numbers(disk.names())):
-        if (header := read_header(number, disk.read(segment_name(number)))) is not None:
+        if (header := read_header(number, readable(disk, segment_name(number)))) is not None:
             return header.lineage
     return None
 

@@ -20,7 +20,7 @@ from meshd.raft.storage.disk import Disk
 from meshd.raft.storage.frames import LocalHeader, Record, numbers, read_header, segment_name
 from meshd.raft.storage.journal import Journal, parted
 from meshd.raft.storage.replay import Replay
-from meshd.raft.storage.segments import JournalSizes, Segments, forget_unfinished, set_aside
+from meshd.raft.storage.segments import JournalSizes, Segments, forget_unfinished, readable, set_aside
 
 REWRITE_BYTES = 1 << 20
 """Of entries in one frame, when the log is rewritten."""
@@ -138,7 +138,7 @@ def _chain(disk: Disk) -> Iterator[_Segment]:
             continue  # a later one took its place
         if wanted is not None and number < wanted:
             break  # given back, and all before it
-        data = _readable(disk, segment_name(number))
+        data = readable(disk, segment_name(number))
         header = read_header(number, data)
         backwards.append(_Segment(number, data, header, limit if wanted == number else None))
         if header is None:
@@ -158,10 +158,3 @@ def _needed(chain: list[_Segment], snapshot: tuple[int, int] | None) -> list[_Se
             if header is not None and header.base[0] <= snapshot[0]:
                 return chain[at:]
     return chain
-
-
-def _readable(disk: Disk, name: str) -> bytes:
-    try:
-        return disk.read(name)
-    except OSError:
-        return b""  # a disk that cannot give it back has damaged it

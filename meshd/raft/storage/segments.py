@@ -127,6 +127,13 @@ class Segments:
             self._file = None
 
 
+def readable(disk: Disk, name: str) -> bytes:
+    try:
+        return disk.read(name)
+    except OSError:
+        return b""  # a disk that cannot give it back has damaged it
+
+
 def set_aside(disk: Disk, name: str) -> str:
     """Out of the way of every start, and kept; its new name. Durable with the next sync of the directory."""
     taken = set(disk.names())

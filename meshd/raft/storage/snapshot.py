@@ -124,13 +124,16 @@ def newest_readable(disk: Disk, *, mesh: str) -> tuple[Image | None, list[str]]:
     for name in reversed(_names(disk)):
         try:
             return _read(disk, name, mesh)[0], damaged
-        except (Corrupt, OSError):
+        except Corrupt:
             damaged.append(name)
     return None, damaged
 
 
 def _read(disk: Disk, name: str, mesh: str) -> tuple[Image, Packed]:
-    content = disk.read(name)
+    try:
+        content = disk.read(name)
+    except OSError as error:  # a disk that cannot give it back has damaged it
+        raise Corrupt(f"{name} cannot be read: {error}") from error
     start = len(_MAGIC) + _LENGTHS.size
     if len(content) < start + _DIGEST_BYTES or content[: len(_MAGIC)] != _MAGIC:
         raise Corrupt(f"{name} is not a snapshot")
