@@ -23,7 +23,7 @@ RSS_MB_MAX = 1024
 """An agent is bounded far below; what takes more for one input of a few KiB is a bomb."""
 INPUT_S_MAX = 20
 """Per input, on a machine that does much else."""
-INSTRUMENTED = ["meshd", "h11", "libp2p.stream_muxer.yamux", "mesh_cli"]
+INSTRUMENTED = ["meshd", "h11", "mesh_cli"]
 CRASHES = Path("fuzz-crashes")
 
 

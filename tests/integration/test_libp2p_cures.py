@@ -37,8 +37,9 @@ from meshd.net.addresses import parse, reachable
 from meshd.net.identity_key import KeyPair
 from meshd.net.libp2p import JOIN_PROTOCOL, Libp2pTransport
 from meshd.net.libp2p import muxer as of_muxer
+from meshd.net.libp2p import stream as of_stream
 from meshd.net.libp2p import transport as of_transport
-from meshd.net.libp2p.muxer import Wire
+from meshd.net.libp2p.wire import Wire
 from meshd.net.rpc import StreamRpc
 from meshd.ports import Stream
 
@@ -198,20 +199,20 @@ async def test_d6_a_write_cancelled_within_a_frame_does_not_corrupt_the_connecti
         good = await a.transport.open_stream(b.id, ECHO, timeout_s=5)
         stuck = await a.transport.open_stream(b.id, DEAF, timeout_s=5)
         wire = a.transport._connections[b.id][0].muxer._wire
-        whole_write, halfway = wire._socket.send_all, trio.Event()
+        send_now, wait_sendable, halfway = wire.send_now, wire.wait_sendable, trio.Event()
 
-        async def slow_write(data: bytes) -> None:
-            await whole_write(data[:100])
+        async def wait_a_little() -> None:
             halfway.set()
             await trio.sleep(0.2)
-            await whole_write(data[100:])
+            await wait_sendable()
 
-        wire._socket.send_all = slow_write  # type: ignore[method-assign]
+        wire.send_now = lambda data: send_now(data[:100])  # type: ignore[method-assign]
+        wire.wait_sendable = wait_a_little  # type: ignore[method-assign]
         async with trio.open_nursery() as cancelled:
-            cancelled.start_soon(stuck.write, bytes(60_000))
+            cancelled.start_soon(stuck.write, bytes(200_000))
             await halfway.wait()
             cancelled.cancel_scope.cancel()
-        wire._socket.send_all = whole_write  # type: ignore[method-assign]
+        wire.send_now, wire.wait_sendable = send_now, wait_sendable  # type: ignore[method-assign]
         await good.write(b"still in step")
         assert await good.read(100) == b"still in step"
 
@@ -237,7 +238,7 @@ async def test_d7_a_reader_that_is_idle_for_six_seconds_still_gets_every_byte() 
 
 
 async def test_d7_a_peer_that_never_reads_is_unavailable_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_muxer, "WRITE_DEADLINE_S", 0.5)
+    monkeypatch.setattr(of_stream, "WRITE_DEADLINE_S", 0.5)
     a, b = Node(), Node()
     async with running(a, b):
         stream = await a.transport.open_stream(b.id, DEAF, timeout_s=5)
@@ -256,12 +257,13 @@ async def test_d9_drop_returns_at_once_behind_a_writer_that_is_blocked_in_the_so
         async def write() -> None:
             try:
                 while True:
-                    await muxer._write_frame(bytes(65000))
+                    await muxer.wait_room()
+                    muxer.put_bytes(bytes(65000))
             except Exception as error:
                 failed.append(type(error).__name__)
 
         nursery.start_soon(write)
-        await until(lambda: muxer._write_lock.locked())
+        await until(lambda: not muxer.has_room)
         await trio.sleep(0.3)  # the socket's buffers are full by now, or soon
         began_at = time.monotonic()
         await a.transport.drop(peer)
@@ -282,7 +284,7 @@ async def stopped_peer(nursery: trio.Nursery) -> AsyncIterator[tuple[NodeId, str
     accept = node.transport._keep
 
     async def keep(connection: of_transport._Connection, **_: object) -> None:
-        connection.muxer.handle_incoming = read_nothing.__get__(connection.muxer)  # type: ignore[method-assign]
+        connection.muxer.pump = read_nothing.__get__(connection.muxer)  # type: ignore[method-assign]
         await accept(connection)
 
     node.transport._keep = keep  # type: ignore[method-assign, assignment]
@@ -329,24 +331,21 @@ async def answer(_peer: NodeId, body: bytes) -> bytes:
 
 def fall_silent(wire: Wire) -> None:
     """It says nothing more, still hears, and does not hear when the other end closes."""
-    hear = wire.read
+    hear = wire.receive
 
     async def until_closed_here() -> None:
         while wire._socket.socket.fileno() != -1:
             await trio.sleep(0.01)
         raise ConnectionClosedError("closed here")
 
-    async def write(_data: bytes) -> None:
-        await until_closed_here()
-
-    async def read(n: int | None = None) -> bytes:
+    async def receive() -> bytes:
         try:
-            return await hear(n)
+            return await hear()
         except ConnectionClosedError:
             await until_closed_here()
             raise
 
-    wire.write, wire.read = write, read  # type: ignore[method-assign]
+    wire.send_now, wire.wait_sendable, wire.receive = lambda _data: 0, until_closed_here, receive  # type: ignore[method-assign]
 
 
 async def test_d10_a_dial_takes_milliseconds_and_no_failure_is_remembered() -> None:
@@ -470,9 +469,8 @@ async def test_d15_stopping_closes_every_socket_also_behind_a_blocked_writer() -
             await life.start(a.transport.serve)
             await a.transport.connect(peer, [address], timeout_s=5)
             muxer = a.transport._connections[peer][0].muxer
-            muxer._control.extend([bytes(65_000)] * 500)
-            muxer._control_filled.set()
-            await until(lambda: muxer._write_lock.locked())
+            while muxer.has_room:
+                muxer.put_bytes(bytes(65_000))
             await trio.sleep(0.3)
             began_at = time.monotonic()
             life.cancel_scope.cancel()
@@ -502,7 +500,7 @@ async def test_d16_a_peer_that_opens_streams_without_end_is_refused_them() -> No
         muxer = a.transport._connections[b.id][0].muxer
         muxer._opened = -1000  # a does not count its own
         for _ in range(of_muxer.STREAMS_MAX + 50):
-            await muxer.open_stream()
+            muxer.open_stream()
         await until(lambda: b.transport.counters().get("streams_refused", 0) >= 50)
         assert b.transport._connections[a.id][0].streams_answered <= of_muxer.STREAMS_MAX
 
@@ -557,7 +555,7 @@ async def test_garbage_after_the_handshake_costs_its_connection_only() -> None:
         stream = await good.transport.open_stream(b.id, ECHO, timeout_s=5)
         for garbage in (os.urandom(1000), b"\0" * 12 + os.urandom(100), b"\0\0\0\1" + b"\xff" * 8):
             await a.transport.connect(b.id, b.transport.addresses, timeout_s=5)
-            await a.transport._connections[b.id][0].muxer.secured_conn.write(garbage)
+            a.transport._connections[b.id][0].muxer.put_bytes(garbage)
             await trio.sleep(0.05)
             await a.transport.drop(b.id)
         await stream.write(b"alive")
@@ -570,7 +568,7 @@ async def test_a_peer_that_ignores_its_windows_is_cut_off(monkeypatch: pytest.Mo
     a, b = Node(), Node()
     async with running(a, b):
         stream = await a.transport.open_stream(b.id, DEAF, timeout_s=5)
-        stream._yamux.send_window = 1 << 30  # type: ignore[attr-defined]
+        stream.send_window = 1 << 30  # type: ignore[attr-defined]
         with pytest.raises(Unavailable):
             await stream.write(bytes(20 << 20))
         await until(lambda: b.events == ["up", "down"])

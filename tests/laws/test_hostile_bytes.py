@@ -30,7 +30,7 @@ from meshd.blobs import messages as blob_messages
 from meshd.gossip import facts
 from meshd.model import EndReason, Outcome
 from meshd.net import frames as call_frames
-from meshd.net.libp2p.muxer import Muxer
+from meshd.net.libp2p.stream import MuxedStream
 from meshd.raft import following, remote, replica, wire
 from meshd.raft.storage import replay, snapshot
 
@@ -88,8 +88,12 @@ def _unconverted() -> SimpleNamespace:
     return SimpleNamespace(**{**vars(codec), "decode": decode})
 
 
-async def _forget_twice(self: Muxer, stream: Any) -> None:
-    del self.streams[stream.stream_id]
+def _loses_count(self: MuxedStream) -> bool:
+    """Closing a stream, with what nobody has read of it counted for ever."""
+    self._is_closed = True
+    self._received.clear()
+    self._wake()
+    return True
 
 
 async def _refuse_nobody(self: Connection, status: int) -> None:
@@ -121,7 +125,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "replies": (remote, "codec", _unconverted()),
     "blob_stream": (blob_messages, "codec", _unconverted()),
     "join": (joining, "codec", _unconverted()),
-    "muxer": (Muxer, "forget", _forget_twice),
+    "muxer": (MuxedStream, "_close", _loses_count),
     "texts": (units, "_SIZE_WHOLE", re.compile(r"(\S+?)\s*([kmgtp]i?)?b?", re.IGNORECASE)),
     "http": (Connection, "_refuse", _refuse_nobody),
     "api": (Call, "task", lambda self: int(self.path("task"))),

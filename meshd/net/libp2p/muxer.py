@@ -1,39 +1,42 @@
-"""One connection and its streams: a socket read in large pieces, yamux over it, and ports.Stream on that.
+"""One connection and its streams: yamux over Noise messages, and ports.Stream on that.
 
-Four cures, each for something that was seen (its tests say where):
+    socket ──▶ pump ──▶ opened, cut into frames ──▶ the buffer of a stream ──▶ its reader wakes
+    a stream's writer ──▶ a frame, sealed ──▶ the socket, at once; what it does not take ──▶ write_out
 
-* A frame once begun is written to its end. A write cancelled in the middle turns all that follows on the
-  connection into garbage, while it still counts as connected.
-* The reader never waits for a write. Two nodes whose directions are both full would wait for each other.
-* A stream's writer gives the peer's reader 30 s, and then only this stream ends; the library resets after 5 s.
-* A closed stream leaves, whether the peer closes its side or not, and the bytes it buffers are bounded.
+A frame is sealed and handed over whole, in one step: a writer that is cancelled can leave no half of it
+behind, which would turn all that follows on the connection into garbage. The reader never waits for a write:
+two nodes whose directions are both full would wait for each other. A stream's writer gives the peer's reader
+30 s, and then only this stream ends. A closed stream leaves, whether the peer closes its side or not. All that
+is kept has a bound, whatever the peer does.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
 
 import trio
-from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.connection_types import ConnectionType
-from libp2p.io.exceptions import ConnectionClosedError, IOException
-from libp2p.peer.id import ID
+from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.yamux.yamux import (
+    FLAG_ACK,
     FLAG_FIN,
     FLAG_RST,
     FLAG_SYN,
+    HEADER_SIZE,
+    MAX_WINDOW_SIZE,
     TYPE_DATA,
+    TYPE_GO_AWAY,
+    TYPE_PING,
     TYPE_WINDOW_UPDATE,
     YAMUX_HEADER_FORMAT,
-    Yamux,
-    YamuxStream,
 )
 
-from meshd.errors import Busy, Unavailable
+from meshd.errors import Busy
 from meshd.model import NodeId
+from meshd.net.libp2p.stream import WRITE_DEADLINE_S, MuxedStream
+from meshd.net.libp2p.wire import Cipher, Wire
 
 STREAMS_MAX = 256
 """Per connection and direction; yamux peers count on no more."""
@@ -41,294 +44,258 @@ STREAMS_MAX = 256
 BUFFERED_BYTES_MAX = 64 << 20
 """Received on one connection and not yet read: four windows of yamux's largest. Nothing else holds a peer to them."""
 
-WRITE_DEADLINE_S = 30.0
-"""For one frame into the socket, and for a stream's reader to make room. Frames are 64 KiB: 2 kB/s is too slow."""
+LEAVING_BYTES_ROOM = 256 << 10
+"""Sealed and not yet taken by the socket: beyond it the writers of streams wait …"""
+
+LEAVING_BYTES_MAX = 1 << 20
+"""… and beyond this the connection ends: a peer that causes so many acknowledgements and pongs does not read them."""
 
 LINGER_S = 10.0
 """A closed stream waits so long for the peer to close its side, then is reset."""
 
-CONTROL_FRAMES_MAX = 1024
-"""Acknowledgements and pongs that wait to be written. A peer that causes more does not read what it asks for."""
-
-FRAME_PAYLOAD_MAX = 65535 - 16 - 12
-"""One yamux frame in exactly one Noise message: less the tag and the header."""
-
-SOCKET_READ_BYTES = 256 << 10
+_HEADER = struct.Struct(YAMUX_HEADER_FORMAT)
 
 
-class Wire(IRawConnection):
-    """A TCP connection, read in large pieces: Noise asks for 2 bytes and then for 60,000."""
+class Muxer:
+    """Own `pump`, `write_out` and `see_off` as tasks; `end` ends them all."""
 
-    def __init__(self, socket: trio.SocketStream, *, is_initiator: bool) -> None:
-        self.is_initiator = is_initiator
-        self._socket = socket
-        self._bytes = b""
-        self._at = 0
-
-    async def read(self, n: int | None = None) -> bytes:
-        if self._at == len(self._bytes):
-            try:
-                self._bytes = await self._socket.receive_some(SOCKET_READ_BYTES)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionClosedError(str(error)) from error
-            self._at = 0
-            if not self._bytes:
-                # Not b"": py-libp2p would ask again, a hundred times.
-                raise ConnectionClosedError("the peer closed the connection")
-        end = len(self._bytes) if n is None else min(self._at + n, len(self._bytes))
-        data = self._bytes[self._at : end]
-        self._at = end
-        return data
-
-    async def write(self, data: bytes) -> None:
-        try:
-            await self._socket.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(str(error)) from error
-
-    async def close(self) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        """At once: whoever reads or writes it gets an error."""
-        self._socket.socket.close()
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return None
-
-    def get_transport_addresses(self) -> list[Any]:
-        return []
-
-    def get_connection_type(self) -> ConnectionType:
-        return ConnectionType.DIRECT
-
-
-class Muxer(Yamux):
-    """Yamux, with its writes made safe to cancel and its memory bounded."""
-
-    def __init__(self, secured: ISecureConn, peer_id: ID, wire: Wire) -> None:
-        super().__init__(secured, peer_id, is_initiator=wire.is_initiator)
+    def __init__(self, peer: NodeId, wire: Wire, cipher: Cipher, *, received: bytes = b"") -> None:
+        """`received` came behind the handshake."""
+        self.peer = peer
         self.buffered_bytes_max = BUFFERED_BYTES_MAX
+        self.on_opened: Callable[[MuxedStream], None]
+        """The peer has opened a stream; must not wait."""
+        self.streams: dict[int, MuxedStream] = {}
+        self.is_ended = False
+        self.bytes_unread = 0
         self._wire = wire
-        self._reader: trio.lowlevel.Task | None = None
-        self._control: deque[bytes] = deque()
-        self._control_filled = trio.Event()
+        self._cipher = cipher
+        self._next_id = 1 if wire.is_initiator else 2
         self._opened = 0
+        self._rest = received
+        """The beginning of a header."""
+        self._body_left = 0
+        self._body_of: MuxedStream | None = None
+        self._body_flags = 0
+        self._leaving: deque[bytes] = deque()
+        self._bytes_leaving = 0
+        self._filled = trio.Event()
+        self._has_room = trio.Event()
+        self._closed: deque[tuple[float, MuxedStream]] = deque()
+        self._has_closed = trio.Event()
 
     def end(self) -> None:
         """Close the connection at once; every stream's reader and writer gets an error."""
-        self.event_shutting_down.set()
+        if self.is_ended:
+            return
+        self.is_ended = True
         self._wire.abort()
-        self.new_stream_send_channel.close()
         for stream in self.streams.values():
-            stream.closed = stream.send_closed = stream.recv_closed = stream.reset_received = True
-        for event in self.stream_events.values():
-            event.set()
+            stream.broke()
         self.streams.clear()
-        self.stream_buffers.clear()
-        self.stream_events.clear()
-        self.event_closed.set()
+        self._leaving.clear()
+        self._bytes_leaving = 0
+        self._filled.set()
+        self._has_room.set()
 
-    async def open_stream(self) -> YamuxStream:
-        """Raises Busy; IOException when the connection is lost."""
+    def open_stream(self) -> MuxedStream:
+        """Raises Busy; ConnectionClosedError when the connection is lost."""
         if self._opened >= STREAMS_MAX:
-            raise Busy(f"{STREAMS_MAX} streams to {self.peer_id} are open already")
-        if self.event_shutting_down.is_set():
-            raise ConnectionClosedError("the connection is lost")
-        stream = YamuxStream(self.next_stream_id, self, True)
-        self.next_stream_id += 2
-        self.streams[stream.stream_id] = stream
-        self.stream_buffers[stream.stream_id] = bytearray()
-        self.stream_events[stream.stream_id] = trio.Event()
+            raise Busy(f"{STREAMS_MAX} streams to {self.peer} are open already")
+        stream = MuxedStream(self, self._next_id, is_ours=True)
+        self.put(TYPE_WINDOW_UPDATE, FLAG_SYN, stream.id)
+        self._next_id += 2
         self._opened += 1
-        try:
-            await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_SYN)
-        except BaseException:
-            await self.forget(stream)
-            raise
+        self.streams[stream.id] = stream
         return stream
 
-    async def send(self, stream: YamuxStream, kind: int, flags: int = 0, payload: bytes = b"") -> None:
-        header = struct.pack(YAMUX_HEADER_FORMAT, 0, kind, flags, stream.stream_id, len(payload))
-        await self._write_frame(header + payload)
+    def forget(self, stream: MuxedStream) -> None:
+        if self._has(stream):
+            self.streams.pop(stream.id, None)
+            if stream.is_ours:
+                self._opened -= 1
 
-    async def forget(self, stream: YamuxStream) -> None:
-        with trio.CancelScope(shield=True):  # the lock is never held for long
-            async with self.streams_lock:
-                self.streams.pop(stream.stream_id, None)
-                self.stream_buffers.pop(stream.stream_id, None)
-                self.stream_events.pop(stream.stream_id, None)
-        if stream.is_initiator:
-            self._opened -= 1
+    def _has(self, stream: MuxedStream) -> bool:
+        return self.streams.get(stream.id) is stream
 
-    async def let_go(self, stream: YamuxStream) -> None:
-        """Close our side, give the peer a while to close its own, then forget the stream."""
-        try:
-            if not stream.send_closed:
-                stream.send_closed = True
-                await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_FIN)
-            with trio.move_on_after(LINGER_S):
-                while not stream.recv_closed and not stream.reset_received:
-                    if self.stream_buffers.get(stream.stream_id):
-                        break  # it goes on writing: nobody will read that
-                    await self.wait_moved(stream)
-            if not stream.recv_closed and not stream.reset_received:
-                await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_RST)
-        finally:
-            await self.forget(stream)
+    # --- outward ------------------------------------------------------------------------------------------------------
 
-    async def reset(self, stream: YamuxStream) -> None:
-        try:
-            stream.closed = stream.send_closed = True
-            await self.send(stream, TYPE_WINDOW_UPDATE, FLAG_RST)
-        finally:
-            await self.forget(stream)
+    def put(self, kind: int, flags: int, stream_id: int, length: int = 0, payload: bytes | memoryview = b"") -> None:
+        """A whole frame leaves; with a payload `length` is its. Raises ConnectionClosedError when the connection is lost, by this or before."""
+        self.put_bytes(_HEADER.pack(0, kind, flags, stream_id, length) + payload)
 
-    async def wait_moved(self, stream: YamuxStream) -> None:
-        """Until bytes, an end or a reset have arrived for the stream since the last wait."""
-        event = self.stream_events.get(stream.stream_id)
-        if event is None:
-            raise ConnectionClosedError("the stream is gone")
-        await event.wait()
-        if self.stream_events.get(stream.stream_id) is event:
-            self.stream_events[stream.stream_id] = trio.Event()
-
-    async def handle_incoming(self) -> None:
-        self._reader = trio.lowlevel.current_task()
-        await super().handle_incoming()
-
-    async def write_control(self) -> None:
-        """What the reader has to say; it must go on reading meanwhile."""
-        while True:
-            await self._control_filled.wait()
-            while self._control:
-                await self._write_frame(self._control.popleft())
-            self._control_filled = trio.Event()
-
-    async def _write_frame(self, data: bytes) -> None:
-        if trio.lowlevel.current_task() is self._reader:
-            if len(self._control) >= CONTROL_FRAMES_MAX:
+    def put_bytes(self, frame: bytes) -> None:
+        if self.is_ended:
+            raise ConnectionClosedError("the connection is lost")
+        sealed = self._cipher.seal(frame)
+        if not self._leaving:
+            try:
+                taken = self._wire.send_now(sealed)
+            except ConnectionClosedError:
                 self.end()
-            self._control.append(data)
-            self._control_filled.set()
-            return
-        async with self._write_lock:
-            # Half a frame would make garbage of all that follows on this connection.
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_DEADLINE_S) as patience:
-                await self.secured_conn.write(data)
-            if patience.cancelled_caught:
-                self.end()
-                raise ConnectionClosedError(f"the peer took no bytes for {WRITE_DEADLINE_S:g} s")
-
-    async def _read_data_body(self, length: int) -> bytes:
-        if length + sum(map(len, self.stream_buffers.values())) > self.buffered_bytes_max:
+                raise
+            if taken == len(sealed):
+                return
+            sealed = sealed[taken:]
+        self._leaving.append(sealed)
+        self._bytes_leaving += len(sealed)
+        self._filled.set()
+        if self._bytes_leaving > LEAVING_BYTES_MAX:
             self.end()
-            raise ConnectionClosedError("the peer sent far more than its windows allow")
-        try:
-            return await super()._read_data_body(length)
-        except BaseException:
-            self.end()  # or yamux would call the stream ended, as if all its bytes had come
-            raise
+            raise ConnectionClosedError("the peer does not read what it asks for")
 
-
-class MuxedStream:
-    """ports.Stream on one yamux stream."""
-
-    def __init__(
-        self,
-        peer: NodeId,
-        muxer: Muxer,
-        yamux: YamuxStream,
-        soon: Callable[[Callable[[], Awaitable[None]]], None],
-    ) -> None:
-        self._peer = peer
-        self._muxer = muxer
-        self._yamux = yamux
-        self._soon = soon
-        self._turn = trio.Lock()
-        self._is_closed = False
+    def say(self, kind: int, flags: int, stream_id: int, length: int = 0) -> None:
+        """If the connection is lost, so is what was to be said."""
+        with suppress(ConnectionClosedError):
+            self.put(kind, flags, stream_id, length)
 
     @property
-    def peer(self) -> NodeId:
-        return self._peer
+    def has_room(self) -> bool:
+        return self._bytes_leaving <= LEAVING_BYTES_ROOM
 
-    async def read(self, n: int) -> bytes:
-        """See ports.Stream. No byte is taken that is not returned, also when cancelled."""
-        await trio.lowlevel.checkpoint()
-        while not self._is_closed:
-            buffer = self._muxer.stream_buffers.get(self._yamux.stream_id)
-            if buffer:
-                data = bytes(buffer[:n])
-                del buffer[:n]
-                self._give_credit(len(buffer))
-                return data
-            if self._muxer.event_shutting_down.is_set():
+    async def wait_room(self) -> None:
+        """Until the socket has taken most of what was put. Raises ConnectionClosedError."""
+        while not (self.has_room or self.is_ended):
+            await self._has_room.wait()
+        if self.is_ended:
+            raise ConnectionClosedError("the connection is lost")
+
+    async def write_out(self) -> None:
+        """Hand over what the socket did not take at once. Raises ConnectionClosedError at the end of the connection."""
+        while not self.is_ended:
+            await self._filled.wait()
+            while self._leaving:
+                with trio.move_on_after(WRITE_DEADLINE_S) as patience:
+                    await self._wire.wait_sendable()
+                if patience.cancelled_caught:
+                    self.end()
+                    raise ConnectionClosedError(f"the peer took no bytes for {WRITE_DEADLINE_S:g} s")
+                self._send_leaving()
+            self._filled = trio.Event()
+        raise ConnectionClosedError("the connection is lost")
+
+    def _send_leaving(self) -> None:
+        if not self._leaving:
+            return  # it has ended meanwhile
+        data = b"".join(self._leaving)
+        taken = self._wire.send_now(data)
+        self._leaving.clear()
+        if taken < len(data):
+            self._leaving.append(data[taken:])
+        self._bytes_leaving = len(data) - taken
+        if self.has_room:
+            self._has_room.set()
+            self._has_room = trio.Event()
+
+    # --- streams that are closed here ---------------------------------------------------------------------------------
+
+    def let_go(self, stream: MuxedStream, *, is_read: bool) -> None:
+        """Nobody reads or writes it any more. `is_read`: nothing of what has come is thrown away."""
+        if not self._has(stream):
+            return
+        if not is_read:
+            self.reset(stream)
+            return
+        stream.finish()
+        if self._has(stream):
+            self._closed.append((trio.current_time() + LINGER_S, stream))
+            self._has_closed.set()
+
+    def reset(self, stream: MuxedStream) -> None:
+        if self._has(stream):
+            self.forget(stream)
+            self.say(TYPE_WINDOW_UPDATE, FLAG_RST, stream.id)
+
+    async def see_off(self) -> None:
+        """Closed streams whose peers do not close their side."""
+        while True:
+            await self._has_closed.wait()
+            while self._closed:
+                until, stream = self._closed[0]
+                await trio.sleep_until(until)
+                self._closed.popleft()
+                self.reset(stream)
+            self._has_closed = trio.Event()
+
+    # --- inward -------------------------------------------------------------------------------------------------------
+
+    async def pump(self) -> None:
+        """Take in what comes until the connection ends, and raise ConnectionClosedError then."""
+        self._take(b"")
+        while not self.is_ended:
+            self._take(self._cipher.open(await self._wire.receive()))
+        raise ConnectionClosedError("the connection is lost")
+
+    def _take(self, data: bytes) -> None:
+        if self._rest:
+            data = self._rest + data
+        at, size = 0, len(data)
+        while True:
+            if self._body_left:
+                part = data[at : at + self._body_left]
+                at += len(part)
+                self._body_left -= len(part)
+                if self._body_of is not None:
+                    self._body_of.came(part)
+                if self._body_left:
+                    break
+                self._flagged(self._body_of, self._body_flags)
+            elif size - at < HEADER_SIZE:
                 break
-            if self._yamux.recv_closed:
-                return b""
-            if buffer is None or self._yamux.reset_received:
-                break
-            await self._muxer.wait_moved(self._yamux)
-        raise await self._broken_off()
+            else:
+                self._begin(*_HEADER.unpack_from(data, at))
+                at += HEADER_SIZE
+        self._rest = data[at:]
 
-    async def write(self, data: bytes) -> None:
-        """See ports.Stream. Cancelled in the middle it resets this stream, since nobody could make sense of the rest."""
-        rest = memoryview(data)
-        async with self._turn:
-            try:
-                while rest:
-                    size = min(await self._wait_window(), FRAME_PAYLOAD_MAX, len(rest))
-                    self._yamux.send_window -= size
-                    await self._muxer.send(self._yamux, TYPE_DATA, payload=bytes(rest[:size]))
-                    rest = rest[size:]
-            except IOException as error:
-                raise await self._broken_off() from error
-            except BaseException:
-                if len(rest) < len(data):
-                    self.reset()
-                raise
+    def _begin(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
+        if kind in (TYPE_DATA, TYPE_WINDOW_UPDATE):
+            if version:
+                raise self._over("it speaks another version of yamux")
+            self._begin_of(kind, flags, stream_id, length)
+        elif kind == TYPE_PING:
+            if flags & FLAG_SYN:
+                self.put(TYPE_PING, FLAG_ACK, 0, length)
+        elif kind == TYPE_GO_AWAY:
+            raise self._over("the peer leaves")
+        else:
+            raise self._over(f"a frame of type {kind}")
 
-    async def close_write(self) -> None:
-        if not self._yamux.send_closed:
-            self._yamux.send_closed = True
-            self._soon(lambda: self._muxer.send(self._yamux, TYPE_WINDOW_UPDATE, FLAG_FIN))
-        await trio.lowlevel.checkpoint()
+    def _begin_of(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        stream = self.streams.get(stream_id)
+        if flags & FLAG_SYN:
+            stream = self._opened_by_peer(stream_id, flags)
+        if kind == TYPE_WINDOW_UPDATE:
+            if stream is not None:
+                stream.may_send(length)
+            self._flagged(stream, flags)
+            return
+        if length > MAX_WINDOW_SIZE or length + self.bytes_unread > self.buffered_bytes_max:
+            raise self._over("the peer sends far more than its windows allow")
+        self._body_left, self._body_of, self._body_flags = length, stream, flags
+        if not length:
+            self._flagged(stream, flags)
 
-    async def aclose(self) -> None:
-        if not self._is_closed:
-            self._close()
-            self._soon(lambda: self._muxer.let_go(self._yamux))
+    def _opened_by_peer(self, stream_id: int, flags: int) -> MuxedStream | None:
+        if flags & FLAG_RST:
+            return None  # before it was there
+        is_theirs = stream_id and stream_id % 2 != self._next_id % 2
+        if not is_theirs or stream_id in self.streams:
+            self.put(TYPE_WINDOW_UPDATE, FLAG_RST, stream_id)
+            return None
+        stream = self.streams[stream_id] = MuxedStream(self, stream_id, is_ours=False)
+        self.put(TYPE_WINDOW_UPDATE, FLAG_ACK, stream_id)
+        self.on_opened(stream)
+        return stream
 
-    def reset(self) -> None:
-        if not self._is_closed:
-            self._close()
-            self._soon(lambda: self._muxer.reset(self._yamux))
+    def _flagged(self, stream: MuxedStream | None, flags: int) -> None:
+        if stream is None or not flags & (FLAG_FIN | FLAG_RST):
+            return
+        if flags & FLAG_RST:
+            self.forget(stream)
+            stream.broke()
+        else:
+            stream.finished_by_peer()
 
-    def _close(self) -> None:
-        self._is_closed = True
-        event = self._muxer.stream_events.get(self._yamux.stream_id)
-        if event is not None:
-            event.set()  # another task may be reading
-
-    async def _wait_window(self) -> int:
-        # Yamux announces room without an event, and itself looks every 10 ms.
-        pause_s = 0.001
-        with trio.move_on_after(WRITE_DEADLINE_S):
-            while not (self._yamux.send_closed or self._yamux.closed or self._is_closed):
-                if self._yamux.send_window > 0:
-                    return self._yamux.send_window
-                await trio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.02)
-            raise await self._broken_off()
-        self.reset()
-        raise Unavailable(f"{self._peer} did not read for {WRITE_DEADLINE_S:g} s")
-
-    async def _broken_off(self) -> Unavailable:
-        await trio.lowlevel.checkpoint_if_cancelled()  # a task that is being stopped shall not take it for a loss
-        return Unavailable(f"the stream to {self._peer} broke off")
-
-    def _give_credit(self, unread: int) -> None:
-        stream = self._yamux
-        # As soon as half the window is free, not with every read: each update costs the peer a frame.
-        if stream.target_recv_window - stream.recv_window - unread >= stream.target_recv_window // 2:
-            self._soon(stream._auto_tune_and_send_window_update)
+    def _over(self, why: str) -> ConnectionClosedError:
+        self.end()
+        return ConnectionClosedError(why)

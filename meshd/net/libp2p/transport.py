@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -28,15 +28,15 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from meshd.errors import InvalidRequest, MeshError, NotAllowed, PeerFault, StartRefused, Unavailable
 from meshd.model import NodeId
 from meshd.net import addresses as multiaddrs
 from meshd.net.identity_key import KeyPair, public_bytes
-from meshd.net.libp2p.muxer import STREAMS_MAX, MuxedStream, Muxer, Wire
+from meshd.net.libp2p.muxer import STREAMS_MAX, Muxer
+from meshd.net.libp2p.stream import MuxedStream
+from meshd.net.libp2p.wire import Wire, established
 from meshd.ports import AddressBook, Gate, PeerEvents, Stream, StreamHandler
 
 JOIN_PROTOCOL = "/meshd/join/1"
@@ -200,7 +200,7 @@ class Libp2pTransport:
             await _select(wire, NOISE)
             secured = await self._noise.secure_outbound(wire, peer_id)
             await _select(secured, YAMUX)
-            return _Connection(peer, Muxer(secured, peer_id, wire), is_inbound=False)
+            return _Connection(peer, _muxer_on(secured, peer, wire), is_inbound=False)
         except PeerIDMismatchesPubkey as error:
             wire.abort()
             raise PeerFault(f"another node than {peer} answers at {address}") from error
@@ -212,7 +212,9 @@ class Libp2pTransport:
             raise
 
     async def _accept(self, socket: trio.SocketStream) -> None:
-        wire = Wire(socket, is_initiator=False)
+        await self._welcome(Wire(socket, is_initiator=False))
+
+    async def _welcome(self, wire: Wire) -> None:
         try:
             connection = await self._greet(wire)
             if connection is not None:
@@ -235,12 +237,11 @@ class Libp2pTransport:
                 await _select(secured, YAMUX)
             finally:
                 del self._handshakes[patience]
-            peer_id = secured.get_remote_peer()
-            peer = NodeId(str(peer_id))
+            peer = NodeId(str(secured.get_remote_peer()))
             public_bytes(peer)  # a key of another kind has no place here
             if peer == self._me:
                 return None
-            return _Connection(peer, Muxer(secured, peer_id, wire), is_inbound=True)
+            return _Connection(peer, _muxer_on(secured, peer, wire), is_inbound=True)
         self._counters["handshakes_failed"] += 1
         return None
 
@@ -249,27 +250,20 @@ class Libp2pTransport:
     ) -> None:
         """Own one connection from its handshake to its end; nothing of it is left behind."""
         peer, muxer = connection.peer, connection.muxer
+        muxer.on_opened = partial(self._answer_soon, connection)
         self._add(connection)
         task_status.started()
         try:
             async with trio.open_nursery() as tasks:
-
-                async def pump() -> None:
-                    await muxer.start()
-                    tasks.cancel_scope.cancel()
-
                 try:
-                    tasks.start_soon(pump)
-                    tasks.start_soon(muxer.write_control)
+                    tasks.start_soon(muxer.write_out)
+                    tasks.start_soon(muxer.see_off)
                     if connection.is_inbound and self._is_stranger(peer):
                         self._admit_stranger(connection, tasks)
-                    while True:
-                        stream = await muxer.accept_stream()
-                        assert isinstance(stream, YamuxStream)
-                        self._answer_soon(connection, stream)
+                    await muxer.pump()
                 finally:
-                    muxer.end()  # before the tasks are waited for: one may be in the middle of a frame
-        except* (MuxedConnError, IOException):
+                    muxer.end()
+        except* IOException:
             pass  # that is how connections end
         except* Exception as group:
             self._counters["connections_failed"] += 1
@@ -326,8 +320,8 @@ class Libp2pTransport:
             # The newest: an older one may be dead without anybody having noticed.
             muxer = connections[-1].muxer
             try:
-                stream = MuxedStream(peer, muxer, await muxer.open_stream(), self._soon)
-            except (IOException, MuxedStreamError) as error:
+                stream = muxer.open_stream()
+            except IOException as error:
                 raise Unavailable(f"the connection to {peer} was lost") from error
             try:
                 return await self._ask(stream, protocol)
@@ -349,8 +343,7 @@ class Libp2pTransport:
             raise Unavailable(f"{stream.peer} did not agree on {protocol}: {type(error).__name__}") from error
         return stream
 
-    def _answer_soon(self, connection: _Connection, yamux: YamuxStream) -> None:
-        stream = MuxedStream(connection.peer, connection.muxer, yamux, self._soon)
+    def _answer_soon(self, connection: _Connection, stream: MuxedStream) -> None:
         streams_max = STREAMS_OF_STRANGER_MAX if connection in self._strangers else STREAMS_MAX
         if connection.streams_answered >= streams_max or self._work is None:
             self._counters["streams_refused"] += 1
@@ -388,17 +381,6 @@ class Libp2pTransport:
             return handler  # type: ignore[return-value]
         return None
 
-    def _soon(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do it without making anybody wait, for a stream that may be gone."""
-
-        async def guarded() -> None:
-            # If the connection is lost, so is what was to be said.
-            with suppress(IOException, MuxedStreamError, MuxedConnError):
-                await work()
-
-        if self._work is not None:
-            self._work.start_soon(guarded)
-
 
 class _Connection:
     """A peer, authenticated, and its streams."""
@@ -432,6 +414,11 @@ async def _select(conn: Wire | ISecureConn, protocol: str) -> None:
         await client.try_select(communicator, protocol)  # type: ignore[arg-type]
     else:
         await Multiselect({protocol: None}).negotiate(communicator)  # type: ignore[dict-item]
+
+
+def _muxer_on(secured: ISecureConn, peer: NodeId, wire: Wire) -> Muxer:
+    cipher, received = established(secured)
+    return Muxer(peer, wire, cipher, received=received)
 
 
 def _peer_id_bytes(peer: NodeId) -> bytes:
