@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from meshd.durable import make_directory, sync_directory
 from meshd.epochs import EpochFile
 from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import Certificate, KeyLink, NodeId
@@ -82,7 +83,7 @@ class Home:
         self.attempts = path / "attempts"
         self.socket = path / "api.sock"
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(path)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StartRefused(
@@ -226,11 +227,3 @@ def _put(path: Path, data: bytes, *, is_synced: bool) -> None:
 
 def _is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from meshd.durable import make_directory, sync_directory
 from meshd.errors import Busy, Corrupt, InvalidRequest, MeshError, NotFound, StartRefused, TooLarge, Unavailable
 from meshd.model import BlobRef
 from meshd.room import soft_mark
@@ -84,13 +85,13 @@ class Disk:
     def open(self) -> None:
         """Make the directory, sweep what a crash left, read what is there. Raises StartRefused."""
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(self.root)
             os.chmod(self.root, 0o700)
             for name in ("tmp", "partial"):
                 shutil.rmtree(self.root / name, ignore_errors=True)
             for name in ("whole", "tmp", "partial", "corrupt"):
                 (self.root / name).mkdir(mode=0o700, exist_ok=True)
-            _sync_directory(self.root)
+            sync_directory(self.root)
             self.index = dict(_blobs_in(self.root / "whole"))
             os.close(self._create_temporary())
             self._remove_temporaries()
@@ -165,7 +166,7 @@ class Disk:
         """Give synced files their names and sync those. Raises OSError; then `index` knows none of them."""
         for path, ref in written:
             os.rename(path, self.path_of(ref.hash))
-        _sync_directory(self.root / "whole")
+        sync_directory(self.root / "whole")
         with self._lock:
             for _, ref in written:
                 if ref.hash not in self.index:
@@ -399,14 +400,6 @@ def write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:
         written = os.write(descriptor, rest) if offset is None else os.pwrite(descriptor, rest, offset)
         rest = rest[written:]
         offset = None if offset is None else offset + written
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unlink_all(paths: Iterable[Path]) -> None:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from meshd.durable import sync_directory
 from meshd.errors import InvalidRequest, StartRefused
 from meshd.model import NodeId
 
@@ -106,11 +107,7 @@ class KeyPair:
                 os.link(beside, path)  # unlike a rename it never replaces a key
             finally:
                 os.unlink(beside)
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync_directory(path.parent)
         except FileExistsError as error:
             raise StartRefused(f"{path} exists already; a key is never replaced") from error
         except OSError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from meshd.durable import make_directory, sync_directory
 from meshd.errors import StartRefused
 
 
@@ -57,7 +58,7 @@ class DirectoryDisk:
 
     def __init__(self, directory: Path) -> None:
         """Raises StartRefused when another process holds the directory."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(directory)
         self._directory = directory
         # Two processes appending to one journal would destroy it; the lock dies with its process.
         self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -95,11 +96,7 @@ class DirectoryDisk:
         return Room(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
 
     def sync_directory(self) -> None:
-        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(self._directory)
 
 
 class _File:
