@@ -43,6 +43,7 @@ from meshd.certificates import Greeting
 from meshd.config import Config, split_address
 from meshd.directory import JOIN_PROTOCOL, Directory
 from meshd.drain import Drain
+from meshd.durable import replace_file
 from meshd.epochs import EpochFile, Epochs
 from meshd.errors import Busy, Conflict, MeshError, NotAllowed, StartRefused
 from meshd.executor import Executor
@@ -535,12 +536,13 @@ class _Daemon:
         key_file, certificate_file = self.home.path / "api.key", self.home.path / "api.pem"
         hosts = (host, self._public_host(), socket.gethostname())
         request = await trio.to_thread.run_sync(tls.make_request, key_file, self.me, hosts)
-        if not certificate_file.exists():
+        context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
+        if context is None:
             pem = await self.authority.api_certificate(request)
-            await trio.to_thread.run_sync(certificate_file.write_text, pem)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(certificate_file, key_file)
+            await trio.to_thread.run_sync(replace_file, certificate_file, pem.encode())
+            context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
+        if context is None:
+            raise StartRefused(f"{certificate_file} is not of the key {key_file}", hint="remove both, then start again")
         return context
 
     # --- what others ask of this node --------------------------------------------------------------------------------

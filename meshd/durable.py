@@ -1,4 +1,4 @@
-"""Directories that outlive a loss of power: a file that is synced is lost all the same where its name is not."""
+"""Files and directories that outlive a loss of power: what is synced is lost all the same where its name is not."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def make_directory(path: Path) -> None:
     for directory in (path, *missing):
         with suppress(PermissionError):  # one that this user may not even list was made by somebody else
             sync_directory(directory.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """This user's alone, and durable when this returns; cut short, or on a full disk, it is what it was. Raises OSError."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+    sync_directory(path.parent)

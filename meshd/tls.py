@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import ssl
 from pathlib import Path
 
 from cryptography import x509
@@ -11,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from meshd.durable import replace_file
 
 _BEGIN = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _END = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
@@ -41,17 +44,13 @@ def issue_leaf(mesh_key: Ed25519PrivateKey, ca_pem: str, request_pem: str) -> st
 
 
 def make_request(key_file: Path, node: str, hosts: tuple[str, ...]) -> str:
-    """A signing request for this node's API, PEM; its key is made once, mode 0600. P-256, which every client speaks."""
-    if key_file.exists():
-        key = serialization.load_pem_private_key(key_file.read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-    else:
+    """A signing request for this node's API, PEM (blocks). Its key is made once, P-256, which every client speaks."""
+    if (key := _key_in(key_file)) is None:
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        key_file.touch(mode=0o600)
-        key_file.write_bytes(pem)
+        replace_file(key_file, pem)
     names: list[x509.GeneralName] = [x509.DNSName("meshd"), x509.DNSName("localhost")]
     for host in dict.fromkeys((*hosts, "127.0.0.1", "::1")):
         try:
@@ -61,6 +60,26 @@ def make_request(key_file: Path, node: str, hosts: tuple[str, ...]) -> str:
     request = x509.CertificateSigningRequestBuilder().subject_name(_name(node))
     request = request.add_extension(x509.SubjectAlternativeName(names), critical=False)
     return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def server_context(certificate_file: Path, key_file: Path) -> ssl.SSLContext | None:
+    """None where there is no certificate of this key: a crash may have come in between, and nobody rests on an old one (blocks)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(certificate_file, key_file)
+    except OSError:  # ssl.SSLError too
+        return None
+    return context
+
+
+def _key_in(file: Path) -> ec.EllipticCurvePrivateKey | None:
+    """None also where a crash, or a full disk, left half of one."""
+    try:
+        key = serialization.load_pem_private_key(file.read_bytes(), None)
+    except (FileNotFoundError, ValueError):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
 
 
 def _name(common: str) -> x509.Name:
