@@ -204,6 +204,37 @@ class Reconcile(Command, frozen=True, array_like=True, tag=True):
     held: tuple[AttemptKey, ...]
 
 
+# --- history (protocol.md 8); the origin is a server -------------------------------------------------------------------
+
+HISTORY_VOTERS_MAX = 16
+"""More than ever vote."""
+
+
+class Seal(Command, frozen=True, gc=False, array_like=True, tag=True):
+    """The next `jobs` finished ones, in the order in which they ended and up to `last`, are a segment of history from now on."""
+
+    segment: Count
+    hash: Hash
+    """Of its canonical, uncompressed bytes."""
+    size: Count
+    jobs: Count
+    last: JobId
+
+
+class Stored(Command, frozen=True, gc=False, array_like=True, tag=True):
+    """This life of the server has every kept segment up to `upto` on its disk, synced."""
+
+    incarnation: ShortText
+    upto: Count
+
+
+class Drop(Command, frozen=True, gc=False, array_like=True, tag=True):
+    """The jobs of a segment leave the core: a quorum of these voters, all that vote as it is proposed, has it."""
+
+    segment: Count
+    voters: Annotated[tuple[ShortText, ...], Meta(min_length=1, max_length=HISTORY_VOTERS_MAX)]
+
+
 AnyCommand = (
     Found
     | CreateInvite
@@ -226,6 +257,9 @@ AnyCommand = (
     | Recovered
     | RaiseFences
     | ClockSet
+    | Seal
+    | Stored
+    | Drop
 )
 
 

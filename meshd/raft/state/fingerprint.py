@@ -15,6 +15,7 @@ from itertools import islice
 
 from meshd import codec
 from meshd.model import JobId
+from meshd.raft.state.history import History
 from meshd.raft.state.jobs import Job
 from meshd.raft.state.matching import Matching
 from meshd.raft.state.members import Members
@@ -28,7 +29,7 @@ STRIDE = 256
 """Entries after which the next jobs are looked at: the distance of checkpoints."""
 
 
-def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Queue) -> bytes:
+def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Queue, history: History) -> bytes:
     """Depends on the state alone: a replica restored from a snapshot says the same as the others."""
     return codec.encode(
         (
@@ -50,6 +51,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
                 for node in matching.nodes.values()
             ],
             [_whole(queue.jobs[job]) for job in _looked_at(moment.position, queue)],
+            *_of_history(history),
         )
     )  # fmt: skip
 
@@ -59,6 +61,14 @@ def _looked_at(position: int, queue: Queue) -> list[JobId]:
         return []
     start = position // STRIDE * JOBS_LOOKED_AT % len(queue.ordered)
     return list(islice(queue.ordered, start, start + JOBS_LOOKED_AT))
+
+
+def _of_history(history: History) -> list[object]:
+    """Nothing before the first Seal, so that a mesh whose servers get this version one by one goes on agreeing."""
+    if not history.last:
+        return []
+    newest = history.segments.get(history.last)
+    return [(history.last, history.dropped, history.oldest, history.size, list(history.held.items()), newest)]
 
 
 def _whole(job: Job) -> object:

@@ -32,6 +32,7 @@ from meshd.raft.state.commands import (
     ClockSet,
     CreateInvite,
     CreateToken,
+    Drop,
     EndSession,
     Event,
     Found,
@@ -49,11 +50,14 @@ from meshd.raft.state.commands import (
     RetryJob,
     RevokeInvite,
     RevokeToken,
+    Seal,
     SetDraining,
+    Stored,
     Submit,
     UpdateMember,
 )
 from meshd.raft.state.fingerprint import fingerprint
+from meshd.raft.state.history import History
 from meshd.raft.state.jobs import Job
 from meshd.raft.state.lineage import Lineage
 from meshd.raft.state.matching import Matching, Node
@@ -80,6 +84,7 @@ class Machine:
         self._members = Members(self._moment)
         self._queue = Queue(self._moment, self._matching)
         self._sessions = Sessions(self._moment, self._matching, self._queue)
+        self._history = History(self._moment, self._queue)
         self._digest = b""
         self.faults = 0
         """Commands that hit a bug of ours; they were answered, and the state is the same everywhere."""
@@ -107,7 +112,9 @@ class Machine:
 
     def capture(self) -> Callable[[], bytes]:
         """The state as it is now; the returned function packs it, in any thread, while `apply` goes on."""
-        return snapshot_state.capture(self._moment, self._members, self._matching, self._queue, self._digest)
+        return snapshot_state.capture(
+            self._moment, self._members, self._matching, self._queue, self._history, self._digest
+        )
 
     def unpack(self, data: bytes) -> Callable[[], Callable[[], None]]:
         """What was captured, in any thread, while `apply` goes on; the returned function makes it the state at once. Raises Corrupt.
@@ -115,7 +122,9 @@ class Machine:
         That one returns what takes the replaced state apart, again for any thread.
         """
         fresh = Machine()
-        fresh._digest = snapshot_state.restore(data, fresh._moment, fresh._members, fresh._matching, fresh._queue)
+        fresh._digest = snapshot_state.restore(
+            data, fresh._moment, fresh._members, fresh._matching, fresh._queue, fresh._history
+        )
 
         def replace() -> Callable[[], None]:
             self.__dict__, fresh.__dict__ = fresh.__dict__, self.__dict__
@@ -147,7 +156,7 @@ class Machine:
 
         What an entry did stays in it for good; a part of the state that differs shows when it is looked at (fingerprint.py).
         """
-        now = fingerprint(self._moment, self._members, self._matching, self._queue)
+        now = fingerprint(self._moment, self._members, self._matching, self._queue, self._history)
         return blake3(self._digest + now).hexdigest()
 
     def take_events(self) -> list[Event]:
@@ -208,6 +217,11 @@ class Machine:
     def lineage(self) -> Lineage:
         """The recoveries that this state has been through."""
         return self._queue.lineage
+
+    @property
+    def history(self) -> History:
+        """What has left the core, to be read; the object is another one after a snapshot took the state's place."""
+        return self._history
 
     @property
     def fence(self) -> int:
@@ -275,6 +289,15 @@ class Machine:
                 return self._queue.raise_fences(above)
             case ClockSet():
                 return self._set_clock(origin, command)
+            case Seal():
+                self._members.check_server(origin, "seals history")
+                return self._history.seal(command)
+            case Stored():
+                self._members.check_server(origin, "stores history")
+                return self._history.stored(origin, command)
+            case Drop():
+                self._members.check_server(origin, "drops what is in the history")
+                return self._history.drop(command)
             case EndSession(node, _):
                 if not me.is_server:
                     raise NotAllowed("only a server ends sessions")
@@ -306,6 +329,7 @@ class Machine:
         if node_id in self._members.revoked:
             return Accepted()
         self._members.remove(origin, node_id, links)
+        self._history.held.pop(node_id, None)
         node = self._matching.nodes[node_id]
         if node.is_live:
             self._sessions.lapse(node)
@@ -338,6 +362,7 @@ class Machine:
         done = self._moment.events[events_before:]  # who leases what, above all
         changed = self._queue.announce_touched()
         self._queue.forget()
+        self._history.forget()
         moment = self._moment
         trace = (
             moment.position,

@@ -387,7 +387,7 @@ def _summary(state: State) -> Summary:
         for backend in node.offer.backends
     }
     return Summary(
-        jobs=len(queue.jobs),
+        jobs=len(queue.jobs) + queue.archived_jobs,
         live_jobs=len(queue.jobs) - len(queue.finished),
         counts=_totals(queue),
         backends=tuple(BackendOffer(name, version) for name, version in sorted(backends)),

@@ -47,13 +47,13 @@ LIVE_JOBS_MAX = 200_000
 """About 3 KB each at every voter."""
 
 FINISHED_JOBS_MAX = 10_000
-"""Finished jobs that can still be asked for; the oldest is forgotten first."""
+"""Finished jobs in the core. Beyond it the oldest is forgotten; once there is a history nothing is, and submissions wait."""
 
 FINISHED_ROWS_MAX = 1_000_000
 """Tasks of finished jobs with something to tell; about 500 bytes each when nothing is inline."""
 
 OUTCOME_BYTES_MAX = 256 << 20
-"""Outcomes kept, of all jobs. Beyond it finished jobs are forgotten, then submissions are refused."""
+"""Outcomes kept, of all jobs in the core. Beyond it finished jobs are forgotten, then submissions are refused."""
 
 CANCEL_RANGES_MAX = 1_000
 """Ranges in one Cancel; each is cut out of the job's sets."""
@@ -89,7 +89,11 @@ class Queue:
         self.outcome_bytes = 0
         self.finished_rows = 0
         self.totals = dict.fromkeys(TaskState, 0)
-        """Tasks of all known jobs by state."""
+        """Tasks of all known jobs by state, those in the history among them."""
+        self.is_archiving = False
+        """Finished jobs leave for the history (history.py): none is forgotten here."""
+        self.archived_jobs = 0
+        """Jobs in the history that the core has no more."""
         self.touched: dict[JobId, Job] = {}
         """What this entry changed, in order."""
         self._moment = moment
@@ -186,6 +190,13 @@ class Queue:
             raise InvalidRequest(f"the array has {spec.array.count} tasks and {len(items.items)} items")
         if len(self.jobs) - len(self.finished) >= LIVE_JOBS_MAX:
             raise Busy(f"{LIVE_JOBS_MAX} jobs are unfinished", hint="wait, or submit arrays instead of single jobs")
+        if self.is_archiving and (
+            len(self.finished) >= FINISHED_JOBS_MAX or self.finished_rows > FINISHED_ROWS_MAX
+        ):
+            raise Busy(
+                f"{len(self.finished)} finished jobs wait to be stored by a majority of the servers",
+                hint="see `mesh cluster status`: is a disk full?",
+            )
         if self.outcome_bytes > OUTCOME_BYTES_MAX:
             raise Busy("the results of unfinished jobs fill the queue's memory", hint="wait until some have finished")
         if not self._matching.knows(demand) and self._matching.is_full:
@@ -431,24 +442,31 @@ class Queue:
 
     def forget(self) -> None:
         """Drop the oldest finished jobs beyond the bounds; the newest one always stays."""
-        while len(self.finished) > 1 and (
-            len(self.finished) > FINISHED_JOBS_MAX
-            or self.finished_rows > FINISHED_ROWS_MAX
-            or self.outcome_bytes > OUTCOME_BYTES_MAX
+        while (
+            not self.is_archiving
+            and len(self.finished) > 1
+            and (
+                len(self.finished) > FINISHED_JOBS_MAX
+                or self.finished_rows > FINISHED_ROWS_MAX
+                or self.outcome_bytes > OUTCOME_BYTES_MAX
+            )
         ):
-            oldest = next(iter(self.finished))
-            job = self.jobs.pop(oldest)
-            del self.finished[oldest]
-            del self.ordered[bisect_left(self.ordered, oldest)]
-            if job.spec.name:
-                named = self.names[job.spec.name]
-                del named[oldest]
-                if not named:
-                    del self.names[job.spec.name]
-            self.finished_rows -= len(job.results)
-            self.outcome_bytes -= sum(_size(row) for row in job.results.values())
+            job = self.jobs[next(iter(self.finished))]
+            self.put_away(job)
             for state in job.ended:
                 self.totals[state] -= job.count(state)
+
+    def put_away(self, job: Job) -> None:
+        """The core has this finished job no more; its tasks still count."""
+        del self.jobs[job.id], self.finished[job.id]
+        del self.ordered[bisect_left(self.ordered, job.id)]
+        if job.spec.name:
+            named = self.names[job.spec.name]
+            del named[job.id]
+            if not named:
+                del self.names[job.spec.name]
+        self.finished_rows -= len(job.results)
+        self.outcome_bytes -= sum([_size(row) for row in job.results.values()])
 
     # --- how a task moves
 

@@ -21,6 +21,7 @@ from meshd import codec
 from meshd.errors import Corrupt, InvalidRequest
 from meshd.model import JobId, KeyLink, NodeId, Offer, TaskState
 from meshd.raft.state import ids
+from meshd.raft.state.history import History, HistoryRecord
 from meshd.raft.state.jobs import JobRecord, Row
 from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.members import Invite, MemberRecord, Members, Token
@@ -71,6 +72,7 @@ class Header(Struct, frozen=True, array_like=True):
     clock_moves: tuple[ClockMove, ...] = ()
     ids_forgotten_ms: int = 0
     key_links: tuple[KeyLink, ...] = ()
+    history: HistoryRecord = HistoryRecord()
 
 
 Rows = dict[int, Row]
@@ -78,7 +80,9 @@ _RowPiece = tuple[JobId, bool, Rows]
 """Rows of a job: is it those of ended tasks?"""
 
 
-def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, digest: bytes) -> Callable[[], bytes]:
+def capture(
+    moment: Moment, members: Members, matching: Matching, queue: Queue, history: History, digest: bytes
+) -> Callable[[], bytes]:
     header = Header(
         version=VERSION,
         now_ms=moment.now_ms,
@@ -106,6 +110,7 @@ def capture(moment: Moment, members: Members, matching: Matching, queue: Queue, 
         clock_moves=moment.moves,
         ids_forgotten_ms=queue.seen.forgotten_ms,
         key_links=members.key_links,
+        history=history.captured(),
     )  # fmt: skip
     jobs = [job.record or job.recorded() for job in queue.jobs.values()]
     seen = queue.seen.captured()
@@ -128,19 +133,23 @@ def _pieces(jobs: list[JobRecord]) -> Iterator[bytes]:
         yield codec.encode(rows)
 
 
-def restore(data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue) -> bytes:
+def restore(
+    data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue, history: History
+) -> bytes:
     """Fill empty parts with what was captured; returns the digest. Raises Corrupt.
 
     What was captured is whole. Bytes that can be read and still are no state come from a fault of memory or from a
     leader that lies: then the parts are left half filled, and nobody uses them.
     """
     try:
-        return _restore(data, moment, members, matching, queue)
+        return _restore(data, moment, members, matching, queue, history)
     except (InvalidRequest, LookupError, ValueError, OverflowError, AssertionError) as error:
         raise Corrupt(f"the snapshot is no state of the queue: {error!r}") from error
 
 
-def _restore(data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue) -> bytes:
+def _restore(
+    data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue, history: History
+) -> bytes:
     try:
         pieces = codec.decode(data, list[bytes], bytes_max=SNAPSHOT_BYTES_MAX)
         if len(pieces) < 2:
@@ -180,6 +189,7 @@ def _restore(data: bytes, moment: Moment, members: Members, matching: Matching, 
         _restore_job(record, matching, queue)
     if not members.records.keys() <= matching.nodes.keys() or not queue.finished.keys() <= queue.jobs.keys():
         raise ValueError("members without a place, or finished jobs that are not there")
+    history.restore(header.history)
     matching.settle()
     return header.digest
 
