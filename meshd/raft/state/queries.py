@@ -72,7 +72,7 @@ def answer(
     state = State(moment, members, matching, queue, digest)
     match query:
         case GetJob(selector):
-            return _job_view(state, _select(state, selector))
+            return job_view(_select(state, selector), moment.position)
         case ListJobs():
             return _list_jobs(state, query)
         case ListTasks():
@@ -106,28 +106,42 @@ def answer(
 
 
 def _select(state: State, selector: str) -> Job:
-    queue = state.queue
+    job = find_job(state.queue, selector)
+    if job is None:
+        raise no_such_job(selector)
+    return job
+
+
+def no_such_job(selector: str) -> NotFound:
+    if selector == "last":
+        return NotFound("there is no job yet")
+    return NotFound(f"no job {selector}", hint="it may be too old; see `mesh ps`")
+
+
+def find_job(queue: Queue, selector: str) -> Job | None:
+    """Of those in the core. Raises Conflict when several begin with it."""
     job = queue.jobs.get(JobId(selector))
     if job is not None:
         return job
     if selector == "last":
-        if not queue.jobs:
-            raise NotFound("there is no job yet")
-        return queue.jobs[next(reversed(queue.jobs))]
+        return queue.jobs[next(reversed(queue.jobs))] if queue.jobs else None
     named = queue.names.get(selector)
     if named:
         return queue.jobs[next(reversed(named))]
-    if len(selector) >= PREFIX_CHARS_MIN:
-        at = bisect_left(queue.ordered, selector)
-        found = [job_id for job_id in queue.ordered[at : at + 2] if job_id.startswith(selector)]
-        if len(found) > 1:
-            raise Conflict(f"several jobs begin with {selector}", hint="give more of the id: see `mesh ps`")
-        if found:
-            return queue.jobs[found[0]]
-    raise NotFound(f"no job {selector}", hint="it may be too old; see `mesh ps`")
+    if len(selector) < PREFIX_CHARS_MIN:
+        return None
+    at = bisect_left(queue.ordered, selector)
+    found = [job_id for job_id in queue.ordered[at : at + 2] if job_id.startswith(selector)]
+    if len(found) > 1:
+        raise several_jobs(selector)
+    return queue.jobs[found[0]] if found else None
 
 
-def _job_view(state: State, job: Job) -> JobView:
+def several_jobs(selector: str) -> Conflict:
+    return Conflict(f"several jobs begin with {selector}", hint="give more of the id: see `mesh ps`")
+
+
+def job_view(job: Job, position: int) -> JobView:
     return JobView(
         id=job.id,
         name=job.spec.name,
@@ -139,7 +153,7 @@ def _job_view(state: State, job: Job) -> JobView:
         submitted_wall_ms=job.submitted_wall_ms,
         ended_wall_ms=job.ended_wall_ms,
         version=job.version,
-        position=state.moment.position,
+        position=position,
         owner=job.owner,
         retry_of=job.retry_of,
         reason=_why_held(job) if job.hold and not job.is_final else "",
@@ -169,7 +183,7 @@ def _why_held(job: Job) -> str:
 
 def _list_jobs(state: State, query: ListJobs) -> JobPage:
     ordered = state.queue.ordered
-    limit = _limit(query.limit)
+    limit = page_limit(query.limit)
     at = len(ordered) if query.before is None else bisect_left(ordered, query.before)
     stop = max(at - SCAN_MAX, 0)
     found: list[JobView] = []
@@ -179,7 +193,7 @@ def _list_jobs(state: State, query: ListJobs) -> JobPage:
         last = ordered[at]
         job = state.queue.jobs[last]
         if _matches(job, query):
-            found.append(_job_view(state, job))
+            found.append(job_view(job, state.moment.position))
     return JobPage(tuple(found), last if at > 0 else None, state.moment.position)
 
 
@@ -196,17 +210,21 @@ def _matches(job: Job, query: ListJobs) -> bool:
 
 def _list_tasks(state: State, query: ListTasks) -> TaskPage:
     job = _select(state, query.job)
+    chosen, after = choose_tasks(job, query)
+    return TaskPage(tuple([task_view(job, *each) for each in chosen]), after, state.moment.position)
+
+
+def choose_tasks(job: Job, query: ListTasks) -> tuple[list[tuple[int, TaskState]], int | None]:
+    """The tasks of one page with their states, and where the next one starts."""
     count = job.spec.array.count
     stop = count if query.stop is None else min(query.stop, count)
-    limit = _limit(query.limit)
-    found: list[TaskView] = []
-    next_start: int | None = None
+    limit = page_limit(query.limit)
+    chosen: list[tuple[int, TaskState]] = []
     for looked, (task, task_state) in enumerate(_tasks(job, query.states, query.start, stop)):
-        if len(found) >= limit or looked >= SCAN_MAX:
-            next_start = task
-            break
-        found.append(_task_view(job, task, task_state))
-    return TaskPage(tuple(found), next_start, state.moment.position)
+        if len(chosen) >= limit or looked >= SCAN_MAX:
+            return chosen, task
+        chosen.append((task, task_state))
+    return chosen, None
 
 
 def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> Iterator[tuple[int, TaskState]]:
@@ -231,7 +249,7 @@ def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> It
             yield task, _shown(job, task_state)
 
 
-def _task_view(job: Job, task: int, task_state: TaskState) -> TaskView:
+def task_view(job: Job, task: int, task_state: TaskState) -> TaskView:
     row = job.row(task)
     if row is None:
         is_done = task_state is TaskState.DONE
@@ -406,7 +424,7 @@ def _totals(queue: Queue) -> Counts:
     return Counts(**{state.value: count for state, count in counted.items()})
 
 
-def _limit(limit: int) -> int:
+def page_limit(limit: int) -> int:
     if not 1 <= limit <= PAGE_MAX:
         raise InvalidRequest(f"a page has 1 to {PAGE_MAX} rows, not {limit}")
     return limit
