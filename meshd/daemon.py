@@ -51,6 +51,8 @@ from meshd.founding import JOIN_S, found_mesh, join_mesh
 from meshd.gossip.membership import State
 from meshd.gossip.service import GossipService
 from meshd.greetings import DOUBLE, Greetings
+from meshd.history.archive import FETCH_S, Archive
+from meshd.history.keeping import lags_behind
 from meshd.home import Counters, Home, KnownPeer, MeshFile
 from meshd.invites import Invite
 from meshd.join import JoinDesk, JoinRequest
@@ -66,6 +68,7 @@ from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.quorum import describe_stop
 from meshd.raft.log import ServerLog
+from meshd.raft.messages import VoterId
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
@@ -230,6 +233,7 @@ class _Daemon:
         self.gossip: GossipService | None = None
         self.shell: Shell | None = None
         self.replica: Replica | None = None
+        self.archive: Archive | None = None
         self.server_log: ServerLog | None = None
         self.stop = stop
         self.failure: MeshError | None = None
@@ -342,8 +346,10 @@ class _Daemon:
                 lineage=self.epochs.lineage,
                 after_doubt=lambda: codec.encode(RaiseFences(machine.fence + FENCES_LOST_MAX)),
                 adds_work=adds_work,
+                lacks_history=self._lacks_history,
             )
-            self.replica = Replica(self.server_log, machine, self._events_happened)
+            self.archive = Archive(self.me, machine, self.server_log, self.home.history_index)
+            self.replica = Replica(self.server_log, machine, self._events_happened, self.archive)
             self.replica.register(self.rpc)
             self.machine = machine
         self.log = MeshLog(self.me, self.rpc, self.neighbours.voters, self.replica, self._why_stopped)
@@ -440,6 +446,10 @@ class _Daemon:
         self.fetcher = Fetcher(self.transport, self.rpc, self.store, gossip.holders)
         BlobServer(self.transport, self.rpc, self.store, may_remove=self.is_server)
         self.replicator = Replicator(self.rpc, self.store, self.fetcher, self.neighbours.takers)
+        if self.archive is not None:
+            self.store.keeps = self.archive.names
+            fetch = partial(self.fetcher.fetch, timeout_s=FETCH_S)
+            await stages.enter_async_context(_serving(self.archive.serve, self.store, fetch))
 
     async def _start_work(self, stages: AsyncExitStack) -> None:
         probes: Sequence[BackendProbe] = ()
@@ -608,6 +618,10 @@ class _Daemon:
     def voters(self) -> Sequence[NodeId]:
         return self.neighbours.voters()
 
+    def _lacks_history(self, voter: VoterId) -> bool:
+        me = None if self.server_log is None else self.server_log.me
+        return me is not None and lags_behind(self.machine.history, voter, me)
+
     def _holds_log_alone(self) -> bool:
         return self.server_log is not None and self.server_log.voters == (self.me,)
 
@@ -635,6 +649,8 @@ class _Daemon:
     def _applied(self, position: int) -> None:
         if self.replica is not None:
             self.replica.applied(position)
+        if self.archive is not None:
+            self.archive.applied()
 
     def _events_happened(self, events: Sequence[Event]) -> None:
         self._feed(Applied(events, self.leading_term()))

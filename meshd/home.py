@@ -79,6 +79,7 @@ class Home:
         self.mesh_key = path / "mesh.key"
         self.raft = path / "raft"
         self.blobs = path / "blobs"
+        self.history_index = path / "history" / "index.sqlite"
         self.backends = path / "backends"
         self.attempts = path / "attempts"
         self.socket = path / "api.sock"

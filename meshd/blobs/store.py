@@ -18,7 +18,7 @@ import trio
 from blake3 import blake3
 
 from meshd.blobs.disk import CHUNK_BYTES, FREE_BYTES_MIN, Disk, disk_errors, write_all
-from meshd.errors import NotFound, PeerFault
+from meshd.errors import Conflict, NotFound, PeerFault
 from meshd.model import BlobRef
 
 DISK_THREADS_MAX = 8
@@ -36,6 +36,8 @@ class Store:
         self._disk = disk
         self._threads = trio.CapacityLimiter(DISK_THREADS_MAX)
         self._listeners: list[OnChange] = []
+        self.keeps: Callable[[str], bool] = lambda blob: False
+        """Names of blobs that nobody may remove."""
 
     @classmethod
     async def open(cls, directory: Path, *, free_bytes_min: int = FREE_BYTES_MIN, new_leaves_free: int = 0) -> Store:
@@ -169,6 +171,11 @@ class Store:
         await self._run(export)
 
     async def remove(self, blob: str) -> bool:
+        """Raises Conflict when it has to be kept."""
+        if self.keeps(blob):
+            raise Conflict(
+                f"blob {blob} is part of the history of finished jobs", hint="it goes when these are too old"
+            )
         return await self._run(self._disk.remove, blob)
 
     async def list(self) -> Sequence[BlobRef]:

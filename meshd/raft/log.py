@@ -127,17 +127,20 @@ class ServerLog:
         lineage: Lineage = (),
         after_doubt: Callable[[], bytes] | None = None,
         adds_work: Callable[[bytes], bool] = lambda command: False,
+        lacks_history: Callable[[VoterId], bool] = lambda voter: False,
     ) -> None:
         """`servers`, `draining` and `zones` are read from the replicated state; both callbacks are called from the loop and must not wait.
 
         `founding` is for the empty directory of a mesh's first server, and for nobody else. `after_doubt` makes the
-        command with which a sole voter goes on although its last frame may be lost; what `adds_work` a full disk refuses.
+        command with which a sole voter goes on although its last frame may be lost; what `adds_work` a full disk refuses;
+        a server that `lacks_history` that the leader has does not become a voter.
         """
         self._directory = directory
         self._mesh = mesh
         self._lineage = lineage
         self._after_doubt = after_doubt
         self._adds_work = adds_work
+        self._lacks_history = lacks_history
         self._me = me
         self._machine = machine
         self._transport = transport
@@ -241,6 +244,15 @@ class ServerLog:
     @property
     def voters(self) -> tuple[NodeId, ...]:
         return () if self._server is None else tuple(node_of(voter) for voter in self._server.engine.voters)
+
+    @property
+    def me(self) -> VoterId | None:
+        """This life of the server; None while the log does not run."""
+        return None if self._server is None else self._server.engine.me
+
+    @property
+    def voter_ids(self) -> tuple[VoterId, ...]:
+        return () if self._server is None else tuple(self._server.engine.voters)
 
     @property
     def is_voter(self) -> bool:
@@ -348,6 +360,7 @@ class ServerLog:
                 report=lambda event, fields: log.info(event, **fields),
                 after_doubt=self._after_doubt,
                 adds_work=self._adds_work,
+                lacks_history=self._lacks_history,
             )
             self._turns = Turns(server, self._journal, self._disk, self._mesh, self._machine, self._wire.flush)
             self._told = (server.engine.applied, False, None)

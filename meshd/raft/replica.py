@@ -38,6 +38,8 @@ EVENTS_KEPT = 10_000
 EVENTS_PER_ANSWER = 500
 WAITERS_MAX = 10_000
 """Long polls standing at one voter."""
+HISTORY_S = 5.0
+"""A finished job is looked for in the history within this time."""
 POLL_S_MAX = 30.0
 """The longest that one long poll stands; the asker polls again."""
 
@@ -87,12 +89,23 @@ class EventSink(Protocol):
     def __call__(self, events: Sequence[Event]) -> None: ...
 
 
-class Replica:
-    """`on_events` hears, in order, what was applied here; called from the loop, must not wait."""
+class FinishedJobs(Protocol):
+    """The core and the history, asked as one."""
 
-    def __init__(self, log: ServerLog, machine: Machine, on_events: EventSink) -> None:
+    async def answer(self, query: AnyQuery, *, timeout_s: float, is_stale_ok: bool = False) -> Any:
+        """As of the moment of the call. Raises the query's error, or Unavailable."""
+        ...
+
+
+class Replica:
+    """`history` answers for jobs that the core has no more. `on_events` hears, in order, what was applied here; called from the loop, must not wait."""
+
+    def __init__(
+        self, log: ServerLog, machine: Machine, on_events: EventSink, history: FinishedJobs | None = None
+    ) -> None:
         self.log = log
         self.machine = machine
+        self._history = history
         self._on_events = on_events
         self._recent: deque[EventView] = deque(maxlen=EVENTS_KEPT)
         self._news = trio.Event()
@@ -134,17 +147,24 @@ class Replica:
         """The view as of a moment after this was asked. Raises the query's error, or Unavailable."""
         if not is_stale_ok:
             await self.log.barrier(timeout_s=timeout_s)
-        return self.machine.answer(query)
+        return await self._answer_now(query, timeout_s=timeout_s, is_stale_ok=is_stale_ok)
+
+    async def _answer_now(self, query: AnyQuery, *, timeout_s: float, is_stale_ok: bool = False) -> Any:
+        if self._history is None:
+            return self.machine.answer(query)
+        return await self._history.answer(query, timeout_s=timeout_s, is_stale_ok=is_stale_ok)
 
     async def wait_job(self, job: JobId, after_version: int, *, timeout_s: float) -> JobView:
         await self.log.barrier(timeout_s=min(timeout_s, 5.0) if timeout_s else 5.0)
+        view = await self._job(job)
         with self._place(), trio.move_on_after(timeout_s):
             while True:
-                view = self._job(job)
+                # By its id, and unless it has ended, it is in the core: nothing can come between this look and the wait.
+                view = await self._job(view.id)
                 if view.version > after_version or view.is_final:
                     return view
                 await self._job_waits.setdefault(view.id, trio.Event()).wait()
-        return self._job(job)
+        return await self._job(view.id)
 
     async def events(self, after: int | None, *, timeout_s: float) -> EventsReply:
         """What came after `after`, at once if there is something; else as soon as there is, or nothing at the timeout."""
@@ -172,8 +192,8 @@ class Replica:
         finally:
             self._waiting -= 1
 
-    def _job(self, job: JobId) -> JobView:
-        view = self.machine.answer(GetJob(job))
+    async def _job(self, job: JobId) -> JobView:
+        view = await self._answer_now(GetJob(job), timeout_s=HISTORY_S)
         assert isinstance(view, JobView)
         return view
 

@@ -98,6 +98,7 @@ class Server:
         report: Report,
         after_doubt: Callable[[], bytes] | None = None,
         adds_work: Callable[[bytes], bool] = lambda command: False,
+        lacks_history: Callable[[VoterId], bool] = lambda voter: False,
     ) -> None:
         """`image` is the newest snapshot, already the machine's state; `packed` gives it as bytes to send, or None while it is fetched.
 
@@ -134,7 +135,8 @@ class Server:
         self.reads = Reads(first_request(journal.header.start))
         self.own_clock = OwnClock()
         self.steering = Steering(
-            self.engine, links, self.fullness, servers=servers, draining=draining, zones=zones, now=clocks.now_s, report=report
+            self.engine, links, self.fullness, servers=servers, draining=draining, zones=zones,
+            lacks_history=lacks_history, now=clocks.now_s, report=report,
         )  # fmt: skip
         self._pending = Pending()
         self._forwarded = Forwarded(first_request(journal.header.start))

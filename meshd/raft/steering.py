@@ -36,6 +36,7 @@ class Steering:
         servers: Callable[[], Sequence[NodeId]],
         draining: Callable[[], Collection[NodeId]],
         zones: Callable[[], Mapping[NodeId, str]],
+        lacks_history: Callable[[VoterId], bool],
         now: Callable[[], float],
         report: Report,
     ) -> None:
@@ -45,6 +46,7 @@ class Steering:
         self._servers = servers
         self._draining = draining
         self._zones = zones
+        self._lacks_history = lacks_history
         self._now = now
         self._report = report
         self._hearsay = Hearsay(now)
@@ -144,7 +146,13 @@ class Steering:
             return Peer(lag=self._engine.last, silent_ms=NEVER_MS)
         silent_ms = self.silent_ms(progress.doubted_s if progress.is_in_doubt else progress.heard_s)
         by_others_ms = self.silent_ms(self._hearsay.heard_s(voter))
-        return Peer(self._engine.last - progress.match, silent_ms, by_others_ms, progress.is_in_doubt)
+        return Peer(
+            self._engine.last - progress.match,
+            silent_ms,
+            by_others_ms,
+            progress.is_in_doubt,
+            lacks_history=self._lacks_history(voter),
+        )
 
     def _tell_seats_taken(self, view: View) -> None:
         """Whoever waits for the seat of its own older journal learns why."""

@@ -49,6 +49,8 @@ class Peer:
     """Since another voter last said that it heard it."""
     is_in_doubt: bool = False
     """What it answers does not count towards a quorum."""
+    lacks_history: bool = False
+    """Segments that the leader has are not on its disk yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,9 @@ def _zone(view: View, voter: VoterId) -> str:
 
 def _is_ready(view: View, voter: VoterId) -> bool:
     peer = view.peers.get(voter)
-    return peer is not None and peer.silent_ms <= READY_MS and peer.lag <= READY_LAG and not peer.is_in_doubt
+    if peer is None or peer.is_in_doubt or peer.lacks_history:
+        return False
+    return peer.silent_ms <= READY_MS and peer.lag <= READY_LAG
 
 
 def _is_gone(view: View, voter: VoterId) -> bool:

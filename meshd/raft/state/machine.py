@@ -170,6 +170,10 @@ class Machine:
         """The query's view. Raises its MeshError."""
         return queries.answer(query, self._moment, self._members, self._matching, self._queue, self.digest)
 
+    def find(self, selector: str) -> Job | None:
+        """A job of the core, not to be changed. Raises Conflict when several begin with the selector."""
+        return queries.find_job(self._queue, selector)
+
     def members(self) -> Mapping[NodeId, Member]:
         return MappingProxyType({node: record.member for node, record in self._members.records.items()})
 

@@ -190,9 +190,7 @@ class Queue:
             raise InvalidRequest(f"the array has {spec.array.count} tasks and {len(items.items)} items")
         if len(self.jobs) - len(self.finished) >= LIVE_JOBS_MAX:
             raise Busy(f"{LIVE_JOBS_MAX} jobs are unfinished", hint="wait, or submit arrays instead of single jobs")
-        if self.is_archiving and (
-            len(self.finished) >= FINISHED_JOBS_MAX or self.finished_rows > FINISHED_ROWS_MAX
-        ):
+        if self.is_archiving and (len(self.finished) >= FINISHED_JOBS_MAX or self.finished_rows > FINISHED_ROWS_MAX):
             raise Busy(
                 f"{len(self.finished)} finished jobs wait to be stored by a majority of the servers",
                 hint="see `mesh cluster status`: is a disk full?",

@@ -133,9 +133,7 @@ def _pieces(jobs: list[JobRecord]) -> Iterator[bytes]:
         yield codec.encode(rows)
 
 
-def restore(
-    data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue, history: History
-) -> bytes:
+def restore(data: bytes, moment: Moment, members: Members, matching: Matching, queue: Queue, history: History) -> bytes:
     """Fill empty parts with what was captured; returns the digest. Raises Corrupt.
 
     What was captured is whole. Bytes that can be read and still are no state come from a fault of memory or from a
