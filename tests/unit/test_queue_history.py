@@ -6,7 +6,18 @@ import pytest
 
 from meshd.model import Member, Role, TaskState
 from meshd.raft.state import history, queue
-from meshd.raft.state.commands import Accepted, Drop, Join, Reason, Rejected, RemoveMember, RetryJob, Seal, Stored, Submit
+from meshd.raft.state.commands import (
+    Accepted,
+    Drop,
+    Join,
+    Reason,
+    Rejected,
+    RemoveMember,
+    RetryJob,
+    Seal,
+    Stored,
+    Submit,
+)
 from meshd.raft.state.machine import Machine
 from meshd.views import GetSummary, ListJobs
 from tests.scene import BAD, GOOD, SECRET, WALL_MS, A, B, C, Scene, job_id, spec
