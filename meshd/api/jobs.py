@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -18,9 +18,20 @@ from meshd.api.streams import ByteStream, EventStream, format_event, format_outp
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.ids import new_job_id
 from meshd.model import Count, JobId, TaskState, TreeRef
-from meshd.raft.state.commands import Cancel, ReleaseJob, RetryJob, Submit, Submitted
+from meshd.raft.state.commands import RETRY_RANGES_MAX, Cancel, ReleaseJob, RetryJob, Submit, Submitted
 from meshd.spec import parse_job
-from meshd.views import EventView, Explain, Explanation, JobPage, JobView, ListJobs, ListTasks, TaskPage, TaskView
+from meshd.views import (
+    PAGE_MAX,
+    EventView,
+    Explain,
+    Explanation,
+    JobPage,
+    JobView,
+    ListJobs,
+    ListTasks,
+    TaskPage,
+    TaskView,
+)
 
 SPEC_BYTES_MAX = 1 << 20
 """A document; what it becomes has to fit a command (512 KiB). Long lists and files are blobs."""
@@ -137,21 +148,47 @@ async def cancel(call: Call) -> JobView:
     for start, stop in body.tasks or ():
         if not 0 <= start < stop:
             raise InvalidRequest(f"tasks [{start}, {stop}) is not a range")
-    await call.face.propose(Cancel(job, body.tasks), timeout_s=PROPOSE_S)
+    with suppress(NotFound):  # of the core: in the history it has ended, and there is nothing to cancel
+        await call.face.propose(Cancel(job, body.tasks), timeout_s=PROPOSE_S)
     return await call.job()
 
 
 async def release(call: Call) -> JobView:
     job = await call.job_id()
-    await call.face.propose(ReleaseJob(job), timeout_s=PROPOSE_S)
+    with suppress(NotFound):
+        await call.face.propose(ReleaseJob(job), timeout_s=PROPOSE_S)
     return await call.job()
 
 
 async def retry(call: Call) -> SubmitAnswer:
     body = await call.body(RetryBody)
     command = RetryJob(await call.job_id(), body.id or _fresh_id())
-    answer = await call.face.propose(command, timeout_s=PROPOSE_S)
+    try:
+        answer = await call.face.propose(command, timeout_s=PROPOSE_S)
+    except NotFound:
+        answer = await call.face.propose(await _with_history(call, command), timeout_s=PROPOSE_S)
     return SubmitAnswer(command.new, answer.is_new if isinstance(answer, Submitted) else True)
+
+
+async def _with_history(call: Call, command: RetryJob) -> RetryJob:
+    """The core has no such job: what the history knows of it. Raises NotFound, TooLarge."""
+    job = await call.job()
+    again: list[tuple[int, int]] = []
+    start: int | None = 0
+    while start is not None:
+        query = ListTasks(job.id, (TaskState.FAILED, TaskState.CANCELLED, TaskState.TIMED_OUT), start, None, PAGE_MAX)
+        page = await call.face.query(query, TaskPage, timeout_s=QUERY_S)
+        for task in page.tasks:
+            if again and again[-1][1] == task.task:
+                again[-1] = (again[-1][0], task.task + 1)
+            else:
+                again.append((task.task, task.task + 1))
+        if len(again) > RETRY_RANGES_MAX:
+            raise TooLarge(
+                f"over {RETRY_RANGES_MAX} separate tasks of job {job.id} failed", hint="submit it again as a new job"
+            )
+        start = page.next
+    return RetryJob(command.job, command.new, job.spec, job.owner, tuple(again))
 
 
 async def explain(call: Call) -> Explanation:

@@ -67,11 +67,13 @@ class Log(Protocol):
 class Archive:
     """Build it with the log, `serve` it when there are blobs; until then it has nothing and says so."""
 
-    def __init__(self, me: NodeId, machine: Machine, server_log: Log, index_file: Path) -> None:
+    def __init__(self, me: NodeId, machine: Machine, server_log: Log, index_file: Path, *, seals: bool = True) -> None:
+        """`seals`: when it leads it moves finished jobs into the history; all else it does in any case."""
         self._me = me
         self._machine = machine
         self._log = server_log
         self._index = Index(index_file)
+        self._seals = seals
         self._store: BlobStore | None = None
         self._fetch: Callable[[BlobRef], Awaitable[None]]
         self._indexed: dict[int, str] = {}
@@ -137,7 +139,7 @@ class Archive:
             await self._propose(work.tell)
         if (drop := self._work().drop) is not None:
             await self._propose(drop)
-        if self._work().may_seal:
+        if self._seals and self._work().may_seal:
             await self._seal()
 
     def _work(self, *, is_quick: bool = True) -> Work:

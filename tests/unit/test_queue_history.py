@@ -181,3 +181,17 @@ def test_rows_that_are_many_are_due(monkeypatch: pytest.MonkeyPatch):
         scene.finish(A, BAD)
     assert scene.job(jobs[0]).state is TaskState.FAILED
     assert [job.id for job in scene.machine.history.due()] == jobs[:1]
+
+
+def test_a_job_that_only_the_history_has_is_retried_by_what_is_told_of_it():
+    scene, jobs = scene_with(2)
+    drop_all(scene, jobs)
+    new = job_id(77, WALL_MS)
+    refused = scene.do(A, RetryJob(jobs[0], new))
+    assert isinstance(refused, Rejected) and refused.reason is Reason.NOT_FOUND
+    beyond = scene.do(A, RetryJob(jobs[0], new, spec(count=3), "me", ((2, 4),)))
+    assert isinstance(beyond, Rejected) and beyond.reason is Reason.INVALID_REQUEST
+    assert scene.do(A, RetryJob(jobs[0], new, spec(count=3), "me", ((1, 2),))).is_new
+    view = scene.job(new)
+    assert (view.counts.skipped, view.owner, view.retry_of) == (2, "me", jobs[0])
+    assert scene.state(new, 1) is TaskState.LEASED

@@ -27,6 +27,9 @@ WALL_MS_MIN = 1_577_836_800_000
 WALL_MS_MAX = (1 << 48) - 1
 """What fits the date of a UUIDv7."""
 
+RETRY_RANGES_MAX = 10_000
+"""200 KB; applying so many takes 8 ms."""
+
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -137,11 +140,16 @@ class Cancel(Command, frozen=True, array_like=True, tag=True):
 class RetryJob(Command, frozen=True, array_like=True, tag=True):
     """Failed, cancelled and timed-out tasks run again, as a new job `new` that copies the spec (finished never moves).
 
-    `new` is a UUIDv7 under the rules of submissions.
+    `new` is a UUIDv7 under the rules of submissions. What comes after it is told of a job that only the history has,
+    by the node that found it there; the core goes by what it has itself.
     """
 
     job: JobId
     new: JobId
+    spec: JobSpec | None = None
+    owner: ShortText = ""
+    again: Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=RETRY_RANGES_MAX)] = ()
+    """The tasks to run again, half-open."""
 
 
 class ReleaseJob(Command, frozen=True, array_like=True, tag=True):

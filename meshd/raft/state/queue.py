@@ -134,25 +134,15 @@ class Queue:
         number = number_of(command.new)
         if number in self.seen or command.new in self.jobs:
             return Submitted(command.new, is_new=False)
-        old = self.jobs.get(command.job)
-        if old is None:
-            raise NotFound(f"no job {command.job}", hint="it may be too old; see `mesh ps`")
-        if not old.is_final:
-            raise Conflict(f"job {old.id} still runs", hint=f"mesh job wait {old.id}, or cancel it first")
-        # In order: each is then added, and cut out, at the end of a set.
-        again = sorted(
-            span
-            for state in (TaskState.FAILED, TaskState.CANCELLED, TaskState.TIMED_OUT)
-            for span in old.ended.get(state, ())
-        )
+        spec, owner, again = self._to_retry(command)
         if not again:
             raise Conflict(
-                f"job {old.id} has no failed, cancelled or timed-out task", hint="nothing is to be run again"
+                f"job {command.job} has no failed, cancelled or timed-out task", hint="nothing is to be run again"
             )
-        self._admit(number, old.spec)
-        job = self._new_job(command.new, old.spec, old.owner)
-        job.retry_of = old.id
-        skipped = Ranges.of([(0, old.spec.array.count)])
+        self._admit(number, spec)
+        job = self._new_job(command.new, spec, owner)
+        job.retry_of = command.job
+        skipped = Ranges.of([(0, spec.array.count)])
         for start, stop in again:
             job.ready.add(start, stop)
             skipped.remove(start, stop)
@@ -161,6 +151,21 @@ class Queue:
             self.totals[TaskState.SKIPPED] += len(skipped)
         self._start(job, number)
         return Submitted(job.id, is_new=True)
+
+    def _to_retry(self, command: RetryJob) -> tuple[JobSpec, str, list[tuple[int, int]]]:
+        """What to run again, for whom, and which tasks: in order, since each is added, and cut out, at the end of a set."""
+        old = self.jobs.get(command.job)
+        if old is None and command.spec is not None:
+            count = command.spec.array.count
+            if any(not start < stop <= count for start, stop in command.again):
+                raise InvalidRequest(f"the tasks to run again are not among the {count} of job {command.job}")
+            return command.spec, command.owner, sorted(command.again)
+        if old is None:
+            raise NotFound(f"no job {command.job}", hint="it may be too old; see `mesh ps`")
+        if not old.is_final:
+            raise Conflict(f"job {old.id} still runs", hint=f"mesh job wait {old.id}, or cancel it first")
+        states = (TaskState.FAILED, TaskState.CANCELLED, TaskState.TIMED_OUT)
+        return old.spec, old.owner, sorted(span for state in states for span in old.ended.get(state, ()))
 
     def clock_moved(self) -> None:
         """Set forward, ids are too old at once; set back, those made before a recovery are still dated before now."""
