@@ -137,7 +137,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Also from another thread: `events` and `follow` that are being read there end."""
         self._requester.close()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._requester.is_closed
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
@@ -498,6 +503,8 @@ class Client:
                         return
                 raise Unavailable("the node ended the stream")
             except Unavailable:
+                if self.is_closed:
+                    return
                 failures += 1
                 if failures > RECONNECTS_MAX:
                     raise

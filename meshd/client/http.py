@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, TypeVar
+from weakref import WeakSet
 
 from meshd.client.address import Address
 from meshd.errors import Busy, MeshError, NotAllowed, Unavailable, UnknownOutcome, from_code
@@ -86,12 +87,19 @@ class Requester:
         self._token = token
         self._tls = tls
         self._kept: dict[Address, http.client.HTTPConnection] = {}
+        self._streams: WeakSet[socket.socket] = WeakSet()
+        self.is_closed = False
 
     @property
     def addresses(self) -> list[Address]:
         return list(self._addresses)
 
     def close(self) -> None:
+        """Also from another thread: a stream that is being read ends there at once, as one that broke off."""
+        self.is_closed = True
+        for stream in list(self._streams):
+            with suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
         for connection in self._kept.values():
             connection.close()
         self._kept.clear()
@@ -130,7 +138,12 @@ class Requester:
         """The answer, its body unread. `body` makes the request's anew for every node that is tried."""
 
         def ask(address: Address) -> Answer:
-            return self._send(address, method, path, body(), dict(headers or {}), timeout_s, True)[0]
+            answer, connection = self._send(address, method, path, body(), dict(headers or {}), timeout_s, True)
+            if connection.sock is not None:
+                self._streams.add(connection.sock)
+                if self.is_closed:
+                    answer.close()
+            return answer
 
         return self._somewhere(ask, is_resendable=True)
 
