@@ -1,0 +1,61 @@
+"""The process of a task whose calls came from a `MeshExecutor`: runs them one after the other, in one warm interpreter.
+
+Reads its part of the pack from stdin. Each result is written to stdout the moment it is there, so that a call which
+takes the process down with it (a segmentation fault, `os._exit`, the memory limit) costs none of those before it.
+What functions print goes to the task's stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from meshd.client import calls, pickles
+
+
+def main() -> int:
+    results = _keep_stdout()
+    task = int(os.environ["MESHD_TASK"])
+    try:
+        part = calls.read_part(sys.stdin.buffer, task)
+    except calls.Mismatch as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        function = pickles.load_function(part.function)
+    except BaseException as error:
+        failure = calls.record(calls.ERROR, pickles.dump_error(error))
+        _write(results, calls.record(calls.BEGIN, b"") + failure * len(part.calls) + calls.end_record(0.0))
+        return 0
+    _write(results, calls.record(calls.BEGIN, b""))
+    began_s = now_s = time.monotonic()
+    ends_s = began_s + part.budget_s if part.budget_s else float("inf")
+    for call in part.calls:
+        if now_s >= ends_s:
+            break
+        try:
+            args, kwargs = pickles.load_call(call)
+            answer = calls.record(calls.RESULT, pickles.dump_result(function(*args, **kwargs)))
+        except BaseException as error:  # whatever it raises is its answer, SystemExit too
+            answer = calls.record(calls.ERROR, pickles.dump_error(error))
+        _write(results, answer)
+        now_s = time.monotonic()
+    _write(results, calls.end_record(now_s - began_s))
+    return 0
+
+
+def _keep_stdout() -> int:
+    """The descriptor for results, which nothing that a function starts inherits; prints go where errors go."""
+    results = os.dup(1)
+    os.dup2(2, 1)
+    return results
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
