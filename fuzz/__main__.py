@@ -1,7 +1,7 @@
 """Attack the decoders: `python -m fuzz TARGET --seconds 600`, or `--all`. Needs atheris, which `make fuzz` installs.
 
---replay   the corpus only, without atheris        --seed     write the seeds into the corpus
---all      every target, --jobs at a time          --input F  one input, as a crash left it
+--replay   the corpus only, without atheris        --seconds N  for each target
+--all      every target, --jobs at a time          --input F    one input, as a crash left it
 """
 
 from __future__ import annotations

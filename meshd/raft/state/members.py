@@ -156,7 +156,10 @@ class Members:
             raise InvalidRequest("an invite grants at least one role")
         self._forget_old_invites()
         if len(self.invites) >= INVITES_MAX:
-            raise Busy(f"{INVITES_MAX} invites are open", hint="revoke some: mesh node invite --revoke")
+            raise Busy(
+                f"{INVITES_MAX} invites are open",
+                hint="`mesh node invites` lists them; DELETE /v1/invites/HASH revokes one",
+            )
         self.invites[command.secret_hash] = Invite(
             roles=tuple(sorted(set(command.roles))),
             uses=command.uses,
