@@ -188,6 +188,8 @@ def _rows_of(title: str, load: Load, told: dict[str, Any]) -> dict[str, float]:
     rows[f"{title}: p99 ms"] = sorted(took_ms)[int(len(took_ms) * 0.99)]
     if "loop_us" in told:
         rows[f"{title}: CPU us of its loop for a command"] = told["loop_us"]
+        if load.is_latency:
+            rows[f"{title}: turns of its loop for a command"] = told["turns"]
     return rows
 
 

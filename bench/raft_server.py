@@ -86,6 +86,9 @@ class TcpStream:
         with _lost(self.peer):
             await self._stream.send_all(data)
 
+    def write_now(self, data: bytes) -> bool:
+        return False
+
     async def close_write(self) -> None:
         await self._stream.send_eof()
 
@@ -180,11 +183,14 @@ async def load(log: ServerLog, me: NodeId, width: int, items: int, seconds: floa
 
 async def closed_loop(do: Callable[[], Awaitable[object]], width: int, seconds: float) -> dict[str, Any]:
     took_ms: list[float] = []
+    asked = 0
     counts_from = time.perf_counter() + WARM_S
     until = counts_from + seconds
 
     async def worker() -> None:
+        nonlocal asked
         while (began := time.perf_counter()) < until:
+            asked += 1
             await do()
             now = time.perf_counter()
             if counts_from <= now <= until:
@@ -197,8 +203,9 @@ async def closed_loop(do: Callable[[], Awaitable[object]], width: int, seconds: 
     loop_s = time.thread_time() - before_s
     return {
         "took_ms": took_ms,
+        "asked": asked,
         "commands_s": len(took_ms) / seconds,
-        "loop_us": loop_s / max(1, len(took_ms)) * seconds / (seconds + WARM_S) * 1e6,
+        "loop_us": loop_s / asked * 1e6,
     }
 
 
@@ -254,7 +261,9 @@ async def serve(config: dict[str, Any], turns: Turns) -> None:
             order = json.loads(line)
             match order["do"]:
                 case "load":
-                    say(await load(log, me, order["width"], order["items"], order["seconds"]))
+                    before = turns.count
+                    figures = await load(log, me, order["width"], order["items"], order["seconds"])
+                    say({**figures, "turns": (turns.count - before) / figures.pop("asked")})
                 case "barrier":
                     say(await closed_loop(lambda: log.barrier(timeout_s=10), 1, order["seconds"]))
                 case "idle":

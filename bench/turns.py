@@ -50,6 +50,8 @@ class Turns(trio.abc.Instrument):
 
     def __init__(self) -> None:
         self.is_pulsing = True
+        self.count = 0
+        """Of turns so far."""
         self._longest = Longest()
         self._stat: int | None = None
         self._began = self._began_cpu = self._began_queued = 0.0
@@ -78,6 +80,7 @@ class Turns(trio.abc.Instrument):
         self._poll_began, self._poll_queued = now, queued
 
     def after_io_wait(self, timeout: float) -> None:
+        self.count += 1
         self._began, self._began_cpu, self._began_queued = time.perf_counter(), time.thread_time(), self._queued()
         if self._poll_began:
             waited = self._began - self._poll_began - timeout

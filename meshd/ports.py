@@ -34,6 +34,10 @@ class Stream(Protocol):
         """Raises Unavailable when the peer is lost or does not read for 30 s. Cancelling never corrupts another stream."""
         ...
 
+    def write_now(self, data: bytes) -> bool:
+        """All of it, if nobody has to wait for that; else nothing, and False."""
+        ...
+
     async def close_write(self) -> None:
         """No more bytes from here; the peer reads the end."""
         ...

@@ -310,6 +310,9 @@ class _MemoryStream:
             self._outward.network.sever(self._outward.pair)
             raise Unavailable(f"{self._peer} did not read for {WRITE_DEADLINE_S:g} s")
 
+    def write_now(self, data: bytes) -> bool:
+        return False
+
     async def close_write(self) -> None:
         self._outward.end()
 

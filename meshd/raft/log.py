@@ -23,6 +23,7 @@ from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Transport, Unknown
 from meshd.raft.acquaintances import load_acquaintances, save_acquaintances
 from meshd.raft.clocks import CLOCKS
+from meshd.raft.disk_thread import DiskThread
 from meshd.raft.messages import VoterId, node_of
 from meshd.raft.proposals import is_readable
 from meshd.raft.server import Server
@@ -159,8 +160,7 @@ class ServerLog:
         self._wire: Wire
         self._turns: Turns
         self._nursery: trio.Nursery
-        # Of its own, so that no crowd of other threads can hold up a heartbeat.
-        self._disk_turn = trio.CapacityLimiter(1)
+        self._disk_thread: DiskThread
         self._disk_since_s: float | None = None
         """Since when a turn has waited for the disk."""
         self._disk_used = trio.Event()
@@ -335,6 +335,7 @@ class ServerLog:
         """Run until cancelled. Raises Corrupt or StartRefused at start, Corrupt when the disk fails later."""
         image = await trio.to_thread.run_sync(self._open)
         self._durable_term = self._journal.getCurrentTerm()
+        self._disk_thread = DiskThread()
         try:
             self._wire = Wire(
                 self._transport,
@@ -377,6 +378,7 @@ class ServerLog:
                 self._server.stop()
             self._server = None
             self._moved.set()
+            self._disk_thread.close()
             self._journal.close()
             if isinstance(self._disk, DirectoryDisk):
                 self._disk.close()
@@ -428,7 +430,9 @@ class ServerLog:
     async def _run(self, server: Server) -> MeshError:
         """Turn until something fails that nobody here can repair."""
         while True:
-            if not (server.has_work or self._wire.has_incidents or self._turns.has_finished):
+            if server.has_work or self._wire.has_incidents or self._turns.has_finished:
+                await trio.lowlevel.checkpoint()
+            else:
                 due_s = server.next_due_s()
                 with trio.move_on_after(inf if due_s is None else max(0.0, due_s - self._clocks.now_s())):
                     await self._woken.wait()
@@ -439,14 +443,13 @@ class ServerLog:
                 return error
             if self._failure is not None:
                 return self._failure
-            await trio.lowlevel.checkpoint()
 
     async def _turn(self, server: Server) -> None:
         for work in self._turns.turn():
             self._disk_since_s = self._clocks.now_s()
             self._disk_used.set()
             try:
-                await trio.to_thread.run_sync(work, limiter=self._disk_turn)
+                await self._disk_thread.do(work)
             finally:
                 self._disk_since_s = None
             if not self._journal.is_vote_staged:

@@ -88,9 +88,12 @@ class _Link:
     """The stream to one peer."""
 
     peer: VoterId
+    stream: Stream
     staged: list[bytes] = field(default_factory=list)
     leaving: deque[bytes] = field(default_factory=deque)
     bytes: int = 0
+    is_writing: bool = False
+    """Frames that left `leaving` are still on their way into the stream."""
     wake: trio.Event = field(default_factory=trio.Event)
 
 
@@ -136,8 +139,9 @@ class Wire:
 
     def reach(self, peers: Collection[NodeId]) -> None:
         """Keep a stream to these; to others only while they keep one to us, for our answers."""
-        self._reached = set(peers)
-        self._dial_wanted()
+        if self._reached != (reached := set(peers)):
+            self._reached = reached
+            self._dial_wanted()
 
     def take(self) -> Incident | None:
         """The oldest thing that happened."""
@@ -180,10 +184,16 @@ class Wire:
     def flush(self) -> None:
         """What was staged may leave."""
         for link in self._links.values():
-            if link.staged:
+            if not link.staged:
+                continue
+            # At once where the stream takes it: the task that writes is a pass of the loop away.
+            is_next = not (link.leaving or link.is_writing)
+            if is_next and link.stream.write_now(b"".join(link.staged)):
+                link.bytes = 0
+            else:
                 link.leaving.extend(link.staged)
-                link.staged.clear()
                 link.wake.set()
+            link.staged.clear()
 
     # --- outward ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +235,7 @@ class Wire:
             if patience.cancelled_caught:
                 raise PeerFault(f"{node} did not greet within {GREETING_S:g} s")
             self._end_link(self._links.get(node))
-            link = self._links[node] = _Link(peer)
+            link = self._links[node] = _Link(peer, stream)
             self._put(Up(peer))
             try:
                 async with trio.open_nursery() as nursery:
@@ -255,7 +265,9 @@ class Wire:
                 while link.leaving and size < WRITE_BYTES_MAX:
                     frames.append(link.leaving.popleft())
                     size += len(frames[-1])
+                link.is_writing = True
                 await stream.write(b"".join(frames))
+                link.is_writing = False
                 link.bytes -= size
         scope.cancel()
 

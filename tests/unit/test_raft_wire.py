@@ -94,6 +94,9 @@ class StuckStream:
             with trio.CancelScope(shield=True):
                 await self.freed.wait()
 
+    def write_now(self, data: bytes) -> bool:
+        return False
+
     async def close_write(self) -> None: ...
     async def aclose(self) -> None: ...
 
