@@ -85,6 +85,7 @@ class GivenTransport:
 
     def __init__(self, me: NodeId, streams: list[GivenStream] | None = None) -> None:
         self.me = me
+        self.addresses: tuple[str, ...] = ()
         self.handlers: dict[str, Callable[[GivenStream], Awaitable[None]]] = {}
         self._streams = streams or []
 

@@ -17,6 +17,7 @@ from fuzz import world
 from fuzz.inputs import join, split
 from fuzz.targets.http import Client, serve
 from meshd.api.app import ENDPOINTS
+from meshd.api.endpoint import Endpoint
 
 FRAMED = True
 
@@ -50,7 +51,7 @@ _SUBMIT = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" %
 
 
 @cache
-def _endpoints():
+def _endpoints() -> list[Endpoint]:
     # A stream of events has no end of its own.
     return [endpoint for endpoint in ENDPOINTS if endpoint.path not in ("/v1/events",)]
 
@@ -61,6 +62,8 @@ def seeds() -> Iterator[bytes]:
         return bytes([number]) + parameter.encode() + b"\0" + query.encode() + b"\0" + data
 
     endpoints = _endpoints()
+    spec: object
+    body: object
     trees = next(number for number, endpoint in enumerate(endpoints) if endpoint.path == "/v1/trees")
     for tar in _tars():
         yield join([frame(trees, body=tar)])

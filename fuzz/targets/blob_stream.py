@@ -36,7 +36,7 @@ def fuzz(data: bytes) -> None:
 
 async def _serve(pieces: list[bytes]) -> None:
     transport = GivenTransport(commands.A)
-    BlobServer(transport, Handlers(), _Blobs(), may_remove=lambda peer: False)
+    BlobServer(transport, Handlers(), _Blobs(), may_remove=lambda peer: False)  # type: ignore[arg-type]
     with suppress(MeshError), trio.move_on_after(200):
         await transport.handlers[PROTOCOL](GivenStream(pieces))
 
@@ -50,7 +50,7 @@ async def _fetch(pieces: list[bytes]) -> None:
         while (wanted := plan.take(world.PEER)) is not None:
             data = await _receive_range(wire, ref, wanted)
             assert len(data) == wanted.length
-            plan.arrived(world.PEER, wanted.index, b"d" * 32)
+            plan.arrived(world.PEER, wanted.index, "d" * 64)
     plan.lost(world.PEER)
 
 

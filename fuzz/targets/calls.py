@@ -58,7 +58,7 @@ async def _both_ways(pieces: list[bytes]) -> None:
         wall_ms=lambda: 1_800_000_000_000,
         meet_epoch=Epochs(_MESH, _MESH_KEY.public_bytes, verify, EpochFile(), on_news=lambda: None).meet,
     )
-    rpc = StreamRpc(transport, greeting=greetings.ours, admit=greetings.admit)  # type: ignore[arg-type]
+    rpc = StreamRpc(transport, greeting=greetings.ours, admit=greetings.admit)
 
     async def echo(peer: NodeId, body: bytes) -> bytes:
         return body

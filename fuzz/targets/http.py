@@ -61,7 +61,7 @@ async def serve(client: Client, *, user: str = "") -> None:
     scope = {
         "scheme": "http", "server": ("127.0.0.1", 7374), "client": ("127.0.0.1", 5), "extensions": {"meshd.user": user}, "state": {},
     }  # fmt: skip
-    await Connection(create_app(FakeFace()), client, scope).serve()
+    await Connection(create_app(FakeFace()), client, scope).serve()  # type: ignore[arg-type]
 
 
 def fuzz(data: bytes) -> None:

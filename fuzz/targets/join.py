@@ -74,7 +74,7 @@ class _Home:
 async def _knock(pieces: list[bytes]) -> None:
     transport = GivenTransport(_KEY.node_id, [GivenStream(pieces)])
     with suppress(MeshError):
-        joined = await join_mesh(_Home(), _KEY, _INVITE, _REQUEST, transport)
+        joined = await join_mesh(_Home(), _KEY, _INVITE, _REQUEST, transport)  # type: ignore[arg-type]
         with suppress(NotAllowed):
             assert joined.certificate.node == _KEY.node_id
 

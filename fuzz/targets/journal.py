@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from msgspec import structs
+
 from fuzz.inputs import join, split
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, StartRefused
@@ -104,9 +106,7 @@ def _put(disk: MemoryDisk, name: str, data: bytes) -> None:
 
 def seeds() -> Iterator[bytes]:
     def header(**fields: object) -> bytes:
-        return b"\x01" + codec.encode(
-            LocalHeader(**{"mesh": MESH, "incarnation": "01", "start": 1, "random": "aa", **fields})
-        )  # type: ignore[arg-type]
+        return b"\x01" + codec.encode(structs.replace(LocalHeader(MESH, "01", 1, "aa"), **fields))
 
     def frame(*records: object) -> bytes:
         return b"\x02" + codec.pack(records)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import trio
 from blake3 import blake3
@@ -91,24 +92,26 @@ class _Node:
         agent = Agent(Worker(epoch=1), Keeper(self.machine))
         self.shell = Shell(
             me=ME, agent=agent, rpc=self.rpc, world=self, runs=self, propose=self._propose_mine, save_epoch=_save_epoch
-        )  # type: ignore[arg-type]
-        store = _Blobs()
-        fetcher = Fetcher(transport, self.rpc, store, lambda blob: ())  # type: ignore[arg-type]
-        BlobServer(transport, self.rpc, store, may_remove=self.is_server)  # type: ignore[arg-type]
-        replicator = Replicator(self.rpc, store, fetcher, lambda: ())  # type: ignore[arg-type]
+        )
+        store: Any = _Blobs()
+        mesh_log: Any = self
+        home: Any = _Home()
+        fetcher = Fetcher(transport, self.rpc, store, lambda blob: ())
+        BlobServer(transport, self.rpc, store, may_remove=self.is_server)
+        replicator = Replicator(self.rpc, store, fetcher, lambda: ())
         LogDesk(_NoLogs(), self.rpc)  # type: ignore[arg-type]
         Drain(
-            me=ME, rpc=self.rpc, mesh_log=self, directory=directory, store=store, replicator=replicator,
+            me=ME, rpc=self.rpc, mesh_log=mesh_log, directory=directory, store=store, replicator=replicator,
             attempts_running=lambda: 0, is_voter=lambda: True, hand_over=lambda: None, leave_lead=lambda: None,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         authority = Authority(
-            home=_Home(), me=ME, mesh="mesh", keys=directory.keys, ca_pem=_CA_PEM, rpc=self.rpc,
+            home=home, me=ME, mesh="mesh", keys=directory.keys, ca_pem=_CA_PEM, rpc=self.rpc,
             servers=lambda: (), find_member=self._find_member,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         authority._keys[_KEY.public_bytes] = _KEY
         self.gossip = GossipService(
             ME, self.rpc, lambda data: b"s" * 64, lambda *_: True, Random(1), lambda: self.now_ms(), incarnation=5  # noqa: S311
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     async def start(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.shell.serve)

@@ -102,7 +102,7 @@ async def _connect(pieces: list[bytes], *, is_peer: bool) -> None:
     ups: list[str] = []
     events = SimpleNamespace(peer_up=ups.append, peer_down=ups.append)
     transport = Libp2pTransport(_KEY, [], gate=lambda peer, protocol: True, book=lambda peer: (), events=events)
-    transport.handle(ECHO, _echo)
+    transport.handle(ECHO, _echo)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         await nursery.start(transport.serve)
         muxer = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import trio
 
@@ -26,11 +27,12 @@ from meshd.errors import MeshError
 from meshd.keyring import KeyRing
 from meshd.model import BlobRef, JobId
 from meshd.net.identity_key import KeyPair, verify
+from meshd.ports import ProposeResult
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import EventsReply, ProposeReply
 from meshd.raft.state.commands import Accepted, Joined, Reason, Rejected, RevokeToken, SessionOpened
 from meshd.session_messages import DIGEST_BYTES, Granted, Refusal, Refused, Renew
-from meshd.views import EventView, GetMembers, GetSummary, JobView, MembersView, Summary
+from meshd.views import EventView, GetJob, GetMembers, GetSummary, JobView, MembersView, Summary
 
 FRAMED = True
 
@@ -84,8 +86,9 @@ async def _gets_the_key(rpc: Handlers) -> None:
 
 
 def _authority(rpc: Handlers) -> Authority:
+    home: Any = _Home()
     return Authority(
-        home=_Home(), me=commands.A, mesh="mesh", keys=KeyRing("mesh", _KEY.public_bytes, verify), ca_pem=_CA_PEM, rpc=rpc,
+        home=home, me=commands.A, mesh="mesh", keys=KeyRing("mesh", _KEY.public_bytes, verify), ca_pem=_CA_PEM, rpc=rpc,
         servers=lambda: [PEER], find_member=_nobody,
     )  # fmt: skip
 
@@ -95,7 +98,7 @@ async def _nobody(node: object) -> None:
 
 
 async def _fetches(rpc: Handlers) -> None:
-    store = _Blobs()
+    store: Any = _Blobs()
     del store.blobs[SMALL_REF.hash]
     fetcher = Fetcher(GivenTransport(commands.A), rpc, store, lambda blob: [PEER])
     with suppress(MeshError):
@@ -114,7 +117,7 @@ async def _renews(rpc: Handlers) -> None:
     node.leading_term = lambda: None  # type: ignore[method-assign]
     node.leader = lambda: PEER  # type: ignore[method-assign]
 
-    async def nowhere(command: bytes) -> object:
+    async def nowhere(command: bytes) -> ProposeResult:
         return await _log(rpc).propose_once(command, timeout_s=1)
 
     node.shell._propose = nowhere
@@ -186,7 +189,7 @@ class _MadeNode:
             node._commit(commands.A, split(next(iter(commands.seeds())))[0][1:])
             self.members: MembersView = node.machine.answer(GetMembers())
             self.summary: Summary = node.machine.answer(GetSummary())
-            self.job: JobView = node.machine.answer(commands.GetJob("last"))
+            self.job: JobView = node.machine.answer(GetJob("last"))
             self.status = node.status()
 
         world.run(look)

@@ -62,7 +62,7 @@ def _link(stream: bytes) -> Link:
 
 async def _hear_runner(stream: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    runner = _Runner(_Child(), _link(stream), ours)
+    runner = _Runner(_Child(), _link(stream), ours)  # type: ignore[arg-type]
     with suppress(RunnerLost):
         for number in range(1, 8):
             _fits_log(await runner._answer(number))
@@ -72,7 +72,7 @@ async def _hear_runner(stream: bytes) -> None:
 
 async def _hear_spawner(stream: bytes) -> None:
     async with trio.open_nursery() as nursery:
-        spawner = _Spawner(_Child(), _link(stream), "token", nursery)
+        spawner = _Spawner(_Child(), _link(stream), "token", nursery)  # type: ignore[arg-type]
         waiters = [_Waiter(number) for number in range(1, 4)]
         spawner.waiting = {waiter.id: waiter for waiter in waiters}
         await spawner._read()
@@ -109,6 +109,7 @@ def seeds() -> Iterator[bytes]:
     def spawner(answer: object) -> bytes:
         return b"\3" + (answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
+    nonsense: object
     answer = {"id": 1, "reason": "exit", "exit_code": 0, "message": "", "run_ms": 5}
     yield join([spawner(answer), spawner({**answer, "id": 2, "reason": "signal", "exit_code": None})])
     for nonsense in ({}, [], 5, {**answer, "id": [1]}, {**answer, "id": None}, {**answer, "reason": "x"}, {**answer, "message": 5}, {**answer, "exit_code": 10**30}, {**answer, "run_ms": -1}, {**answer, "run_ms": 1e999}, {**answer, "message": "\ud800"}, {**answer, "message": "m" * 9000}, b"\xff", b"{", b"[" * 3000, b'{"id":' + b"9" * 5000 + b"}"):  # fmt: skip

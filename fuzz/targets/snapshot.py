@@ -18,7 +18,8 @@ from fuzz.inputs import join, split
 from fuzz.targets import machine as commands
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, PeerFault
-from meshd.raft.state.commands import Batch, Stamped
+from meshd.model import Needs
+from meshd.raft.state.commands import Batch, Stamped, Submit
 from meshd.raft.state.machine import Machine
 from meshd.raft.storage.frames import LocalHeader
 from meshd.raft.storage.snapshot import Image, load, newest_readable, pack_image, save, unpack_image
@@ -104,7 +105,7 @@ def seeds() -> Iterator[bytes]:
     save(disk, pack_image(Image(MESH, 7, 1, ("a/01",), Machine().capture()())), LocalHeader(MESH, "01", 1, "aa"))  # type: ignore[arg-type]
     yield join([b"\x00" + disk.read(f"snapshot-{7:020d}")])
     # A job whose selector nobody can read, in a state that is right otherwise.
-    submit = commands.Submit(commands.job_id(1), commands._spec(needs=commands.Needs(labels="zone in (a)")))
+    submit = Submit(commands.job_id(1), commands._spec(needs=Needs(labels="zone in (a)")))
     selective = join([commands._frame(0, submit)])
     yield join([b"\x03" + _state_after(selective).replace(b"zone in (a)", b"zone ni (a)")])
     yield join([b"\x00", b"\x00" + _HEAD + b"\xff" * 60, b"\x03", b"\x03\x90", b"\x03\xdd\xff\xff\xff\xff"])

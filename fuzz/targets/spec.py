@@ -13,6 +13,7 @@ import msgspec
 from mesh_cli.document import parse_file
 from msgspec import Raw
 
+from fuzz.inputs import join, split
 from fuzz.targets import machine as commands
 from meshd import codec
 from meshd.errors import InvalidRequest, MeshError
@@ -43,7 +44,7 @@ def _submit(document: object) -> None:
     if len(command) <= codec.COMMAND_BYTES_MAX:
         assert is_readable(command)
         machine = Machine()
-        for index, frame in enumerate(commands.split(commands.join(commands._prologue()))):
+        for index, frame in enumerate(split(join(commands._prologue()))):
             machine.apply(
                 index,
                 codec.encode(Batch(1, commands.WALL_MS, (Stamped(commands.ORIGINS[frame[0] & 15], Raw(frame[1:])),))),

@@ -37,7 +37,7 @@ async def _both_ways(pieces: list[bytes]) -> None:
     outward = GivenStream(pieces)
     transport = GivenTransport(NodeId("me"), [outward])
     wire = Wire(
-        transport,  # type: ignore[arg-type]
+        transport,
         lambda: OURS,
         Random(1),  # noqa: S311
         lambda: None,
