@@ -324,12 +324,15 @@ class Server:
         tick_s = self._tick_due_s()
         if not (batch or goes_on_alone) and (tick_s is None or tick_s > self._now()):
             return
-        now_ms = int(self._now() * 1000)
+        now_s = self._now()
+        now_ms = int(now_s * 1000)
         elapsed_ms = max(0, now_ms - int(self.engine.received_s * 1000))
         entry = Batch(elapsed_ms, self._stamp_wall(now_ms, elapsed_ms), stamped(batch))
         self._batch_at = (self.engine.term, self.engine.last + 1)
-        self._batched_s, self._batched_bytes = self._now(), sum(len(proposal.command) for proposal in batch)
+        self._batched_s, self._batched_bytes = now_s, sum(len(proposal.command) for proposal in batch)
         self.engine.propose(codec.encode(entry), resolver(batch))
+        # What it took to write this one belongs to the next one's time.
+        self.engine.received_s = now_s
 
     def _tell_doubt(self) -> None:
         if self._was_in_doubt != (is_in_doubt := self.engine.is_in_doubt):

@@ -8,6 +8,7 @@ from meshd.model import NodeId
 from meshd.ports import Committed
 from meshd.raft.server import Server
 from meshd.raft.settings import RaftSettings
+from tests.sim import raft_world
 from tests.sim.raft_world import RaftWorld, Violation, power_cuts, rough_weather
 
 TRIMMING = RaftSettings(snapshot_entries=25, retain_entries=5)
@@ -139,3 +140,19 @@ def test_a_recovery_keeps_all_that_was_acknowledged_up_to_the_end_of_the_log_it_
         world.settle()
         acknowledged = [each for each in world.outcomes.values() if isinstance(each, Committed)]
         assert len(acknowledged) > 20 and max(world.history) > end
+
+
+def test_the_states_time_does_not_lose_what_writing_a_batch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy leader writes hundreds of batches a second: what each loses would make every timer of the mesh late."""
+    monkeypatch.setattr(raft_world, "CREEP_S", 0.0003)
+    world = formed(5)
+    leader = world.leader()
+    assert leader is not None and leader.server is not None
+    engine, passed = leader.server.engine, []
+    for number in range(201):
+        world.propose(leader.name, b"%d" % number)
+        world.run(0.05)
+        passed.append((engine.received_s * 1000, leader.machine.elapsed_ms))
+    assert engine.is_leader and engine.applied == engine.last
+    (began_ms, elapsed_ms), (ended_ms, elapsed_in_all_ms) = passed[0], passed[-1]
+    assert elapsed_in_all_ms - elapsed_ms == pytest.approx(ended_ms - began_ms, abs=2)
