@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -93,6 +94,7 @@ class Home:
             ) from error
         self._take_lock()
         self._reserve = path / "reserve"
+        self._turn = threading.Lock()
         self._keep_reserve()
 
     def later_key(self, public_key: bytes) -> Path:
@@ -174,7 +176,11 @@ class Home:
             raise Corrupt(f"{path} is damaged: {error}", hint="restore it from a backup, or join anew") from error
 
     def _write(self, name: str, value: Struct, *, is_synced: bool = True) -> None:
-        """Replaced in one step, and durable when this returns (unless it is only a hint). Raises Busy on a full disk."""
+        """Replaced in one step, and durable when this returns (unless it is only a hint). Raises Busy on a full disk, Corrupt."""
+        with self._turn:  # called in threads, and two may have news for one file
+            self._replace(name, value, is_synced=is_synced)
+
+    def _replace(self, name: str, value: Struct, *, is_synced: bool) -> None:
         target, temporary = self.path / name, self.path / f".{name}.new"
         data = msgspec.json.format(msgspec.json.encode(value), indent=1)
         try:
@@ -192,7 +198,7 @@ class Home:
                 sync_directory(self.path)
         except OSError as error:
             if not _is_full(error):
-                raise
+                raise Corrupt(f"cannot write {target}: {error}", hint="check the disk, then start again") from error
             raise Busy(f"there is no room for {target}: the disk is full", hint="free some space on it") from error
         self._keep_reserve()
 

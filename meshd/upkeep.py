@@ -14,7 +14,7 @@ import trio
 from meshd import codec
 from meshd.authority import Authority
 from meshd.directory import Directory
-from meshd.errors import Busy, MeshError
+from meshd.errors import Busy, Corrupt, MeshError
 from meshd.gossip.service import GossipService
 from meshd.home import Home
 from meshd.model import Certificate, Member, NodeId
@@ -112,8 +112,8 @@ class Upkeep:
             self._peers_changed = trio.Event()
             try:
                 await trio.to_thread.run_sync(self._home.write_peers, self._directory.peers())
-            except Busy as error:
-                # Hints of where to dial: those of before will do until there is room.
+            except (Busy, Corrupt) as error:
+                # Hints of where to dial: those of before will do until the disk takes new ones.
                 log.warning("peers.not_saved", error=str(error))
                 self._peers_changed.set()
             await trio.sleep(SAVE_EVERY_S)

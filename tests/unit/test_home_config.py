@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -139,3 +141,23 @@ def test_a_journal_that_a_crash_left_half_made_is_none(tmp_path):
     assert journal.header.founding and home.has_journal()
     journal.close()
     disk.close()
+
+
+def test_a_disk_that_fails_is_named_and_what_was_there_stays(tmp_path, monkeypatch):
+    home = Home(tmp_path / "d")
+    home.write_counters(Counters(3, 7))
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(Corrupt, match=r"counters\.json.*Input/output error"):
+        home.write_counters(Counters(4, 7))
+    assert home.counters() == Counters(3, 7)
+
+
+def test_two_threads_that_write_one_file_do_not_trip_over_each_other(tmp_path):
+    home = Home(tmp_path / "d")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: home.write_peers((KnownPeer(NodeId(f"n{n}"), "n", ()),)), range(400)))
+    assert len(home.peers()) == 1
