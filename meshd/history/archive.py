@@ -28,7 +28,7 @@ from meshd.model import BlobRef, NodeId
 from meshd.ports import BlobStore, ProposeResult
 from meshd.raft.messages import VoterId
 from meshd.raft.state.commands import AnyCommand, Seal
-from meshd.raft.state.history import Segment
+from meshd.raft.state.history import TAIL, Segment, Tail
 from meshd.raft.state.jobs import JobRecord, Row
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.queries import choose_tasks, job_view, no_such_job, several_jobs
@@ -67,13 +67,15 @@ class Log(Protocol):
 class Archive:
     """Build it with the log, `serve` it when there are blobs; until then it has nothing and says so."""
 
-    def __init__(self, me: NodeId, machine: Machine, server_log: Log, index_file: Path, *, seals: bool = True) -> None:
-        """`seals`: when it leads it moves finished jobs into the history; all else it does in any case."""
+    def __init__(
+        self, me: NodeId, machine: Machine, server_log: Log, index_file: Path, *, tail: Tail | None = TAIL
+    ) -> None:
+        """When it leads it moves finished jobs beyond the tail into the history; None: none, but it does all else."""
         self._me = me
         self._machine = machine
         self._log = server_log
         self._index = Index(index_file)
-        self._seals = seals
+        self._tail = tail
         self._store: BlobStore | None = None
         self._fetch: Callable[[BlobRef], Awaitable[None]]
         self._indexed: dict[int, str] = {}
@@ -139,8 +141,8 @@ class Archive:
             await self._propose(work.tell)
         if (drop := self._work().drop) is not None:
             await self._propose(drop)
-        if self._seals and self._work().may_seal:
-            await self._seal()
+        if self._tail is not None and self._work().may_seal:
+            await self._seal(self._tail)
 
     def _work(self, *, is_quick: bool = True) -> Work:
         """`is_quick`: what was on the disk at the last look, a second ago, still is."""
@@ -179,9 +181,9 @@ class Archive:
             event = "history.differs" if isinstance(error, PeerFault) else "history.not_written"
             log.warning(event, segment=segment.number, error=str(error))
 
-    async def _seal(self) -> None:
+    async def _seal(self, tail: Tail) -> None:
         history = self._machine.history
-        number, jobs = history.last + 1, history.due()
+        number, jobs = history.last + 1, history.due(tail)
         if not jobs:
             return
         records = [job.recorded() for job in jobs]

@@ -139,6 +139,24 @@ class Attacks:
         heap.note(f"{node.name}: its disk rots")
         node.comes_back(ROT_DOWN_MS)
 
+    def spoil_history(self, node: SimNode) -> None:
+        """Segments are gone after a restart, or bits of one turn over while it runs."""
+        heap, names = self.world.heap, node.segments.names()
+        if not names or node.is_gone:
+            return
+        node.has_lost_history = True
+        if heap.chance(0.5) and node.is_alive:
+            node.crash()
+            for name in node.segments.names():
+                node.segments.remove(name)
+            node.segments.sync_directory()
+            heap.note(f"{node.name}: loses its history")
+            node.comes_back(ROT_DOWN_MS)
+            return
+        name = heap.random.choice(names)
+        node.segments.flip(name, heap.random.randrange(max(1, 8 * len(node.segments.read(name)))))
+        heap.note(f"{node.name}: a bit of segment {name[:8]} turns over")
+
     @staticmethod
     def _is_whole(node: SimNode) -> bool:
         return node.server is not None and not node.server.engine.is_in_doubt

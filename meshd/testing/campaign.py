@@ -33,10 +33,10 @@ class Verdict:
         return f"seed {self.seed}: {self.breach or 'holds'} ({self.virtual_s:.0f} s, {self.digest})"
 
 
-def run_seed(seed: int, rule: str | None = None) -> Verdict:
+def run_seed(seed: int, rule: str | None = None, *, has_history: bool = False) -> Verdict:
     began = time.process_time()
     with without(rule):
-        sim = Sim(seed)
+        sim = Sim(seed, has_history=has_history)
         try:
             sim.run()
             breach = ""
@@ -48,9 +48,11 @@ def run_seed(seed: int, rule: str | None = None) -> Verdict:
     return Verdict(seed, breach, heap.digest(), heap.now_ms / 1000, time.process_time() - began)
 
 
-def run_seeds(seeds: Iterable[int], *, jobs: int, rule: str | None = None) -> Iterator[Verdict]:
+def run_seeds(
+    seeds: Iterable[int], *, jobs: int, rule: str | None = None, has_history: bool = False
+) -> Iterator[Verdict]:
     """In whatever order they end."""
-    run = partial(run_seed, rule=rule)
+    run = partial(run_seed, rule=rule, has_history=has_history)
     if jobs == 1:
         yield from map(run, seeds)
         return
@@ -62,6 +64,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def how_to_repeat(verdict: Verdict, rule: str | None) -> str:
-    option = f" --without '{rule}'" if rule else ""
+def how_to_repeat(verdict: Verdict, rule: str | None, *, has_history: bool = False) -> str:
+    option = (" --history" if has_history else "") + (f" --without '{rule}'" if rule else "")
     return f"python -m meshd.testing.sim --seed {verdict.seed}{option} --trace"

@@ -18,13 +18,14 @@ from meshd.gossip import membership
 from meshd.keeper import GRANT_MS
 from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, Resources, TaskState
 from meshd.placement import Demand, permanent_lacks
-from meshd.raft.messages import VoterId
+from meshd.raft.messages import VoterId, node_of
 from meshd.raft.stamp import AGREE_MS
 from meshd.raft.state.commands import (
     AnyAnswer,
     AnyCommand,
     Batch,
     Claim,
+    Drop,
     Ended,
     EndSession,
     JobChanged,
@@ -128,6 +129,7 @@ class Checks:
             self.breach("one entry at each index", f"entry {index} was nothing at another server")
         self.entries[index] = data
         self.last = index
+        dropped = self.oracle.history.dropped
         try:
             answers = self.oracle.apply(index, data)
         except Exception as error:
@@ -145,6 +147,8 @@ class Checks:
         commands = [(each.origin, codec.decode(each.body, AnyCommand)) for each in batch.commands]
         for (origin, command), answer in zip(commands, answers, strict=True):
             self.heap.note(f"log: {index} {origin} {_short(command)} -> {_short(codec.decode(answer, AnyAnswer))}")
+        if self.oracle.history.dropped != dropped:
+            self._dropped_lies_on_a_quorum(commands)
         self._ids_never_double(commands, answers)
         self._sessions_outlive_views(commands)
         before = self._views.copy()
@@ -206,6 +210,17 @@ class Checks:
             and {server.machine.digest() for server in replicas} == {self.oracle.digest()}
         )
 
+    def _dropped_lies_on_a_quorum(self, commands: list[tuple[NodeId, AnyCommand]]) -> None:
+        """Its bytes are safe from the power on more than half of those that vote; a disk that was spoiled has had them."""
+        for _, command in commands:
+            if not isinstance(command, Drop):
+                continue
+            segment = self.oracle.history.segments[command.segment]
+            voters = [self.world.nodes[node_of(VoterId(voter))] for voter in command.voters]
+            having = sum(node.has_lost_history or node.segments.is_durable(segment.hash) for node in voters)
+            if 2 * having <= len(voters):
+                self.breach("what is dropped lies on a quorum of disks", f"segment {command.segment} on {having}")
+
     def _time_is_monotonic(self) -> None:
         if self.oracle.wall_ms < self._wall_ms:
             self.breach("time is monotonic", f"{self.oracle.wall_ms} after {self._wall_ms}")
@@ -221,7 +236,13 @@ class Checks:
                     self.breach("a resend never doubles", f"job {answer.job[-6:]} was new twice")
                 self.submitted.add(answer.job)
 
+    def view_of(self, job: JobId, task: int) -> TaskView:
+        """As the log has last made it."""
+        return self._views[job, task]
+
     def tasks_of(self, job: JobId) -> tuple[TaskView, ...]:
+        if self.oracle.spec_of(job) is None:  # it has left the core: what has ended stays as it was
+            return tuple([view for (other, _), view in self._views.items() if other == job])
         page = self.oracle.answer(ListTasks(job, limit=1000))
         assert isinstance(page, TaskPage)
         return page.tasks

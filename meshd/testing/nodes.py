@@ -80,6 +80,10 @@ class SimNode:
         self.cores = max(1, slots - 1)
         """The last slot is claimed ahead: what is leased to it waits for a core."""
         self.disk = MemoryDisk()
+        self.segments = MemoryDisk()
+        """Those of the history."""
+        self.has_lost_history = False
+        """At some time; it got it again from others."""
         self.has_rotted = False
         """Bits on its disk have turned over at some time."""
         self.saved_epoch = 0
@@ -210,6 +214,8 @@ class SimNode:
             server.die()
         if loses_power:
             self.disk.lose_power(self.world.heap.random)
+            if self.world.tail is not None:
+                self.segments.lose_power(self.world.heap.random)
         else:
             self.disk.be_killed()
 
@@ -233,6 +239,7 @@ class SimNode:
         self.disk.cut_in(None)
         self.disk.take_sync_failure()
         self.disk.drain()
+        self.segments.drain()
         self.disk_hangs_until_ms = 0
         self.wall_offset_ms = 0
 
@@ -484,6 +491,9 @@ class SimNode:
             self._answer_propose(peer, body, reply)
         elif method == "log.read":
             self._answer_read(body, reply)
+        elif method == "history.get":
+            archive = None if self.server is None else self.server.archive
+            reply(None if archive is None else archive.give(body.decode()))
         else:
             reply(self.runner.answer(method, body))
 

@@ -93,6 +93,11 @@ class MemoryDisk:
         """… and gives it back."""
         self._bytes_of_others = 0
 
+    def is_durable(self, name: str) -> bool:
+        """Name and bytes would outlive a loss of power now."""
+        content = self._durable_files.get(name)
+        return content is not None and not content.unsynced
+
     # --- the port
 
     def names(self) -> list[str]:

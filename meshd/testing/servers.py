@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshd import codec
 from meshd.errors import Corrupt, MeshError
+from meshd.history.keeping import lags_behind
 from meshd.model import NodeId
 from meshd.ports import NotCommitted, ProposeResult, Unknown
 from meshd.raft.log import RETRY_S
@@ -26,6 +27,7 @@ from meshd.raft.state.queue import FENCES_LOST_MAX
 from meshd.raft.storage.opening import open_log
 from meshd.raft.surroundings import Clocks
 from meshd.raft.turn import Turns, Work
+from meshd.testing.archives import Archive, NotHere
 from meshd.testing.checks import Checks
 from meshd.testing.raft_disk import PowerCut
 from meshd.testing.streams import Streams
@@ -117,10 +119,12 @@ class SimServer:
             report=self._report,
             after_doubt=lambda: codec.encode(RaiseFences(self.machine.fence + FENCES_LOST_MAX)),
             adds_work=adds_work,
+            lacks_history=lambda voter: lags_behind(self.machine.history, voter, self.voter),
         )
         self.turns: Turns = Turns(self.server, self.journal, node.disk, MESH, self.machine, self.streams.flush)
         self.engine = self.server.engine
         self.voter: VoterId = self.engine.me
+        self.archive = None if world.tail is None else Archive(self, world.tail)
         self._is_busy = self._is_woken = False
         self._works: list[Work] = []
         """What the disk is at."""
@@ -334,12 +338,18 @@ class SimServer:
         for reader in ready:
             self._readers.remove(reader)
             if not reader.is_over:
-                reader.is_over = True
                 try:
-                    view = self.machine.answer(reader.query)
+                    view = self._answer(reader.query)
+                except NotHere:
+                    self._readers.append(reader)
+                    continue
                 except MeshError as error:
                     view = error
+                reader.is_over = True
                 reader.told(view, self.engine.applied)
+
+    def _answer(self, query: AnyQuery) -> Any:
+        return self.machine.answer(query) if self.archive is None else self.archive.answer(query)
 
     def _report(self, event: str, fields: dict[str, object]) -> None:
         checks = self.node.world.checks

@@ -14,8 +14,11 @@ from collections.abc import Callable
 
 from msgspec.structs import replace as changed
 
+from meshd.errors import MeshError
 from meshd.model import JobId, TaskState
 from meshd.raft.state.commands import AnyAnswer, Rejected, RemoveMember, SetDraining
+from meshd.raft.state.history import Tail
+from meshd.testing.archives import NotHere
 from meshd.testing.attacks import Attacks
 from meshd.testing.checks import Breach
 from meshd.testing.epilogue import Epilogue
@@ -24,8 +27,12 @@ from meshd.testing.load import Client, placed, unplaceable
 from meshd.testing.nodes import SimNode
 from meshd.testing.profiles import profile_of
 from meshd.testing.world import World
+from meshd.views import ListTasks
 from meshd.worker import HandOver
 
+TAIL = Tail(jobs=1, age_ms=20_000, batch=1, segment_jobs=3)
+"""So that nearly everything goes through the history, in many small segments."""
+HISTORY_ROTS = 3
 OPERATIONS_MAX = 8
 """The power goes in the middle of one of the next disk operations …"""
 CUT_WITHIN_MS = 1_000
@@ -33,14 +40,16 @@ CUT_WITHIN_MS = 1_000
 BLACKOUT_MS = (50.0, 3_000.0)
 CLOCKS_WRONG_MS = (3_000, 20_000, 3_600_000, 400 * 86_400_000)
 
+HISTORY_MS = 60_000
+"""… and every voter has the whole history within this."""
 SETTLE_MS = 900_000
 """After the last fault everything acknowledged must be finished within this."""
 
 
 class Sim:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, has_history: bool = False) -> None:
         self.faults, self.load = profile_of(seed)
-        self.world = World(seed, self.faults)
+        self.world = World(seed, self.faults, TAIL if has_history else None)
         self.client = Client(self.world, rough=self.faults is not CALM)
         self.attacks = Attacks(self.world, self.client)
         self.lost: SimNode | None = None
@@ -60,6 +69,8 @@ class Sim:
             world.heap.after(random.uniform(0, max(self.faults.lasts_ms - 5_000, 10_000)), self._someone_submits)
         world.heap.after(random.uniform(0, 10_000), self._someone_submits_in_vain)
         self._plan_faults()
+        if world.tail is not None:
+            self._plan_faults_of_history()
         world.heap.run(world.began_ms + self.faults.lasts_ms + SETTLE_MS, is_over=self._is_over)
         self._check_end()
         Epilogue(world, self.lost, self._hopeless).run()
@@ -131,6 +142,21 @@ class Sim:
         if heap.chance(faults.dies_for_good):
             dies = self._dies = heap.random.choice(nodes)
             heap.after(moment(), lambda: self._die(dies))
+
+    def _plan_faults_of_history(self) -> None:
+        """Directories that are lost and files that rot, at one server and never elsewhere; disks that fill up, anywhere."""
+        if self.faults is CALM:
+            return
+        heap = self.world.heap
+        servers = [node for node in self.world.nodes.values() if node.is_server]
+        unlucky = heap.random.choice(servers) if len(servers) > 2 else None
+        for _ in range(HISTORY_ROTS):
+            at_ms = heap.between(1_500, max(self.faults.lasts_ms, 2_000))
+            if unlucky is not None:
+                heap.after(at_ms, lambda: self.attacks.spoil_history(unlucky))
+            full = heap.random.choice(servers)
+            heap.after(heap.between(1_500, 20_000), full.segments.fill)
+            heap.after(heap.between(20_000, 40_000), full.segments.drain)
 
     def _hand_over(self) -> None:
         """A requested transfer: whoever leads now gives up."""
@@ -284,8 +310,34 @@ class Sim:
                 holders = task.outcome.holders if task.state is TaskState.DONE and task.outcome is not None else ()
                 if holders and all(world.nodes[holder] is self.lost for holder in holders):
                     checks.breach("results outlive a machine", f"{job[-6:]}/{task.task}")
+        if world.tail is not None:
+            self._check_history()
         if self.faults is CALM:
             checks.nothing_was_lost_without_a_fault()
+
+    def _check_history(self) -> None:
+        """Whatever has left the core can be read, as it was, at every voter that there is."""
+        world = self.world
+        for node in world.nodes.values():
+            node.segments.drain()
+        world.heap.run(world.heap.now_ms + HISTORY_MS, is_over=lambda: self._unread() is None, looks_often=False)
+        if unread := self._unread():
+            world.checks.breach("finished work can be read everywhere", unread)
+
+    def _unread(self) -> str | None:
+        checks = self.world.checks
+        for node in self.world.nodes.values():
+            server = node.server
+            if server is None or server.archive is None or not node.has_replica or not node.is_awake:
+                continue
+            for job in self.client.acknowledged:
+                try:
+                    page = server.archive.answer(ListTasks(job, limit=1000))
+                except (NotHere, MeshError) as error:
+                    return f"job {job[-6:]} at {node.name}: {error!r}"
+                if any(task != checks.view_of(job, task.task) for task in page.tasks):
+                    return f"job {job[-6:]} at {node.name} is not what it was"
+        return None
 
 
 def main() -> int:
@@ -297,17 +349,23 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=cores(), help="processes; as many as there are cores by default")
     parser.add_argument("--without", help="take this rule out: see meshd.testing.ablations")
+    parser.add_argument("--history", action="store_true", help="finished jobs leave the core for segments on disk")
     parser.add_argument("--trace", action="store_true", help="print what happened in --seed")
     arguments = parser.parse_args()
     if arguments.seed is not None:
-        return _run_one(arguments.seed, arguments.without, has_trace=arguments.trace)
+        return _run_one(arguments.seed, arguments.without, has_trace=arguments.trace, has_history=arguments.history)
     began, cpu_s, failed = time.monotonic(), 0.0, []
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    for verdict in run_seeds(seeds, jobs=arguments.jobs, rule=arguments.without):
+    for verdict in run_seeds(seeds, jobs=arguments.jobs, rule=arguments.without, has_history=arguments.history):
         cpu_s += verdict.cpu_s
         if verdict.breach:
             failed.append(verdict)
-            print(verdict, f"    {how_to_repeat(verdict, arguments.without)}", sep="\n", flush=True)
+            print(
+                verdict,
+                f"    {how_to_repeat(verdict, arguments.without, has_history=arguments.history)}",
+                sep="\n",
+                flush=True,
+            )
     took_s = time.monotonic() - began
     print(
         f"{len(seeds)} seeds from {arguments.first}: {len(failed)} failed; "
@@ -316,11 +374,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run_one(seed: int, rule: str | None, *, has_trace: bool) -> int:
+def _run_one(seed: int, rule: str | None, *, has_trace: bool, has_history: bool) -> int:
     from meshd.testing.ablations import without
 
     with without(rule):
-        sim = Sim(seed)
+        sim = Sim(seed, has_history=has_history)
         try:
             sim.run()
             verdict = "holds"

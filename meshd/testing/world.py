@@ -15,6 +15,7 @@ from meshd.model import Member, NodeId, Role
 from meshd.raft.messages import node_of
 from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import AnyCommand, CreateInvite, Found, Join
+from meshd.raft.state.history import Tail
 from meshd.raft.storage.segments import JournalSizes
 from meshd.raft.voters import voters_wanted
 from meshd.testing.checks import Checks
@@ -41,8 +42,9 @@ SETTINGS = RaftSettings(
 
 
 class World:
-    def __init__(self, seed: int, faults: Faults) -> None:
-        self.seed, self.faults = seed, faults
+    def __init__(self, seed: int, faults: Faults, tail: Tail | None = None) -> None:
+        """`tail`: what stays in the core of finished jobs; None: all of them, and there is no history."""
+        self.seed, self.faults, self.tail = seed, faults, tail
         self.heap = Heap(seed)
         self.began_ms = 0
         self.nodes: dict[NodeId, SimNode] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 
+from meshd import codec
 from meshd.blobs.store import Store
-from meshd.errors import Conflict, MeshError, NotFound, Unavailable
+from meshd.errors import Conflict, Corrupt, MeshError, NotFound, Unavailable
 from meshd.history.archive import Archive
 from meshd.history.index import Index
 from meshd.history.segment import entries, pack
 from meshd.model import BlobRef, EndReason, Inline, NodeId, Outcome, TaskState
 from meshd.ports import Committed, ProposeResult
 from meshd.raft.state import history
-from meshd.raft.state.commands import Command
+from meshd.raft.state.commands import AnyCommand, Cancel, Command
+from meshd.raft.state.history import Tail
 from meshd.raft.state.jobs import JobRecord
 from meshd.views import Explain, GetJob, GetSummary, ListJobs, ListTasks
 from tests.scene import A, Scene, spec
@@ -41,9 +45,6 @@ class SoleLog:
 
     async def propose(self, origin: NodeId, command: bytes, *, timeout_s: float) -> ProposeResult:
         await trio.lowlevel.checkpoint()
-        from meshd import codec
-        from meshd.raft.state.commands import AnyCommand
-
         decoded: Command = codec.decode(command, AnyCommand)
         return Committed(codec.encode(self.scene.do(origin, decoded)), self.scene.index)
 
@@ -58,7 +59,7 @@ async def serving(
     scene: Scene, directory: Path, fetch: Callable[[BlobRef], Any] = nobody_has
 ) -> AsyncIterator[tuple[Archive, Store]]:
     store = await Store.open(directory / "blobs", free_bytes_min=0)
-    archive = Archive(A, scene.machine, SoleLog(scene), directory / "index.sqlite")
+    archive = Archive(A, scene.machine, SoleLog(scene), directory / "index.sqlite", tail=EAGER)
     async with trio.open_nursery() as nursery:
         await nursery.start(archive.serve, store, fetch)
         yield archive, store
@@ -72,11 +73,7 @@ async def until(condition: Callable[[], bool], archive: Archive) -> None:
             await trio.sleep(0.01)
 
 
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of up to seven jobs, and a tail of five."""
-    for name, value in (("TAIL_JOBS", 5), ("BATCH_MIN", 1), ("SEGMENT_JOBS_MAX", 7)):
-        monkeypatch.setattr(history, name, value)
+EAGER = Tail(jobs=5, batch=1, segment_jobs=7)
 
 
 def some_work(scene: Scene, seed: int, jobs: int) -> list[str]:
@@ -94,8 +91,6 @@ def some_work(scene: Scene, seed: int, jobs: int) -> list[str]:
                 says = Inline(f"task {number}".encode()) if rng.random() < 0.5 else None
                 scene.finish(A, Outcome(EndReason.EXIT, exit_code=rng.choice((0, 0, 1)), stdout=says))
         if rng.random() < 0.3:
-            from meshd.raft.state.commands import Cancel
-
             scene.do(A, Cancel(rng.choice(ids)))
     while scene.leases(A) and rng.random() < 0.999:
         scene.finish(A)
@@ -133,8 +128,6 @@ async def said(answer: Callable[[Any], Any], query: Any) -> Any:
 
 
 def without_position(view: Any) -> Any:
-    from meshd import codec
-
     plain = codec.unpack(codec.encode(view)) if not isinstance(view, tuple) else view
 
     def strip(value: Any) -> Any:
@@ -146,7 +139,7 @@ def without_position(view: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_one_answer_over_core_and_history(tmp_path: Path, eager: None, seed: int):
+async def test_one_answer_over_core_and_history(tmp_path: Path, seed: int):
     kept, moved = Scene(A, slots=2), Scene(A, slots=2)
     ids = some_work(kept, seed, 60)
     assert some_work(moved, seed, 60) == ids
@@ -177,7 +170,7 @@ async def test_one_answer_over_core_and_history(tmp_path: Path, eager: None, see
         assert shown.state is kept.task(gone).state and gone not in (None, "")
 
 
-async def test_a_lost_index_is_made_from_the_segments_and_a_damaged_one_too(tmp_path: Path, eager: None):
+async def test_a_lost_index_is_made_from_the_segments_and_a_damaged_one_too(tmp_path: Path):
     scene = Scene(A, slots=2)
     some_work(scene, 1, 40)
     async with serving(scene, tmp_path) as (archive, _):
@@ -193,7 +186,7 @@ async def test_a_lost_index_is_made_from_the_segments_and_a_damaged_one_too(tmp_
             assert [view.id for view in after.jobs] == [view.id for view in before.jobs]
 
 
-async def test_an_index_that_goes_bad_while_it_is_used_is_made_anew(tmp_path: Path, eager: None):
+async def test_an_index_that_goes_bad_while_it_is_used_is_made_anew(tmp_path: Path):
     scene = Scene(A, slots=2)
     some_work(scene, 1, 40)
     async with serving(scene, tmp_path) as (archive, _):
@@ -214,9 +207,7 @@ async def test_an_index_that_goes_bad_while_it_is_used_is_made_anew(tmp_path: Pa
         assert [view.id for view in after.jobs] == [view.id for view in before.jobs]
 
 
-async def test_segments_that_are_gone_or_damaged_are_fetched_and_told_as_missing_until_then(
-    tmp_path: Path, eager: None
-):
+async def test_segments_that_are_gone_or_damaged_are_fetched_and_told_as_missing_until_then(tmp_path: Path):
     scene = Scene(A, slots=2)
     ids = some_work(scene, 2, 40)
     copies: dict[str, bytes] = {}
@@ -260,7 +251,7 @@ async def store_remove_guarded(store: Store, archive: Archive, blob: str) -> Non
     await store.remove(blob)
 
 
-async def test_a_bit_that_turned_over_is_found_by_who_reads_the_task(tmp_path: Path, eager: None):
+async def test_a_bit_that_turned_over_is_found_by_who_reads_the_task(tmp_path: Path):
     scene = Scene(A, slots=2)
     job = scene.submit(spec(count=600))
     while scene.leases(A):
@@ -286,7 +277,7 @@ async def test_a_bit_that_turned_over_is_found_by_who_reads_the_task(tmp_path: P
         assert [view.outcome.stdout for view in page.tasks] == [Inline(b"said")] * 2
 
 
-async def test_what_is_too_old_leaves_disk_and_index(tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch):
+async def test_what_is_too_old_leaves_disk_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     scene = Scene(A, slots=2)
     ids = some_work(scene, 5, 40)
     async with serving(scene, tmp_path) as (archive, store):
@@ -302,7 +293,7 @@ async def test_what_is_too_old_leaves_disk_and_index(tmp_path: Path, eager: None
             await archive.answer(GetJob(first.last), timeout_s=5)
 
 
-async def test_nobody_seals_who_does_not_lead(tmp_path: Path, eager: None):
+async def test_nobody_seals_who_does_not_lead(tmp_path: Path):
     scene = Scene(A, slots=2)
     some_work(scene, 1, 30)
     async with serving(scene, tmp_path) as (archive, _):
@@ -317,8 +308,6 @@ def test_a_segment_has_the_same_bytes_whatever_the_order_of_the_rows():
     while scene.leases(A):
         scene.finish(A, Outcome(EndReason.EXIT, exit_code=1, message="no"))
     record: JobRecord = scene.machine.find(job).recorded()
-    from msgspec.structs import replace
-
     turned = replace(record, results=dict(reversed(record.results.items())), ended=record.ended[::-1])
     assert b"".join(pack(1, [record])) == b"".join(pack(1, [turned]))
     [(_, entry)] = entries(1, b"".join(pack(1, [record])))
@@ -326,10 +315,6 @@ def test_a_segment_has_the_same_bytes_whatever_the_order_of_the_rows():
 
 
 def test_an_index_of_another_version_is_not_read(tmp_path: Path):
-    import sqlite3
-
-    from meshd.errors import Corrupt
-
     with sqlite3.connect(tmp_path / "i") as connection:
         connection.execute("PRAGMA user_version=99")
     with pytest.raises(Corrupt):

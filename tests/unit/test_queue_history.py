@@ -156,31 +156,29 @@ def test_nothing_is_forgotten_once_there_is_a_history_and_submissions_wait(monke
     assert scene.do(A, Submit(job_id(99, WALL_MS), spec())).is_new
 
 
-def test_what_is_due(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(history, "TAIL_JOBS", 3)
-    monkeypatch.setattr(history, "BATCH_MIN", 2)
+def test_what_is_due():
+    tail = history.Tail(jobs=3, batch=2)
     scene, jobs = scene_with(4)
-    assert scene.machine.history.due() == []
+    assert scene.machine.history.due(tail) == []
     scene.submit()
     scene.finish(A, GOOD)
-    assert [job.id for job in scene.machine.history.due()] == jobs[:2], "all but the tail"
-    monkeypatch.setattr(history, "SEGMENT_JOBS_MAX", 1)
-    assert [job.id for job in scene.machine.history.due()] == jobs[:1]
-    monkeypatch.setattr(history, "TAIL_JOBS", 100)
-    assert scene.machine.history.due() == []
-    scene.tick(history.TAIL_AGE_MS + 60_000)
-    assert [job.id for job in scene.machine.history.due()] == jobs[:1], "old ones go, too"
+    assert [job.id for job in scene.machine.history.due(tail)] == jobs[:2], "all but the tail"
+    assert [job.id for job in scene.machine.history.due(history.Tail(jobs=3, batch=2, segment_jobs=1))] == jobs[:1]
+    tail = history.Tail(jobs=100, segment_jobs=1)
+    assert scene.machine.history.due(tail) == []
+    scene.tick(tail.age_ms + 60_000)
+    assert [job.id for job in scene.machine.history.due(tail)] == jobs[:1], "old ones go, too"
 
 
 def test_rows_that_are_many_are_due(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(history, "TAIL_ROWS", 2)
     monkeypatch.setattr(history, "SEGMENT_ROWS_MAX", 2)
     scene = Scene(A, slots=3)
     jobs = [scene.submit(spec(count=3)) for _ in range(2)]
-    while scene.machine.answer(GetSummary()).counts.done + scene.machine.answer(GetSummary()).counts.failed < 6:
+    while scene.leases(A):
         scene.finish(A, BAD)
     assert scene.job(jobs[0]).state is TaskState.FAILED
-    assert [job.id for job in scene.machine.history.due()] == jobs[:1]
+    assert scene.machine.history.due(history.Tail(rows=6)) == []
+    assert [job.id for job in scene.machine.history.due(history.Tail(rows=5))] == jobs[:1]
 
 
 def test_a_job_that_only_the_history_has_is_retried_by_what_is_told_of_it():

@@ -27,16 +27,26 @@ SEGMENT_ROWS_MAX = 20_000
 SEALED_MAX = 4
 """Segments that may wait for their Drop: the next one is made while the last is written."""
 
-TAIL_JOBS = 1_000
-"""The newest finished jobs stay in the core …"""
-TAIL_AGE_MS = 3_600_000
-"""… for an hour at most …"""
-TAIL_ROWS = 50_000
-TAIL_BYTES = OUTCOME_BYTES_MAX // 16
-"""… and not with more rows and outcomes than this."""
-BATCH_MIN = 500
-"""Fewer beyond the tail wait for others: each segment is a file on every voter."""
 ROWS_MIN = 1_000
+"""Outcomes that fill the memory without so many rows behind them are of unfinished jobs."""
+
+
+class Tail(Struct, frozen=True):
+    """What stays in the core of the finished jobs. Not agreed: a leader goes by it when it seals."""
+
+    jobs: int = 1_000
+    """The newest …"""
+    age_ms: int = 3_600_000
+    """… for an hour at most …"""
+    rows: int = 50_000
+    bytes: int = OUTCOME_BYTES_MAX // 16
+    """… and not with more rows and outcomes than this."""
+    batch: int = 500
+    """Fewer beyond the tail wait for others: each segment is a file on every voter."""
+    segment_jobs: int = SEGMENT_JOBS_MAX
+
+
+TAIL = Tail()
 
 HISTORY_JOBS_MAX = 2_000_000
 """About 1 KB each on the disk of every voter, and as much again in its index."""
@@ -176,20 +186,20 @@ class History:
         before = sum(self.segments[other].jobs for other in range(self.dropped + 1, number))
         return [job.recorded() for job in self._jobs(before, self.segments[number].jobs)]
 
-    def due(self) -> list[Job]:
+    def due(self, tail: Tail = TAIL) -> list[Job]:
         """The jobs that a leader should seal now, the oldest first; often none."""
         queue = self._queue
         unsealed = len(queue.finished) - self.sealed_jobs
         if unsealed <= 0 or self.last - self.dropped >= SEALED_MAX:
             return []
-        beyond = unsealed - TAIL_JOBS
-        if beyond >= BATCH_MIN:
-            return self._first(min(beyond, SEGMENT_JOBS_MAX))
+        beyond = unsealed - tail.jobs
+        if beyond >= tail.batch:
+            return self._first(min(beyond, tail.segment_jobs))
         jobs = self._jobs(self.sealed_jobs, unsealed)
-        is_old = self._moment.wall_ms - (jobs[0].ended_wall_ms or 0) > TAIL_AGE_MS
+        is_old = self._moment.wall_ms - (jobs[0].ended_wall_ms or 0) > tail.age_ms
         rows = sum([len(job.results) for job in jobs])
-        is_large = rows > TAIL_ROWS or (queue.outcome_bytes > TAIL_BYTES and rows >= ROWS_MIN)
-        return self._first(min(unsealed, SEGMENT_JOBS_MAX)) if is_old or is_large else []
+        is_large = rows > tail.rows or (queue.outcome_bytes > tail.bytes and rows >= ROWS_MIN)
+        return self._first(min(unsealed, tail.segment_jobs)) if is_old or is_large else []
 
     def _first(self, count: int) -> list[Job]:
         """Of the unsealed jobs, but not too many rows."""
