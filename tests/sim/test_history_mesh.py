@@ -35,7 +35,7 @@ def _is_always_safe(self: history.History, segment: int, voters: tuple[str, ...]
 def _tells_before_it_syncs(original: Callable[..., Any]) -> Callable[..., Any]:
     def go_on(self: Archive, segment: Any, steps: list[Callable[[], None]]) -> None:
         if len(steps) == 3:
-            write, _, done = steps
+            write = steps[0]
 
             def write_and_tell() -> None:
                 write()
