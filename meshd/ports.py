@@ -3,7 +3,7 @@
 Transport   authenticated byte streams to peers           net/libp2p, net/memory.py
 Rpc         calls over one long-lived stream per peer      net/rpc.py, on any Transport
 BlobStore   bytes by their hash, on this disk              blobs/store.py
-Backend     runs one attempt                               backends/*.py
+Backend     runs attempts                                  backends/*.py
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import trio
 
-from meshd.model import AttemptKey, BackendProbe, BlobRef, NodeId, Outcome, Resources
+from meshd.model import AttemptKey, BackendProbe, BlobRef, JobId, NodeId, Outcome, Resources
 
 # --- peers -----------------------------------------------------------------------------------------------------------
 
@@ -234,6 +234,8 @@ class Leash:
         self._changed = trio.Event()
 
     def move(self, deadline_s: float | None) -> None:
+        if deadline_s == self.deadline_s:
+            return
         self.deadline_s = deadline_s
         for told in tuple(self.watchers):
             told(deadline_s)
@@ -283,6 +285,68 @@ class Backend(Protocol):
 
         Cancelling stops the attempt: TERM, then KILL after a grace; when it returns or raises, nothing of it runs.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all attempts of one job have in common when they read no files and leave none: made once, run many times.
+
+    Such an attempt finds an empty working directory, which the helper that runs it provides, and adds the variables
+    MESHD_TASK, MESHD_ATTEMPT, MESHD_FENCE and MESHD_ITEM to the plan's.
+    """
+
+    job: JobId
+    args: tuple[str, ...]
+    """`{item}` stands for the task's item."""
+    env: tuple[tuple[str, str], ...]
+    spill: Path
+    """Private, and on the disk that output may fill: what is too large to travel in an outcome is left there."""
+    module: Path | None = None
+    module_hash: str = ""
+    limits: Limits = Limits()
+    needs: Resources = Resources()
+    leash: Leash = field(default_factory=Leash)
+    """One for all: attempts of one job are promised the same."""
+
+
+class Planned(NamedTuple):
+    key: AttemptKey
+    item: str
+
+
+class Finished(NamedTuple):
+    """How a planned attempt ended. Its small output is in the outcome; large output is a file, now the receiver's."""
+
+    key: AttemptKey
+    outcome: Outcome
+    stdout: Path | None = None
+    stderr: Path | None = None
+
+
+@runtime_checkable
+class BatchBackend(Backend, Protocol):
+    """A backend that also takes many attempts of one plan at once. They cost the agent no task, thread or file each."""
+
+    def start(
+        self, plan: Plan, lane: int, attempts: Sequence[Planned], ended: Callable[[Sequence[Finished]], None]
+    ) -> None:
+        """Run these, one after the other, after what the same lane was given before; lanes run beside each other.
+
+        Never waits or raises: each attempt is told of to `ended`, once, several at a time, and never before this returns.
+        """
+        ...
+
+    async def recall(self, fences: Sequence[int]) -> Sequence[int]:
+        """Give back those that have not begun, at once: they never will, and are not told of to `ended`."""
+        ...
+
+    def stop(self, fence: int) -> None:
+        """It ends as cancelled unless it has ended otherwise; so does one that has not begun. It is told of to `ended`."""
+        ...
+
+    async def read_output(self, fence: int, stream: str, offset: int, bytes_max: int) -> bytes | None:
+        """What a running attempt has written from there on; None when it does not run here or has not begun."""
         ...
 
 

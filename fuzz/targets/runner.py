@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from pathlib import Path
 
 import trio
 
@@ -18,9 +18,10 @@ from fuzz.inputs import join, split
 from meshd import codec
 from meshd.backends.child import Link
 from meshd.backends.process import _Spawner, _Waiter
-from meshd.backends.wasm import RunnerLost, _Runner
-from meshd.backends.wasm_messages import Ended
-from meshd.model import Outcome
+from meshd.backends.wasm_messages import BACK, ENDED, Ended
+from meshd.backends.wasm_runners import Runner, RunnerLost, lane_for
+from meshd.model import AttemptKey, JobId, Outcome
+from meshd.ports import Plan, Planned
 
 FRAMED = True
 
@@ -62,12 +63,24 @@ def _link(stream: bytes) -> Link:
 
 async def _hear_runner(stream: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    runner = _Runner(_Child(), _link(stream), ours)  # type: ignore[arg-type]
-    with suppress(RunnerLost):
-        for number in range(1, 8):
-            _fits_log(await runner._answer(number))
-    runner.close()
     theirs.close()
+    runner = Runner(_Child(), _link(stream), ours, Path("scratch"))  # type: ignore[arg-type]
+    plan = Plan(JobId("job"), (), (), Path("spill"), module=Path("module"))
+    runner.work_for(lane_for(plan, lambda _: None))
+    attempts = [Planned(AttemptKey(JobId("job"), task, 1, task), "") for task in range(1, 8)]
+    runner.give(attempts)
+    ended = []
+    try:
+        while True:
+            ended += await runner.hear()
+    except RunnerLost as lost:
+        finished, left = runner.die(str(lost))
+    ended += finished
+    for each in ended:
+        _fits_log(each.outcome)
+    assert sorted([*(each.key for each in ended), *(each.key for each in left)]) == [each.key for each in attempts]
+    runner.leave()
+    runner.close()
 
 
 async def _hear_spawner(stream: bytes) -> None:
@@ -86,22 +99,26 @@ def _fits_log(outcome: Outcome) -> None:
 
 
 def seeds() -> Iterator[bytes]:
-    def runner(*ended: Ended) -> bytes:
-        return b"\1" + codec.pack(list(ended))
+    def runner(ended: Ended) -> bytes:
+        return b"\1" + codec.pack((ENDED, *ended))
 
-    good = Ended(1, "exit", 0, "", 5)
+    good = Ended(1, "exit", 0, "", 5, b"", b"")
     yield join(
         [
             runner(good),
-            runner(Ended(2, "trap", None, "m" * 2048, 2**40)),
-            runner(Ended(3, "exit", 2**64 - 1, "", 0, True)),
+            runner(Ended(2, "trap", None, "m" * 2048, 2**40, b"out", None)),
+            runner(Ended(3, "exit", 2**64 - 1, "", 0, None, None, True)),
         ]
     )
-    yield join([runner(Ended(1, "exit", 0, "m" * 5000, -5))])
-    yield join([runner(Ended(1, "no such", 0, "", 0))])
-    yield join([runner(Ended(7, "exit", 0, "", 0))])
-    yield join([runner(Ended(1, "exit", "0", 5, "x"))])  # type: ignore[arg-type]
-    yield join([runner(good, good)])
+    yield join([runner(Ended(1, "exit", 0, "m" * 5000, -5, b"", b""))])
+    yield join([runner(Ended(1, "exit", 0, "", -5, b"", b""))])
+    yield join([runner(Ended(1, "exit", 0, "", 2**63, b"", b"x" * 9000))])
+    yield join([runner(Ended(1, "no such", 0, "", 0, b"", b""))])
+    yield join([runner(Ended(9, "exit", 0, "", 0, b"", b""))])
+    yield join([runner(Ended(1, "exit", "0", 5, "x", b"", 7))])  # type: ignore[arg-type]
+    yield join([runner(good), runner(good)])
+    yield join([b"\1" + codec.pack((BACK, 1, (1, 2)))])
+    yield join([b"\1" + codec.pack((BACK, [], {}))])
     yield join([b"\0\xff\xff\xff\xff"])
     yield join([b"\1\xc1"])
     yield join([b"\1" + b"\x91" * 1500])

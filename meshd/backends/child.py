@@ -69,29 +69,47 @@ class Link:
 
     async def receive(self) -> bytes | None:
         """The next frame; None when the other end is gone, or sent nonsense. Cancelling loses nothing."""
+        frames = await self.receive_some(1)
+        return frames[0] if frames else None
+
+    async def receive_some(self, frames_max: int) -> list[bytes]:
+        """Frames that have come, at least one; none when the other end is gone, or sent nonsense. Cancelling loses nothing."""
         while True:
-            if len(self._in) >= _length.size:
-                (size,) = _length.unpack_from(self._in)
-                if size > FRAME_BYTES_MAX:
-                    return None
-                end = _length.size + size
-                if len(self._in) >= end:
-                    payload = bytes(memoryview(self._in)[_length.size : end])
-                    del self._in[:end]
-                    return payload
+            frames, is_good = self._frames(frames_max)
+            if frames or not is_good:
+                return frames
             try:
                 data = self._sock.recv(READ_BYTES)
             except BlockingIOError:
                 try:
                     await trio.lowlevel.wait_readable(self._sock.fileno())
                 except trio.ClosedResourceError:
-                    return None
+                    return []
                 continue
             except OSError:
-                return None
+                return []
             if not data:
-                return None
+                return []
             self._in += data
+
+    def _frames(self, frames_max: int) -> tuple[list[bytes], bool]:
+        """The whole frames at the beginning of what was read, and whether one may follow."""
+        frames: list[bytes] = []
+        read, at, end = self._in, 0, len(self._in)
+        is_good = True
+        while len(frames) < frames_max and end - at >= _length.size:
+            (size,) = _length.unpack_from(read, at)
+            if size > FRAME_BYTES_MAX:
+                is_good = False
+                break
+            if end - at - _length.size < size:
+                break
+            at += _length.size
+            frames.append(bytes(read[at : at + size]))
+            at += size
+        if at:
+            del read[:at]
+        return frames, is_good
 
     def close(self) -> None:
         if self._sock.fileno() != -1:

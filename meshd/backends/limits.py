@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from meshd.ports import Execution
+from meshd.ports import Execution, Plan
 
 
-def refuse_strings(execution: Execution) -> str | None:
+def refuse_strings(execution: Execution | Plan) -> str | None:
     """Why these arguments and variables can never reach a program, or None. C would cut them off at the NUL, silently."""
     for position, argument in enumerate(execution.args, start=1):
         if "\0" in argument:
@@ -18,7 +18,7 @@ def refuse_strings(execution: Execution) -> str | None:
     return None
 
 
-def file_bytes_max(execution: Execution) -> int | None:
+def file_bytes_max(execution: Execution | Plan) -> int | None:
     """How large any single file of the attempt may become: the disk the job asked for; None when it named none.
 
     Never less than its output may be, so that a flood is seen as one.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import msgspec
+from pathlib import Path
 
-from meshd.model import Outcome
+import msgspec
+from msgspec.structs import replace
+
+from meshd.backends.output import INLINE_BYTES_MAX
+from meshd.model import AttemptKey, Inline, Outcome
+from meshd.ports import Finished
 
 MESSAGE_CHARS_MAX = 2048
 
@@ -19,3 +24,19 @@ def outcome_of(*, reason: object, exit_code: object, message: object, run_ms: ob
     except (msgspec.ValidationError, OverflowError, UnicodeError) as error:
         raise ValueError(f"no outcome: {error}") from error
     return outcome
+
+
+def finished_with_output(key: AttemptKey, outcome: Outcome, stdout: object, stderr: object, spill: str) -> Finished:
+    """Each as the helper sent it; None stands for the file that it left in `spill`. Raises ValueError."""
+    kept: list[Inline | None] = []
+    files: list[Path | None] = []
+    for stream, data in (("stdout", stdout), ("stderr", stderr)):
+        if data is None:
+            kept.append(None)
+            files.append(Path(spill, f"{key.fence:x}.{stream}"))
+        elif isinstance(data, bytes) and len(data) <= INLINE_BYTES_MAX:
+            kept.append(Inline(data) if data else None)
+            files.append(None)
+        else:
+            raise ValueError(f"no output: {data!r}"[:200])
+    return Finished(key, replace(outcome, stdout=kept[0], stderr=kept[1]), files[0], files[1])

@@ -1,41 +1,36 @@
 """WASI preview 1 modules, in runner processes of their own.
 
-A runner is started when an attempt finds none idle, takes one attempt at a time, and
-ends after a minute without work. Deadlines, leash and limits are kept by the runner
-(wasm_runner.py); here is the pool, and the last resort: a runner that does not answer
-is killed. A runner that dies takes one attempt with it, which ends as `backend`.
+A runner is started when a lane finds none idle, works for one lane at a time, and ends after a
+minute without work. It is given a lane's attempts all at once, so that it never waits for the
+agent; deadlines, leash and limits are kept by the runner (wasm_runner.py). Here is the pool, and
+the last resort: a runner that does not answer is killed. A runner that dies takes the attempt
+with it that ran, which ends as `backend`; those behind it run in another (wasm_runners.py).
 """
 
 from __future__ import annotations
 
-import math
-import socket
+import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import structlog
 import trio
 
-from meshd import codec
-from meshd.backends.child import Child, Link
-from meshd.backends.limits import file_bytes_max, refuse_strings
-from meshd.backends.outcomes import outcome_of
-from meshd.backends.wasm_messages import Ended, Task
-from meshd.errors import InvalidRequest, TooLarge
+from meshd.backends.limits import refuse_strings
+from meshd.backends.wasm_runners import CANCEL_S, GATHER_S, Lane, Runner, RunnerLost, lane_for
+from meshd.errors import TooLarge
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
-from meshd.ports import BackendSettings, Execution
+from meshd.ports import BackendSettings, Execution, Finished, Plan, Planned
 
 log = structlog.get_logger()
 
 RUNNERS_MAX = 256
-"""Some 12 MB of its own each. Attempts beyond wait for one; placement should not send so many."""
+"""Some 12 MB of its own each. Lanes beyond wait for one; placement should not send so many."""
 
 IDLE_S = 60.0
 """Starting costs 0.1 s; keeping one costs memory. A minute bridges the gaps of a busy queue."""
-
-CANCEL_S = 0.8
-"""A runner ends any guest within 0.25 s; together with the kill this keeps a cancel under a second."""
 
 SILENCE_S = 130.0
 """Past the run limit: a runner may compile for 120 s first. Only a stopped or broken one gets here."""
@@ -48,109 +43,6 @@ WASMTIME_VERSION = version("wasmtime")
 _EMPTY_COMMAND = bytes.fromhex("0061736d0100000001040160000003020100070a01065f737461727400000a040102000b")
 
 
-class RunnerLost(Exception):
-    """The runner died or broke the protocol; the message says how."""
-
-
-class _Runner:
-    """One runner process, and the attempt in it."""
-
-    def __init__(self, child: Child, link: Link, orders: socket.socket) -> None:
-        orders.setblocking(False)
-        self.child = child
-        self.modules: set[str] = set()
-        """What it has loaded, more or less: a hint for choosing, nothing more."""
-        self.idle_since_s = math.inf
-        self._link = link
-        self._orders = orders
-        self._ids = 0
-
-    @classmethod
-    async def start(cls, cache: Path, lock: int | None) -> _Runner:
-        """Raises OSError."""
-        ours, theirs = socket.socketpair()
-        orders, orders_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            child = await Child.start(
-                "meshd.backends.wasm_runner", [str(cache), WASMTIME_VERSION], [theirs, orders_theirs], lock
-            )
-        except BaseException:
-            ours.close()
-            orders.close()
-            raise
-        return cls(child, Link(ours), orders)
-
-    async def run(self, execution: Execution) -> Outcome:
-        """Raises RunnerLost. When cancelled, the guest is dead, and the runner with it if need be."""
-        self._ids += 1
-        task_id = self._ids
-        leash = execution.leash
-
-        def tell(deadline_s: float | None) -> None:
-            self._order("leash", task_id, deadline_s)
-
-        leash.watchers.add(tell)
-        try:
-            self._link.post(codec.pack([_task(task_id, execution, leash.deadline_s)]))
-            limit_s = math.inf if execution.limits.run_s is None else execution.limits.run_s + SILENCE_S
-            with trio.move_on_after(limit_s):
-                return await self._answer(task_id)
-            raise RunnerLost("the runner did not answer in time and was killed")
-        except trio.Cancelled:
-            self._order("cancel", task_id)
-            with trio.CancelScope(shield=True), trio.move_on_after(CANCEL_S):
-                try:
-                    await self._answer(task_id)
-                except RunnerLost:
-                    await self.end()
-                raise
-            await self.end()
-            raise
-        except RunnerLost:
-            await self.end()
-            raise
-        finally:
-            leash.watchers.discard(tell)
-
-    async def end(self) -> None:
-        self.child.kill()
-        with trio.CancelScope(shield=True):
-            await self.child.wait()
-
-    def close(self) -> None:
-        self._link.close()
-        self._orders.close()
-        self.child.close()
-
-    async def _answer(self, task_id: int) -> Outcome:
-        await self._link.flush()
-        frame = await self._link.receive()
-        if frame is None:
-            with trio.move_on_after(CANCEL_S):
-                await self.child.wait()
-            raise RunnerLost(f"the runner {self.child.describe_end()}")
-        try:
-            (fields,) = codec.unpack(frame)
-            ended = Ended(*fields)
-            outcome = outcome_of(
-                reason=ended.reason, exit_code=ended.exit_code, message=ended.message, run_ms=ended.run_ms
-            )
-        except (InvalidRequest, ValueError, TypeError) as error:
-            raise RunnerLost(f"the runner answered nonsense: {error}") from error
-        if ended.id != task_id:
-            raise RunnerLost(f"the runner answered task {ended.id} instead of {task_id}")
-        if ended.is_last:
-            await self.end()
-        return outcome
-
-    def _order(self, *order: object) -> None:
-        try:
-            self._orders.send(codec.pack(order))
-        except OSError:
-            # It is gone, or reads nothing any more. What cannot be told to stop must not run on.
-            self.child.kill()
-
-
 class WasmBackend:
     name = "wasm"
 
@@ -160,9 +52,14 @@ class WasmBackend:
         self._cache = settings.directory / "compiled"
         # 0700 whatever the umask: a runner refuses compiled code from a directory that others can write to.
         self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._room = trio.Semaphore(RUNNERS_MAX)
-        self._idle: list[_Runner] = []
-        self._all: set[_Runner] = set()
+        self._idle: list[Runner] = []
+        self._all: set[Runner] = set()
+        self._lanes: dict[int, Lane] = {}
+        self._own_lanes = 0
+        self._queue: list[Lane] = []
+        """Lanes for which there was no room."""
+        self._alive = 0
+        self._scratches = 0
         self._nursery: trio.Nursery | None = None
 
     async def probe(self) -> BackendProbe:
@@ -177,6 +74,7 @@ class WasmBackend:
         )
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        await trio.to_thread.run_sync(self._sweep)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -184,127 +82,333 @@ class WasmBackend:
                 while True:
                     await trio.sleep(IDLE_S / 4)
                     self._end_idle(trio.current_time() - IDLE_S)
+                    self._end_silent(trio.current_time() - SILENCE_S)
         finally:
             self._nursery = None
             self._idle.clear()
             for runner in self._all:
-                runner.child.kill()
+                runner.kill()
             with trio.CancelScope(shield=True):
                 for runner in self._all:
                     await runner.child.wait()
                     runner.close()
+                await trio.to_thread.run_sync(self._sweep)
             self._all.clear()
+            self._fail_all("the wasm backend is stopping")
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
 
     async def run(self, execution: Execution) -> Outcome:
         if (refusal := refuse(execution)) is not None:
             return Outcome(EndReason.INVALID, message=refusal)
-        try:
-            self._room.acquire_nowait()
-        except trio.WouldBlock:
-            await self._room.acquire()
-        try:
-            runner = await self._take(execution.module_hash)
-            try:
-                outcome = await runner.run(execution)
-            finally:
-                self._give_back(runner, execution.module_hash)
-        except (OSError, RunnerLost) as error:
-            log.warning("wasm.runner_lost", job=execution.key.job, task=execution.key.task, why=str(error))
-            return Outcome(EndReason.BACKEND, message=str(error)[:2048])
-        except TooLarge as error:
-            return Outcome(EndReason.INVALID, message=f"arguments and environment: {error}")
-        finally:
-            self._room.release()
-        return outcome
+        outcomes: list[Outcome] = []
+        ended = trio.Event()
 
-    async def _take(self, module_hash: str) -> _Runner:
-        """An idle runner, one that knows the module if possible, the most recently used otherwise; or a new one."""
-        idle = [runner for runner in self._idle if runner.child.is_running]
+        def end(finished: Sequence[Finished]) -> None:
+            outcomes.extend(each.outcome for each in finished)
+            ended.set()
+
+        # Numbers of its own, below those of the caller's lanes.
+        self._own_lanes -= 1
+        lane = self._lanes[self._own_lanes] = lane_for(execution, end)
+        lane.waiting.append(Planned(execution.key, ""))
+        self._proceed(lane)
+        try:
+            await ended.wait()
+        except trio.Cancelled:
+            self._stop_in(lane, execution.key.fence)
+            with trio.CancelScope(shield=True):
+                await ended.wait()
+            raise
+        return outcomes[0]
+
+    def start(
+        self, plan: Plan, lane: int, attempts: Sequence[Planned], ended: Callable[[Sequence[Finished]], None]
+    ) -> None:
+        assert self._nursery is not None, "serve() owns the runners: it must be running"
+        found = self._lanes.get(lane)
+        if found is None:
+            found = self._lanes[lane] = lane_for(plan, ended)
+        found.waiting.extend(attempts)
+        if (refusal := refuse(plan)) is not None:
+            self._fail(found, Outcome(EndReason.INVALID, message=refusal))
+        self._proceed(found)
+
+    def stop(self, fence: int) -> None:
+        for lane in list(self._lanes.values()):
+            if self._stop_in(lane, fence):
+                return
+
+    async def recall(self, fences: Sequence[int]) -> Sequence[int]:
+        wanted = set(fences)
+        back: list[int] = []
+        for lane in list(self._lanes.values()):
+            kept = [each for each in lane.waiting if each.key.fence not in wanted]
+            back += [each.key.fence for each in lane.waiting if each.key.fence in wanted]
+            lane.waiting.clear()
+            lane.waiting.extend(kept)
+            if (runner := lane.runner) is not None:
+                for numbers in _runs(number for number, each in runner.given.items() if each.key.fence in wanted):
+                    back += [each.key.fence for each in await runner.give_back(numbers)]
+                self._release(runner)
+        return back
+
+    async def read_output(self, fence: int, stream: str, offset: int, bytes_max: int) -> bytes | None:
+        for runner in self._all:
+            for number, attempt in runner.given.items():
+                if attempt.key.fence == fence:
+                    return await runner.read_output(number, stream, offset, bytes_max)
+        return None
+
+    # --- lanes -------------------------------------------------------------------------------------------------------
+
+    def _proceed(self, lane: Lane) -> None:
+        """Give what waits to a runner, or get one."""
+        if not lane.waiting or lane.is_hiring:
+            return
+        try:
+            if lane.runner is None:
+                runner = self._take_idle(lane.plan.module_hash)
+                if runner is None:
+                    self._hire(lane)
+                    return
+                runner.work_for(lane)
+            assert lane.runner is not None
+            lane.runner.give(lane.waiting)
+            lane.waiting.clear()
+            if not lane.runner.is_flushed and self._nursery is not None:
+                self._nursery.start_soon(lane.runner.flush)
+        except TooLarge as error:
+            self._fail(lane, Outcome(EndReason.INVALID, message=f"arguments and environment: {error}"))
+
+    def _take_idle(self, module_hash: str) -> Runner | None:
+        """One that knows the module if possible, the most recently used otherwise."""
+        idle = [runner for runner in self._idle if runner.is_usable]
         if not idle:
-            return await self._start()
+            return None
         runner = next((r for r in reversed(idle) if module_hash in r.modules), idle[-1])
         self._idle.remove(runner)
         return runner
 
-    def _give_back(self, runner: _Runner, module_hash: str) -> None:
-        if runner in self._all and runner.child.is_running:
-            runner.modules.add(module_hash)
-            runner.idle_since_s = trio.current_time()
-            self._idle.append(runner)
-        else:
-            runner.close()
-
-    async def _start(self) -> _Runner:
+    def _hire(self, lane: Lane) -> None:
         assert self._nursery is not None, "serve() owns the runners: it must be running"
-        runner = await _Runner.start(self._cache, self._lock)
-        if self._nursery is None:  # it stopped while this one was starting
-            await runner.end()
-            runner.close()
-            raise RunnerLost("the wasm backend is stopping")
-        self._all.add(runner)
-        self._nursery.start_soon(self._bury, runner)
-        log.info("wasm.runner_started", pid=runner.child.pid, runners=len(self._all))
-        return runner
+        lane.is_hiring = True
+        if self._alive >= RUNNERS_MAX:
+            self._queue.append(lane)
+            return
+        self._alive += 1
+        self._nursery.start_soon(self._start_for, lane)
 
-    async def _bury(self, runner: _Runner) -> None:
-        """Reap it when it dies, idle or not. One that was running an attempt is closed by that attempt."""
-        await runner.child.wait()
+    async def _start_for(self, lane: Lane) -> None:
+        assert self._nursery is not None
+        self._scratches += 1
+        scratch = self._directory / "scratch" / str(self._scratches)
+        try:
+            runner = await Runner.start(self._cache, WASMTIME_VERSION, scratch, self._lock)
+        except OSError as error:
+            self._alive -= 1
+            lane.is_hiring = False
+            log.warning("wasm.runner_failed", why=str(error))
+            self._fail(lane, Outcome(EndReason.BACKEND, message=f"a runner cannot be started: {error}"[:2048]))
+            return
+        self._all.add(runner)
+        if self._nursery is None:  # it stopped while this one was starting
+            return
+        self._nursery.start_soon(self._hear, runner)
+        self._nursery.start_soon(self._hear_replies, runner)
+        log.info("wasm.runner_started", pid=runner.child.pid, runners=len(self._all))
+        self._give_idle(runner)
+        lane.is_hiring = False
+        self._proceed(lane)
+        self._forget_if_over(lane)
+
+    def _give_idle(self, runner: Runner) -> None:
+        runner.idle_since_s = trio.current_time()
+        self._idle.append(runner)
+        if self._queue:
+            lane = self._queue.pop(0)
+            lane.is_hiring = False
+            self._proceed(lane)
+            self._forget_if_over(lane)
+
+    def _release(self, runner: Runner) -> None:
+        """It is idle when it has nothing left to do."""
+        if runner.given or (lane := runner.lane) is None:
+            return
+        runner.leave()
+        self._forget_if_over(lane)
+        if runner in self._all and runner.is_usable:
+            self._give_idle(runner)
+
+    def _forget_if_over(self, lane: Lane) -> None:
+        if lane.runner is None and not lane.waiting and not lane.is_hiring:
+            for number, each in self._lanes.items():
+                if each is lane:
+                    del self._lanes[number]
+                    return
+
+    def _fail(self, lane: Lane, outcome: Outcome) -> None:
+        """All that waits in it."""
+        failed = [Finished(each.key, outcome) for each in lane.waiting]
+        lane.waiting.clear()
+        self._forget_if_over(lane)
+        if failed:
+            # Not at once: whoever has just started them does not expect their end yet.
+            self._later(lane, failed)
+
+    def _fail_all(self, why: str) -> None:
+        for lane in list(self._lanes.values()):
+            left = [*(lane.runner.given.values() if lane.runner is not None else ()), *lane.waiting]
+            lane.waiting.clear()
+            if left:
+                lane.ended([Finished(each.key, Outcome(EndReason.BACKEND, message=why)) for each in left])
+        self._lanes.clear()
+        self._queue.clear()
+
+    def _stop_in(self, lane: Lane, fence: int) -> bool:
+        for each in lane.waiting:
+            if each.key.fence == fence:
+                lane.waiting.remove(each)
+                self._later(
+                    lane, [Finished(each.key, Outcome(EndReason.CANCELLED, message="stopped before it started"))]
+                )
+                self._forget_if_over(lane)
+                return True
+        if (runner := lane.runner) is not None:
+            for number, each in runner.given.items():
+                if each.key.fence == fence:
+                    runner.cancel(number)
+                    if self._nursery is not None:
+                        self._nursery.start_soon(self._see_it_end, runner, number)
+                    return True
+        return False
+
+    def _later(self, lane: Lane, finished: list[Finished]) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(_tell, lane.ended, finished)
+
+    # --- runners -----------------------------------------------------------------------------------------------------
+
+    async def _hear(self, runner: Runner) -> None:
+        try:
+            while True:
+                self._tell(runner, await runner.hear())
+                if runner.given:
+                    await trio.sleep(GATHER_S)
+        except RunnerLost as lost:
+            await self._bury(runner, str(lost))
+
+    async def _hear_replies(self, runner: Runner) -> None:
+        try:
+            while True:
+                self._tell(runner, await runner.hear_replies())
+        except RunnerLost:
+            runner.kill()  # `_hear` sees it die
+
+    def _tell(self, runner: Runner, finished: Sequence[Finished]) -> None:
+        lane = runner.lane
+        if lane is not None and finished:
+            lane.ended(finished)
+            self._release(runner)
+
+    async def _bury(self, runner: Runner, why: str) -> None:
+        """What it had not begun goes to another."""
+        with trio.move_on_after(CANCEL_S):
+            await runner.child.wait()
+        why = why if runner.child.is_running else runner.child.describe_end()
+        await runner.end()
         self._all.discard(runner)
         if runner in self._idle:
             self._idle.remove(runner)
-            runner.close()
+        lane = runner.lane
+        if lane is not None:
+            finished, left = runner.die(why)
+            runner.leave()
+            lane.waiting.extendleft(reversed(left))
+            log.warning("wasm.runner_lost", pid=runner.child.pid, why=why, run_elsewhere=len(left))
+            if finished:
+                lane.ended(finished)
+            self._proceed(lane)
+            self._forget_if_over(lane)
+        runner.close()
+        await trio.to_thread.run_sync(_remove, runner.scratch)
+        self._alive -= 1
+        if self._queue:
+            lane = self._queue.pop(0)
+            lane.is_hiring = False
+            self._proceed(lane)
+
+    async def _see_it_end(self, runner: Runner, number: int) -> None:
+        await trio.sleep(CANCEL_S)
+        if number in runner.given:
+            runner.kill()
 
     def _end_idle(self, before_s: float) -> None:
         for runner in self._idle:
             if runner.idle_since_s <= before_s:
-                runner.child.kill()  # idle: there is nothing to lose
+                runner.kill()  # idle: there is nothing to lose
+
+    def _end_silent(self, before_s: float) -> None:
+        for runner in self._all:
+            lane = runner.lane
+            if lane is not None and lane.plan.run_s is not None and runner.heard_s + lane.plan.run_s <= before_s:
+                log.warning("wasm.runner_silent", pid=runner.child.pid)
+                runner.kill()
+
+    def _sweep(self) -> None:
+        _remove(self._directory / "scratch")
 
     async def _try_empty_command(self) -> Outcome:
-        runner = await _Runner.start(self._cache, self._lock)
-        try:
-            with tempfile.TemporaryDirectory(dir=self._directory) as name:
-                scratch = Path(name)
-                (scratch / "module").write_bytes(_EMPTY_COMMAND)
-                return await runner.run(
-                    Execution(
-                        key=AttemptKey(job=JobId("probe"), task=0, attempt=1, fence=0),
-                        args=(),
-                        env=(),
-                        workdir=scratch,
-                        stdout=scratch / "stdout",
-                        stderr=scratch / "stderr",
-                        module=scratch / "module",
-                    )
-                )
-        finally:
-            await runner.end()
-            runner.close()
+        """In a pool of its own when this one does not serve."""
+        with tempfile.TemporaryDirectory(dir=self._directory) as name:
+            scratch = Path(name)
+            (scratch / "module").write_bytes(_EMPTY_COMMAND)
+            execution = Execution(
+                key=AttemptKey(job=JobId("probe"), task=0, attempt=1, fence=0),
+                args=(),
+                env=(),
+                workdir=scratch,
+                stdout=scratch / "stdout",
+                stderr=scratch / "stderr",
+                module=scratch / "module",
+            )
+            runner = await Runner.start(self._cache, WASMTIME_VERSION, scratch / "work", self._lock)
+            try:
+                runner.work_for(lane_for(execution, _ignore))
+                runner.give([Planned(execution.key, "")])
+                await runner.flush()
+                (finished,) = await runner.hear()
+                return finished.outcome
+            finally:
+                await runner.end()
+                runner.close()
 
 
-def refuse(execution: Execution) -> str | None:
+def refuse(source: Execution | Plan) -> str | None:
     """Why this can never run, or None."""
-    if execution.module is None:
+    if source.module is None:
         return "a wasm job needs a module"
-    return refuse_strings(execution)
+    return refuse_strings(source)
 
 
-def _task(task_id: int, execution: Execution, leash_s: float | None) -> Task:
-    limits = execution.limits
-    return Task(
-        id=task_id,
-        module=str(execution.module),
-        module_hash=execution.module_hash,
-        # The program's own name comes first, as everywhere; nothing better than this is known.
-        args=("module.wasm", *execution.args),
-        env=execution.env,
-        workdir=str(execution.workdir),
-        stdin=str(execution.stdin) if execution.stdin is not None else None,
-        stdout=str(execution.stdout),
-        stderr=str(execution.stderr),
-        run_s=limits.run_s,
-        memory=limits.memory,
-        fuel=limits.fuel,
-        output_bytes_max=limits.output_bytes_max,
-        file_bytes_max=file_bytes_max(execution),
-        leash_s=leash_s,
-    )
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Split where a number does not follow the one before."""
+    run: list[int] = []
+    for number in numbers:
+        if run and number != run[-1] + 1:
+            yield run
+            run = []
+        run.append(number)
+    if run:
+        yield run
+
+
+async def _tell(ended: Callable[[Sequence[Finished]], None], finished: Sequence[Finished]) -> None:
+    ended(finished)
+
+
+def _ignore(finished: Sequence[Finished]) -> None: ...

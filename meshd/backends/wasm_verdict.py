@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import wasmtime
 
-from meshd.backends.wasm_messages import Task
+from meshd.backends.wasm_messages import Plan
 
 NEAR_LIMIT_BYTES = 2 << 20
 """A guest that was refused memory this close to its limit, or within a sixteenth of it, ran out of memory."""
@@ -14,17 +14,17 @@ FRAMES_MAX = 8
 
 
 def judge(
-    task: Task, trap: wasmtime.Trap | wasmtime.WasmtimeError | None, code: int, memory: int
+    plan: Plan, trap: wasmtime.Trap | wasmtime.WasmtimeError | None, code: int, memory: int
 ) -> tuple[str, int | None, str]:
     """Reason, exit code and message of a guest that came to its end by itself."""
     if trap is None and code == 0:
         return "exit", 0, ""
-    if task.memory is not None and is_at_memory_limit(memory, task.memory, trap):
-        return "memory_limit", None, f"its memory reached {memory} of at most {task.memory} bytes, and it ended badly"
+    if plan.memory is not None and is_at_memory_limit(memory, plan.memory, trap):
+        return "memory_limit", None, f"its memory reached {memory} of at most {plan.memory} bytes, and it ended badly"
     if trap is None:
         return "exit", code, ""
     if isinstance(trap, wasmtime.Trap) and trap.trap_code is wasmtime.TrapCode.OUT_OF_FUEL:
-        return "fuel_limit", None, f"used all of its {task.fuel} units of fuel"
+        return "fuel_limit", None, f"used all of its {plan.fuel} units of fuel"
     return "trap", None, _describe(trap)
 
 

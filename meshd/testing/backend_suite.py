@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,10 @@ from typing import ClassVar
 import pytest
 import trio
 
-from meshd.model import AttemptKey, EndReason, JobId, Outcome
-from meshd.ports import Backend, BackendSettings, Execution, Leash, Limits
+from meshd.model import AttemptKey, EndReason, Inline, JobId, Outcome
+from meshd.ports import Backend, BackendSettings, BatchBackend, Execution, Finished, Leash, Limits, Plan, Planned
+
+JOB = JobId("00000000-0000-7000-8000-000000000000")
 
 DEADLINE_S = 20.0
 """For what should take a second: the machine may be busy."""
@@ -88,6 +90,65 @@ class Bench:
     async def run(self, execution: Execution) -> Outcome:
         with trio.fail_after(DEADLINE_S):
             return await self.backend.run(execution)
+
+    def start(
+        self,
+        program: Program,
+        items: Sequence[str],
+        *,
+        lanes: int = 1,
+        limits: Limits | None = None,
+        leash: Leash | None = None,
+    ) -> Batch:
+        """Tasks 0, 1, … with fences from 1, dealt out to the lanes. Skips the test where there are no batches."""
+        if not isinstance(self.backend, BatchBackend):
+            pytest.skip("takes no batches")
+        spill = self._directory / "spill"
+        spill.mkdir(exist_ok=True)
+        plan = Plan(
+            job=JOB,
+            args=program.args,
+            env=(("NAME", "value"),),
+            spill=spill,
+            module=program.module,
+            module_hash=program.module_hash,
+            limits=limits or Limits(),
+            leash=leash or Leash(),
+        )
+        batch = Batch(plan)
+        planned = [Planned(AttemptKey(JOB, task, 1, task + 1), item) for task, item in enumerate(items)]
+        for lane in range(lanes):
+            self.backend.start(plan, lane, planned[lane::lanes], batch.told)
+        return batch
+
+
+class Batch:
+    """Attempts that were started together, and how they ended, by task."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.ends: dict[int, Finished] = {}
+        self._told = trio.Event()
+
+    def told(self, finished: Sequence[Finished]) -> None:
+        for each in finished:
+            assert each.key.task not in self.ends, "an attempt ended twice"
+            self.ends[each.key.task] = each
+        self._told.set()
+
+    async def wait(self, number: int) -> None:
+        """Until so many have ended."""
+        with trio.fail_after(DEADLINE_S):
+            while len(self.ends) < number:
+                self._told = trio.Event()
+                await self._told.wait()
+
+    def outcome(self, task: int) -> Outcome:
+        return self.ends[task].outcome
+
+    def stdout(self, task: int) -> bytes:
+        content = self.outcome(task).stdout
+        return content.data if isinstance(content, Inline) else b""
 
 
 class BackendSuite:
@@ -312,6 +373,127 @@ class BackendSuite:
             assert (open_descriptors(), len(processes_of(tmp_path))) == before
         await nothing_left(tmp_path)
 
+    # --- in batches --------------------------------------------------------------------------------------------------
+
+    async def test_each_attempt_of_a_batch_ends_once_with_what_is_its_own(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("args", "{item}", "as {item}"), [f"i{k}" for k in range(60)], lanes=3)
+            await batch.wait(60)
+            assert [batch.stdout(task) for task in range(60)] == [b"i%d\nas i%d\n" % (k, k) for k in range(60)]
+            assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.EXIT}
+            assert os.listdir(batch.plan.spill) == []
+            assert batch.plan.leash.watchers == set()
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("NAME", "value"), ("MESHD_TASK", "2"), ("MESHD_ATTEMPT", "1"), ("MESHD_FENCE", "3"), ("MESHD_ITEM", "ünï c")],
+    )
+    async def test_an_attempt_of_a_batch_knows_who_it_is(self, tmp_path: Path, name: str, value: str) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("env", name), ["a", "b", "ünï c"])
+            await batch.wait(3)
+            assert batch.stdout(2).decode() == value
+
+    async def test_a_batch_has_every_exit_code_and_refusal(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            codes = bench.start(self.program("exit", "{item}"), ["0", "7", "255", "0"])
+            await codes.wait(4)
+            assert [codes.outcome(task).exit_code for task in range(4)] == [0, 7, 255, 0]
+            missing = bench.start(self.missing(), ["a", "b"])
+            await missing.wait(2)
+            assert {end.outcome.reason for end in missing.ends.values()} == {EndReason.INVALID}
+
+    async def test_output_travels_up_to_its_limit_and_is_a_file_beyond(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            sizes = (1, 1024, 1025, 5000, 3)
+            batch = bench.start(self.program("say", "{item}", "e"), ["x" * size for size in sizes])
+            await batch.wait(len(sizes))
+            for task, size in enumerate(sizes):
+                end = batch.ends[task]
+                assert end.outcome.is_success and end.outcome.stderr == Inline(b"e") and end.stderr is None
+                if size <= 1024:
+                    assert end.outcome.stdout == Inline(b"x" * size) and end.stdout is None
+                else:
+                    assert end.outcome.stdout is None and end.stdout is not None
+                    assert end.stdout.read_bytes() == b"x" * size
+
+    async def test_a_flood_in_a_batch_stops_at_the_limit_and_the_next_runs(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("flood"), ["a", "b"], limits=Limits(output_bytes_max=1 << 20))
+            await batch.wait(2)
+            for end in batch.ends.values():
+                assert end.outcome.reason is EndReason.OUTPUT_LIMIT
+                assert end.stdout is not None and end.stdout.stat().st_size == 1 << 20
+
+    @pytest.mark.parametrize("words", [("spin",), ("sleep", "60")], ids=["computing", "sleeping"])
+    async def test_the_run_limit_of_a_batch_counts_for_each(self, tmp_path: Path, words: tuple[str, ...]) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program(*words), ["a", "b"], limits=Limits(run_s=0.4))
+            await batch.wait(2)
+            assert [batch.outcome(task).reason for task in (0, 1)] == [EndReason.TIMEOUT] * 2
+            assert all(350 <= batch.outcome(task).run_ms < 5000 for task in (0, 1))
+
+    @pytest.mark.parametrize("words", [("spin",), ("sleep", "60")], ids=["computing", "sleeping"])
+    async def test_an_expired_leash_ends_a_whole_batch(self, tmp_path: Path, words: tuple[str, ...]) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program(*words), ["a", "b", "c"], leash=Leash(boottime() + 30))
+            await trio.sleep(0.3)
+            batch.plan.leash.move(boottime())
+            await batch.wait(3)
+            assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.LOST}
+
+    @pytest.mark.parametrize("words", [("spin",), ("sleep", "60")], ids=["computing", "sleeping"])
+    async def test_one_of_a_batch_is_stopped_whether_it_runs_or_waits(
+        self, tmp_path: Path, words: tuple[str, ...]
+    ) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program(*words), ["a", "b", "c"])
+            assert isinstance(bench.backend, BatchBackend)
+            await trio.sleep(0.5)
+            bench.backend.stop(2)
+            await batch.wait(1)
+            assert list(batch.ends) == [1], "the first one still runs"
+            bench.backend.stop(1)
+            await batch.wait(2)
+            bench.backend.stop(3)
+            await batch.wait(3)
+            assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.CANCELLED}
+
+    async def test_what_has_not_begun_is_given_back_and_never_runs(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("sleep", "{item}"), ["0", "2", "0", "0"])
+            assert isinstance(bench.backend, BatchBackend)
+            await batch.wait(1)
+            await trio.sleep(0.2)
+            assert sorted(await bench.backend.recall([2, 3, 4])) == [3, 4]
+            assert await bench.backend.recall([3, 4, 99]) == []
+            await batch.wait(2)
+            await trio.sleep(0.2)
+            assert sorted(batch.ends) == [0, 1]
+
+    async def test_what_a_running_attempt_of_a_batch_has_written_can_be_read(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("flood"), ["a", "b"], limits=Limits(output_bytes_max=1 << 40, run_s=2))
+            assert isinstance(bench.backend, BatchBackend)
+            with trio.fail_after(DEADLINE_S):
+                while not (  # noqa: ASYNC110 - output is looked at, nobody tells of it
+                    data := await bench.backend.read_output(1, "stdout", 10, 100)
+                ):
+                    await trio.sleep(0.01)
+            assert len(data) == 100
+            assert await bench.backend.read_output(2, "stdout", 0, 100) is None
+            assert await bench.backend.read_output(99, "stdout", 0, 100) is None
+            assert batch.ends == {}
+            for fence in (2, 1):
+                bench.backend.stop(fence)
+            await batch.wait(2)
+
+    async def test_when_the_backend_stops_a_batch_stops(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            bench.start(self.program("sleep", "60"), ["a", "b"])
+            await trio.sleep(0.3)
+        await nothing_left(tmp_path)
+
     # --- an agent in another process ---------------------------------------------------------------------------------
 
     @contextmanager
@@ -365,7 +547,7 @@ def prepare(
         (workdir / path).parent.mkdir(parents=True, exist_ok=True)
         (workdir / path).write_bytes(data)
     return Execution(
-        key=AttemptKey(JobId("00000000-0000-7000-8000-000000000000"), 0, 1, 1),
+        key=AttemptKey(JOB, 0, 1, 1),
         args=program.args,
         env=env,
         workdir=workdir,

@@ -202,6 +202,35 @@ async def test_a_runner_that_dies_costs_its_attempt_only(tmp_path: Path) -> None
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
 
 
+async def test_what_waited_behind_an_attempt_that_took_its_runner_down_runs_elsewhere(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(program("sleep", "{item}"), ["0", "0", "60", *["0"] * 20])
+        await batch.wait(2)
+        await trio.sleep(0.2)
+        os.kill(runners(tmp_path)[0], signal.SIGKILL)
+        await batch.wait(23)
+        assert [task for task, end in batch.ends.items() if not end.outcome.is_success] == [2]
+        assert batch.outcome(2).reason is EndReason.BACKEND
+        assert "SIGKILL" in batch.outcome(2).message
+
+
+async def test_what_waited_behind_a_guest_that_cannot_be_interrupted_runs_elsewhere(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(program("sleep", "{item}"), ["60", "0", "0"], limits=Limits(run_s=0.3))
+        await batch.wait(3)
+        assert [batch.outcome(task).reason for task in range(3)] == [EndReason.TIMEOUT, EndReason.EXIT, EndReason.EXIT]
+
+
+async def test_a_guest_of_a_batch_finds_nothing_of_the_one_before(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(program("write", "{item}", "10"), ["a", "b"])
+        await batch.wait(2)
+        listing = bench.start(program("ls", "."), ["x"])
+        await listing.wait(1)
+        assert sorted(listing.stdout(0).split()) == [b".", b".."]
+        assert len(runners(tmp_path)) == 1
+
+
 async def test_a_runner_that_died_idle_is_not_used(tmp_path: Path) -> None:
     async with serving(tmp_path) as bench:
         await bench.run(bench.attempt(program("exit", "0")))
