@@ -4,7 +4,7 @@
 
 Whatever a job does is an `Outcome`. What the mesh could not do for it (an input that nobody
 has, a disk that is full) is an outcome too, `backend`, which counts as a loss and not as one
-of the job's own tries.
+of the job's own tries. Attempts that need none of this run in batches (planned.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import trio
 from msgspec.structs import replace
 
 from meshd import codec
+from meshd.backends import output
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
@@ -32,8 +33,6 @@ from meshd.model import (
     Inline,
     ItemsBlob,
     ItemsFiles,
-    ItemsInline,
-    ItemsRange,
     JobSpec,
     NodeId,
     Outcome,
@@ -41,10 +40,9 @@ from meshd.model import (
     TreeEntry,
     TreeRef,
 )
+from meshd.planned import PlannedRuns, item_of
 from meshd.ports import Backend, BlobStore, Execution, Leash, Limits
 
-LOG_INLINE_BYTES_MAX = 1024
-"""Of each stream, so that a whole outcome stays well below what may travel in a command."""
 FETCH_S = 300.0
 """For one input; a peer that stalls is left much earlier."""
 REPLICATE_S = 30.0
@@ -81,23 +79,30 @@ class Executor:
         self._offered = offered
         self._lists: dict[str, Tree | tuple[str, ...]] = {}
         self._running: dict[int, Path] = {}
+        self.planned = PlannedRuns(directory=directory, me=me, store=store, supplies=self)
         self._remains, self._removable = trio.open_memory_channel[Path](REMAINS_MAX)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Remove what ended attempts left, which nobody waits for. What is left at the end, `sweep` finds."""
-        task_status.started()
-        async for directory in self._removable:
-            await trio.to_thread.run_sync(_remove, directory)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.planned.serve)
+            task_status.started()
+            async for directory in self._removable:
+                await trio.to_thread.run_sync(_remove, directory)
 
     def sweep(self) -> None:
         """Remove what attempts of an earlier start left: their processes died with that agent."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def log_path(self, fence: int, stream: str) -> Path | None:
-        """The growing output of an attempt that runs here; None when it does not."""
+    async def read_output(self, fence: int, stream: str, offset: int, bytes_max: int) -> bytes | None:
+        """What an attempt that runs here has written from there on; None when it does not run here, or not yet."""
+        if stream not in ("stdout", "stderr"):
+            return None
         directory = self._running.get(fence)
-        return directory / stream if directory is not None and stream in ("stdout", "stderr") else None
+        if directory is None:
+            return await self.planned.read_output(fence, stream, offset, bytes_max)
+        return _read(directory / stream, offset, bytes_max)
 
     async def run(self, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
         """To the end, with everything the outcome names on `spec.replicas` disks. Cancelling stops the attempt."""
@@ -119,7 +124,7 @@ class Executor:
         return replace(outcome, run_ms=outcome.run_ms or int((monotonic() - started) * 1000))
 
     async def _run(self, directory: Path, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
-        backend = self._choose(spec)
+        backend = self.choose(spec)
         workdir = directory / "work"
         await trio.to_thread.run_sync(_prepare, directory, workdir)
         try:
@@ -143,7 +148,8 @@ class Executor:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_remove, directory)
 
-    def _choose(self, spec: JobSpec) -> Backend:
+    def choose(self, spec: JobSpec) -> Backend:
+        """Raises Unavailable."""
         offered = self._offered()
         for name in spec.backend:
             if name in offered and name in self._backends:
@@ -174,25 +180,14 @@ class Executor:
 
     async def _item(self, task: int, spec: JobSpec) -> tuple[str, list[TreeEntry]]:
         """A task's item, and the files that come with it."""
-        match spec.array.items:
-            case None:
-                return str(task), []
-            case ItemsRange(start, step):
-                return str(start + task * step), []
-            case ItemsInline(items):
-                if task >= len(items):
-                    raise InvalidRequest(f"the job has {len(items)} items, task {task} has none")
-                return items[task], []
-            case ItemsBlob(blob):
-                lines = await self._lines(blob)
-                if task >= len(lines):
-                    raise InvalidRequest(f"the list of items has {len(lines)} lines, task {task} has none")
-                return lines[task], []
-            case ItemsFiles(ref, per_task):
-                entries = (await self._tree(ref)).entries[task * per_task : (task + 1) * per_task]
-                return "\n".join(entry.path for entry in entries), list(entries)
+        items = spec.array.items
+        if isinstance(items, ItemsFiles):
+            entries = (await self._tree(items.tree)).entries[task * items.per_task : (task + 1) * items.per_task]
+            return "\n".join(entry.path for entry in entries), list(entries)
+        lines = await self.lines(items.blob) if isinstance(items, ItemsBlob) else ()
+        return item_of(task, spec, lines), []
 
-    async def _fetch(self, ref: BlobRef) -> None:
+    async def fetch(self, ref: BlobRef) -> None:
         if not self._store.has(ref.hash):
             try:
                 await self._fetcher.fetch(ref, timeout_s=FETCH_S)
@@ -206,7 +201,7 @@ class Executor:
             self._remember(ref.blob.hash, found)
         return found
 
-    async def _lines(self, ref: BlobRef) -> tuple[str, ...]:
+    async def lines(self, ref: BlobRef) -> tuple[str, ...]:
         found = self._lists.get(ref.hash)
         if not isinstance(found, tuple):
             found = tuple((await self._bytes(ref)).decode(errors="replace").splitlines())
@@ -216,7 +211,7 @@ class Executor:
     async def _bytes(self, ref: BlobRef) -> bytes:
         if ref.size > LIST_BYTES_MAX:
             raise TooLarge(f"a list of {ref.size} bytes is over the limit of {LIST_BYTES_MAX}")
-        await self._fetch(ref)
+        await self.fetch(ref)
         return await self._store.get_bytes(ref, bytes_max=LIST_BYTES_MAX)
 
     def _remember(self, blob: str, value: Tree | tuple[str, ...]) -> None:
@@ -230,12 +225,12 @@ class Executor:
         run = spec.run
         module = stdin = None
         if run.module is not None:
-            await self._fetch(run.module)
+            await self.fetch(run.module)
             module = self._store.path(run.module.hash)
         match run.stdin:
             case BlobRef():
                 stdin = directory / "stdin"
-                await self._fetch(run.stdin)
+                await self.fetch(run.stdin)
                 await self._store.export(run.stdin, stdin)
             case Inline(data):
                 stdin = directory / "stdin"
@@ -289,6 +284,17 @@ class Executor:
         ]
         return replace(outcome, stdout=stdout, stderr=stderr)
 
+    async def keep(self, outcome: Outcome, stdout: Path | None, stderr: Path | None, spec: JobSpec) -> Outcome:
+        """With these files as blobs, on as many disks as the job asks for; they are removed."""
+        if stdout is not None:
+            outcome = replace(outcome, stdout=await self._store.put_file(stdout))
+        if stderr is not None:
+            outcome = replace(outcome, stderr=await self._store.put_file(stderr))
+        for path in (stdout, stderr):
+            if path is not None:
+                path.unlink(missing_ok=True)
+        return await self._replicate(outcome, spec)
+
     async def _replicate(self, outcome: Outcome, spec: JobSpec) -> Outcome:
         """Waits as long as it takes: an outcome that rests on one disk is not told (protocol.md 6)."""
         refs = [content for content in (outcome.stdout, outcome.stderr) if isinstance(content, BlobRef)]
@@ -325,7 +331,15 @@ def _small_bytes(path: Path) -> bytes | None:
         return b""  # it was refused before it could say anything
     if size == 0:
         return b""
-    return path.read_bytes() if size <= LOG_INLINE_BYTES_MAX else None
+    return path.read_bytes() if size <= output.INLINE_BYTES_MAX else None
+
+
+def _read(path: Path, offset: int, bytes_max: int) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), bytes_max, offset)
+    except FileNotFoundError:
+        return b""
 
 
 def _remove(directory: Path) -> None:
@@ -343,4 +357,4 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-assert LOG_INLINE_BYTES_MAX * 2 < INLINE_BYTES_MAX
+assert output.INLINE_BYTES_MAX * 2 < INLINE_BYTES_MAX

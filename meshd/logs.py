@@ -1,15 +1,13 @@
 """What a task writes, read at any node: from the node that runs it while it runs, from its blob afterwards.
 
 `attempt.log` answers with bytes from an offset, standing until there are some; it is asked only
-while somebody follows, and reads the very file that the job writes.
+while somebody follows, and reads what the job has written by then.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from pathlib import Path
 
 import trio
 from msgspec import Struct
@@ -52,11 +50,12 @@ class LogDesk:
 
     async def read(self, fence: int, stream: str, offset: int, stand_s: float) -> LogPiece:
         with trio.move_on_after(stand_s):
-            while (path := self._executor.log_path(fence, stream)) is not None:
-                if data := _read(path, offset):
+            while (data := await self._executor.read_output(fence, stream, offset, PIECE_BYTES_MAX)) is not None:
+                if data:
                     return LogPiece(data, True)
                 await trio.sleep(LOOK_EVERY_S)
-        return LogPiece(b"", self._executor.log_path(fence, stream) is not None)
+            return LogPiece(b"", False)
+        return LogPiece(b"", True)
 
     async def _on_log(self, peer: NodeId, body: bytes) -> bytes:
         call = codec.decode(body, LogCall)
@@ -132,11 +131,3 @@ class LogReader:
                     data = await self._store.read(content.hash, at, PIECE_BYTES_MAX)
                     at += len(data)
                     yield data
-
-
-def _read(path: Path, offset: int) -> bytes:
-    try:
-        with path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), PIECE_BYTES_MAX, offset)
-    except FileNotFoundError:
-        return b""

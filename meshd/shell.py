@@ -3,8 +3,9 @@
     world ── event ──▶ Agent.handle ── effects ──▶ a task each ── what came of it, as an event ──▶ …
 
 `feed` never waits, so a slow peer, disk or job cannot hold up the next decision; whatever takes
-time is a task that reports back. Attempts run under a scope each, which is how they are stopped. Those that wait
-behind another of the same `Start` are known from the moment it is decided, so that a stop finds them.
+time is a task that reports back. Attempts that need nothing laid out for them are handed on in batches (planned.py)
+and cost no task. The others run under a scope each, which is how they are stopped; those that wait behind another of
+the same `Start` are known from the moment it is decided, so that a stop finds them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol, assert_never
 import structlog
 import trio
 from msgspec import Struct
+from msgspec.structs import replace
 
 from meshd import codec
 from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
@@ -46,7 +48,12 @@ NOTICE_S = 2.0
 TICK_S_MAX = 0.5
 """Never asleep for longer: the boot clock runs on while a machine sleeps, and timers of the loop do not."""
 
+STOP_S = 10.0
+"""For what was handed on, when this node stops; longer than the grace of any backend."""
+
 log = structlog.get_logger()
+
+Ends = Sequence[tuple[AttemptKey, Outcome]]
 
 
 class RenewCall(Struct, frozen=True, array_like=True):
@@ -56,7 +63,25 @@ class RenewCall(Struct, frozen=True, array_like=True):
     node: NodeId | None = None
 
 
+class Planned(Protocol):
+    """Attempts in batches."""
+
+    def takes(self, spec: JobSpec) -> bool: ...
+
+    def start(
+        self, lane: int, keys: Sequence[AttemptKey], spec: JobSpec, leash_s: float | None, ended: Callable[[Ends], None]
+    ) -> None:
+        """Never waits; each is told of once, and never before this returns."""
+        ...
+
+    def stop(self, key: AttemptKey) -> None: ...
+    async def recall(self, keys: Sequence[AttemptKey]) -> Sequence[AttemptKey]: ...
+    def move_leash(self, key: AttemptKey, deadline_s: float) -> None: ...
+
+
 class Runs(Protocol):
+    @property
+    def planned(self) -> Planned: ...
     async def run(self, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome: ...
 
 
@@ -109,6 +134,11 @@ class Shell:
         self._leashes: dict[int, Leash] = {}
         self._scopes: dict[int, tuple[trio.CancelScope, list[EndReason]]] = {}
         self._waiting: dict[int, AttemptKey] = {}
+        self._handed_on: dict[int, AttemptKey] = {}
+        """Attempts that run in batches."""
+        self._stopped_for: dict[int, EndReason] = {}
+        """Of those: why they were told to stop."""
+        self._lanes = itertools.count(1)
         self._calls = itertools.count(1)
         self._renewals: dict[int, RenewAnswer] = {}
         rpc.register("session.renew", self._on_renew)
@@ -122,6 +152,8 @@ class Shell:
                 await self._tick()
             finally:
                 self._tasks = None
+                with trio.CancelScope(shield=True):
+                    await self._stop_handed_on()
 
     def feed(self, event: AgentEvent) -> None:
         """Decide now, act in tasks. Ignored while the shell does not serve."""
@@ -131,6 +163,9 @@ class Shell:
             if isinstance(effect, AnswerRenew):
                 self._renewals[effect.call] = effect.answer
             else:
+                if isinstance(effect, Start) and self._runs.planned.takes(effect.spec):
+                    self._hand_on(effect)
+                    continue
                 if isinstance(effect, Start):
                     self._accept(effect)
                 self._tasks.start_soon(self._perform, effect)
@@ -139,11 +174,11 @@ class Shell:
 
     @property
     def attempts_running(self) -> int:
-        return len(self._leashes)
+        return len(self._leashes) + len(self._handed_on)
 
     async def wait_empty(self) -> None:
         """Until nothing runs here and every end is answered."""
-        while self._leashes or self._agent.worker.attempts.all():
+        while self.attempts_running or self._agent.worker.attempts.all():
             self._fed = trio.Event()
             await self._fed.wait()
 
@@ -171,12 +206,14 @@ class Shell:
             case Start():
                 await self._run(effect)
             case Recall(keys):
-                self.feed(Recalled(tuple(key for key in keys if self._withdraw(key))))
+                await self._recall(keys)
             case Stop(key, reason):
                 self._stop(key, reason)
             case MoveLeash(key, leash_ms):
                 if key.fence in self._leashes:
                     self._leashes[key.fence].move(leash_ms / 1000)
+                elif key.fence in self._handed_on:
+                    self._runs.planned.move_leash(key, leash_ms / 1000)
             case AnswerRenew():
                 pass  # taken by feed
             case _:
@@ -316,9 +353,55 @@ class Shell:
         return outcome
 
     def _stop(self, key: AttemptKey, reason: EndReason) -> None:
-        if self._withdraw(key):
+        if key.fence in self._handed_on:
+            self._stopped_for[key.fence] = reason
+            self._runs.planned.stop(key)
+        elif self._withdraw(key):
             self.feed(AttemptsEnded(((key, Outcome(reason, message="stopped before it started")),)))
         elif key.fence in self._scopes:
             scope, reasons = self._scopes[key.fence]
             reasons.append(reason)
             scope.cancel()
+
+    async def _recall(self, keys: Sequence[AttemptKey]) -> None:
+        back = [key for key in keys if self._withdraw(key)]
+        if handed_on := [key for key in keys if key.fence in self._handed_on]:
+            for key in await self._runs.planned.recall(handed_on):
+                del self._handed_on[key.fence]
+                self._stopped_for.pop(key.fence, None)
+                back.append(key)
+        self.feed(Recalled(tuple(back)))
+
+    # --- attempts in batches -----------------------------------------------------------------------------------------
+
+    def _hand_on(self, effect: Start) -> None:
+        self._handed_on.update((key.fence, key) for key in effect.keys)
+        first = effect.keys[0]
+        log.info("attempts.started", job=first.job, attempts=len(effect.keys), fence=first.fence)
+        leash_s = None if effect.leash_ms is None else effect.leash_ms / 1000
+        self._runs.planned.start(next(self._lanes), effect.keys, effect.spec, leash_s, self._handed_on_ended)
+
+    def _handed_on_ended(self, ends: Ends) -> None:
+        told = []
+        failed = 0
+        for key, outcome in ends:
+            del self._handed_on[key.fence]
+            if self._stopped_for:
+                reason = self._stopped_for.pop(key.fence, None)
+                if reason is not None and outcome.reason is EndReason.CANCELLED:
+                    outcome = replace(outcome, reason=reason, message="stopped by its node")
+            failed += not outcome.is_success
+            told.append((key, outcome))
+        first = ends[0][0]
+        log.info("attempts.ended", job=first.job, attempts=len(told), failed=failed, fence=first.fence)
+        self.feed(AttemptsEnded(tuple(told)))
+        self._fed.set()
+
+    async def _stop_handed_on(self) -> None:
+        """Nothing of them runs when this ends, or the backends themselves are stuck."""
+        for key in list(self._handed_on.values()):
+            self._runs.planned.stop(key)
+        with trio.move_on_after(STOP_S):
+            while self._handed_on:
+                self._fed = trio.Event()
+                await self._fed.wait()

@@ -75,6 +75,13 @@ async def _call(frames: list[bytes]) -> None:
     assert node.machine.faults == 0
 
 
+class _NoBatches:
+    """Every attempt runs by itself."""
+
+    def takes(self, spec: JobSpec) -> bool:
+        return False
+
+
 class _Node:
     """Everything of a node that answers calls, around a log that commits at once."""
 
@@ -90,6 +97,7 @@ class _Node:
             self._commit(commands.ORIGINS[frame[0] & 15], frame[1:])
         self.replica.register(self.rpc)
         agent = Agent(Worker(epoch=1), Keeper(self.machine))
+        self.planned: Any = _NoBatches()
         self.shell = Shell(
             me=ME, agent=agent, rpc=self.rpc, world=self, runs=self, propose=self._propose_mine, save_epoch=_save_epoch
         )
@@ -192,7 +200,7 @@ class _Home:
 
 
 class _NoLogs:
-    def log_path(self, fence: int, stream: str) -> Path | None:
+    async def read_output(self, fence: int, stream: str, offset: int, bytes_max: int) -> bytes | None:
         return None
 
 

@@ -203,7 +203,6 @@ class RaftState(SyncObj):  # type: ignore[misc]
     def cut_from(self, index: int) -> None:
         self._SyncObj__deleteEntriesFrom(index)
         self.configurations.cut_from(index)
-        self.log.voters = self.voters
         self._show_voters()
 
     def forget_to(self, index: int) -> None:

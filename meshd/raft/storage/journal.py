@@ -51,7 +51,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self.is_in_doubt = self._was_in_doubt = bool(doubt)
         """Something that this voter has acknowledged may be missing here (protocol.md 9)."""
         self.voters = header.voters
-        """The newest configuration, also when its entry is covered by a snapshot: what the next header says. Whoever takes entries back says it anew."""
+        """The newest configuration, also when its entry is covered by a snapshot: what the next header says."""
         self._segments = segments
         self._entries = entries
         self._term = header.term
@@ -85,8 +85,11 @@ class Journal(StockJournal):  # type: ignore[misc]
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom < len(self._entries):
-            index = self._entries[entryFrom][1]
+            index, gone = self._entries[entryFrom][1], self._entries[entryFrom:]
             del self._entries[entryFrom:]
+            if any(command[:1] == MEMBERSHIP for command, _, _ in gone):
+                kept = (command for command, _, _ in reversed(self._entries) if command[:1] == MEMBERSHIP)
+                self.voters = next((tuple(codec.unpack(command[1:])) for command in kept), self.header.voters)
             self._staged.append(("x", index))
             self.durable_index = min(self.durable_index, index - 1)
             self.witnessed_index = min(self.witnessed_index, index - 1)
