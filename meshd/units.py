@@ -25,11 +25,11 @@ def parse_duration_ms(text: str | int | float) -> int:
     wrong = InvalidRequest(f"{shorten(text)} is not a duration", hint="write it like 90s, 10m or 1h30m")
     if isinstance(text, bool):
         raise wrong
-    if isinstance(text, str) and re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text.strip(), re.ASCII):
-        text = float(text)
     if isinstance(text, int | float):
         return _whole(text * 1000, wrong)
     text = text.strip().lower()
+    if re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text, re.ASCII):
+        return _whole(float(text) * 1000, wrong)
     total, end = 0.0, 0
     for part in _DURATION_PART.finditer(text):
         if part.start() != end:

@@ -57,7 +57,7 @@ def seeds() -> Iterator[bytes]:
             "1h30m", "1.5h", "90", "500ms", "512Mi", "1.5G", "9" * 19, "1-100", "0-1000:10", "²", "1²", "٣", "1_000",
             "zone in (a,b), arch=x86_64, !spot", "a!=b,c notin (d, e)", "x", ",", "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp",
             "1" * 64, "018f0000-0000-7000-8000-000000000000", "mesh_abc_def", "unix:/run/x", "https://host:7374", "host:7374", "[::1]:80",
-            "http://[::1", "https://host:99999999999999999999", "meshd1-", "meshd1-====", "\0",
+            "http://[::1", "https://host:99999999999999999999", "meshd1-", "meshd1-====", "\0", "1\x1d",
         )
     )  # fmt: skip
     from meshd import codec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from meshd import codec
@@ -54,6 +54,7 @@ def test_a_document_is_a_spec_or_an_invalid_request(document: Any) -> None:
 
 
 @given(st.text(max_size=30) | st.floats() | st.integers())
+@example("1\x1d")  # a space to str.strip, and not to float
 def test_a_unit_is_read_or_refused(text: Any) -> None:
     for parse in (parse_duration_ms, parse_size):
         with suppress(InvalidRequest):
