@@ -226,6 +226,7 @@ class _Daemon:
         self.is_worker = Role.WORKER in mesh_file.certificate.roles
         self.start_random = secrets.token_bytes(16)
         self.counters = Counters()
+        self.saving = trio.Lock()
         self.offer = Offer()
         self.is_draining = False
         self.api_address = config.api
@@ -595,9 +596,11 @@ class _Daemon:
         return await self.log.propose_once(command, timeout_s=5)
 
     async def _save_epoch(self, epoch: int) -> None:
-        if epoch > self.counters.epoch:
-            self.counters = replace(self.counters, epoch=epoch)
-            await trio.to_thread.run_sync(self.home.write_counters, self.counters)
+        async with self.saving:  # two threads may end in any order
+            if epoch > self.counters.epoch:
+                counters = replace(self.counters, epoch=epoch)
+                await trio.to_thread.run_sync(self.home.write_counters, counters)
+                self.counters = counters
 
     # --- shell.World --------------------------------------------------------------------------------------------------
 
