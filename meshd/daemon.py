@@ -349,7 +349,7 @@ class _Daemon:
                 adds_work=adds_work,
                 lacks_history=self._lacks_history,
             )
-            self.archive = Archive(self.me, machine, self.server_log, self.home.history_index, tail=None)
+            self.archive = Archive(self.me, machine, self.server_log, self.home.history_index)
             self.replica = Replica(self.server_log, machine, self._events_happened, self.archive)
             self.replica.register(self.rpc)
             self.machine = machine

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from meshd.errors import Busy, InvalidRequest
 from meshd.model import JobId
+from meshd.raft.state import ids
 from meshd.raft.state.commands import Reason, Submit, Submitted
 from meshd.raft.state.ids import FUTURE_MS, PAST_MS, SeenIds, number_of
 from tests.scene import WALL_MS, A, Scene, job_id, spec
@@ -69,3 +72,29 @@ def test_the_memory_is_bounded_and_says_busy():
     with pytest.raises(InvalidRequest):
         seen.check(number_of(job_id(3)), WALL_MS + PAST_MS + 1)
     assert len(seen) == 0
+
+
+def test_many_ids_are_remembered_and_forgotten_as_a_plain_set_does(monkeypatch: pytest.MonkeyPatch):
+    """In whatever order of their dates they come, also from a snapshot."""
+    monkeypatch.setattr(ids, "RUN_IDS", 16)
+    rng = random.Random(7)
+    seen, plain, wall_ms = SeenIds(), set(), WALL_MS
+    for step in range(3_000):
+        wall_ms += rng.choice((0, 0, 5_000, 60_000))
+        date_ms = wall_ms + rng.choice((0, -PAST_MS, FUTURE_MS, rng.randrange(-PAST_MS, FUTURE_MS)))
+        number = number_of(job_id(rng.randrange(3), date_ms))
+        assert (number in seen) == (number in plain)
+        if number not in plain:
+            seen.remember(number)
+            plain.add(number)
+        seen.forget_before(wall_ms)
+        gone = [each for each in plain if ids.date_ms_of(each) < wall_ms - PAST_MS]
+        plain.difference_update(gone)
+        assert len(seen) == len(plain) and not any(each in seen for each in gone[:5])
+        if step % 50 == 0:
+            data = ids.packed(seen.captured())
+            assert data == b"".join(each.to_bytes(16, "big") for each in sorted(plain))
+            if rng.random() < 0.5:
+                forgotten_ms = seen.forgotten_ms
+                seen = SeenIds()
+                seen.restore(data, forgotten_ms)

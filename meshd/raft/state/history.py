@@ -195,11 +195,12 @@ class History:
         beyond = unsealed - tail.jobs
         if beyond >= tail.batch:
             return self._first(min(beyond, tail.segment_jobs))
-        jobs = self._jobs(self.sealed_jobs, unsealed)
-        is_old = self._moment.wall_ms - (jobs[0].ended_wall_ms or 0) > tail.age_ms
-        rows = sum([len(job.results) for job in jobs])
-        is_large = rows > tail.rows or (queue.outcome_bytes > tail.bytes and rows >= ROWS_MIN)
-        return self._first(min(unsealed, tail.segment_jobs)) if is_old or is_large else []
+        [oldest] = self._jobs(self.sealed_jobs, 1)
+        is_due = self._moment.wall_ms - (oldest.ended_wall_ms or 0) > tail.age_ms
+        if not is_due and (queue.finished_rows > tail.rows or queue.outcome_bytes > tail.bytes):
+            rows = sum([len(job.results) for job in self._jobs(self.sealed_jobs, unsealed)])
+            is_due = rows > tail.rows or (queue.outcome_bytes > tail.bytes and rows >= ROWS_MIN)
+        return self._first(min(unsealed, tail.segment_jobs)) if is_due else []
 
     def _first(self, count: int) -> list[Job]:
         """Of the unsealed jobs, but not too many rows."""
