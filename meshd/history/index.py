@@ -156,7 +156,7 @@ class Index:
                     return found
             if selector == "last":
                 return _first(reader.execute(f"{_SELECT} ORDER BY number DESC"), bounds)
-            named = [_first(_named(reader, selector, state, _NEWEST), bounds) for state in FINAL_STATES]
+            named = [_first(_named(reader, selector, state), bounds) for state in FINAL_STATES]
             if found_named := [job for job in named if job is not None]:
                 return max(found_named, key=lambda each: each.job.number)
             return self._by_prefix(reader, selector, bounds)
@@ -189,12 +189,12 @@ class Index:
             last: bytes | None = None
             rows = merge(*cursors, key=lambda row: row[0], reverse=True)
             try:
-                for looked, (key, segment, frame) in enumerate(rows):
+                for looked, (key, segment, frame, matches) in enumerate(rows):
                     if len(found) >= limit or looked >= SCAN_MAX:
                         return found, None if last is None else _id_of(last)
                     last = key
-                    if segment in bounds and _matches(job := _archived(segment, frame).job, query):
-                        found.append(job)
+                    if matches and segment in bounds:
+                        found.append(_archived(segment, frame).job)
             finally:
                 for cursor in cursors:
                     cursor.close()
@@ -214,37 +214,38 @@ _NEWEST = b"\xff" * 17
 
 
 def _matching(reader: sqlite3.Connection, query: ListJobs, state: TaskState) -> sqlite3.Cursor:
-    """(id, segment, frame) in order, by the narrowest of what is asked for; the order comes from an index, not from a sort."""
-    before = _NEWEST if query.before is None else _bound_of(query.before)
-    number = _STATES[state]
-    if query.labels:
-        return reader.execute(
-            "SELECT labels.id, segment, frame FROM labels CROSS JOIN jobs ON jobs.id = labels.id"
-            " WHERE label = ? AND labels.state = ? AND labels.id < ? ORDER BY labels.id DESC",
-            (_label(*query.labels[0]), number, before),
+    """(id, segment, frame, whether all matches) in order: an index over one wish gives it, so that nothing is sorted.
+
+    Whether the others match is looked up, not searched for: so the caller can stop after as many as it likes.
+    """
+    number, before = _STATES[state], _NEWEST if query.before is None else _bound_of(query.before)
+    labels = [_label(*label) for label in query.labels]
+    if query.name or not labels:
+        rest, sought = labels, [query.name] if query.name else []
+        source = "jobs INDEXED BY by_name WHERE name = ? AND" if query.name else "jobs INDEXED BY by_state WHERE"
+        source += " jobs.state = ? AND jobs.id < ? ORDER BY jobs.id DESC"
+    else:
+        rest, sought = labels[1:], labels[:1]
+        source = (
+            "labels CROSS JOIN jobs ON jobs.id = labels.id WHERE label = ? AND labels.state = ? AND labels.id < ?"
+            " ORDER BY labels.id DESC"
         )
-    if query.name:
-        return _named(reader, query.name, state, before)
+    has_label = "EXISTS (SELECT 1 FROM labels AS l WHERE l.label = ? AND l.state = jobs.state AND l.id = jobs.id)"
+    matches = " AND ".join(["1", *(has_label for _ in rest)])
+    select = f"SELECT jobs.id, segment, frame, {matches} FROM {source}"  # noqa: S608 - of constants
+    return reader.execute(select, (*rest, *sought, number, before))
+
+
+def _named(reader: sqlite3.Connection, name: str, state: TaskState) -> sqlite3.Cursor:
     return reader.execute(
-        "SELECT id, segment, frame FROM jobs INDEXED BY by_state WHERE state = ? AND id < ? ORDER BY id DESC",
-        (number, before),
+        "SELECT segment, frame FROM jobs INDEXED BY by_name WHERE name = ? AND state = ? ORDER BY id DESC",
+        (name, _STATES[state]),
     )
-
-
-def _named(reader: sqlite3.Connection, name: str, state: TaskState, before: bytes) -> sqlite3.Cursor:
-    return reader.execute(
-        "SELECT id, segment, frame FROM jobs INDEXED BY by_name WHERE name = ? AND state = ? AND id < ? ORDER BY id DESC",
-        (name, _STATES[state], before),
-    )
-
-
-def _matches(job: Job, query: ListJobs) -> bool:
-    return (not query.name or job.spec.name == query.name) and set(query.labels) <= set(job.spec.labels)
 
 
 def _first(rows: sqlite3.Cursor, bounds: Bounds) -> Archived | None:
     with closing(rows):
-        return next((_archived(segment, frame) for *_, segment, frame in rows if segment in bounds), None)
+        return next((_archived(segment, frame) for segment, frame in rows if segment in bounds), None)
 
 
 def _archived(segment: int, frame: bytes) -> Archived:
