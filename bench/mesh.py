@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from meshd.client import Client
@@ -81,11 +81,12 @@ def cpu_s(pid: int) -> float:
 
 def descendants(pid: int) -> list[tuple[int, str]]:
     """(process, its command line), children before their own."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            found += [(child, command), *descendants(child)]
+    found: list[tuple[int, str]] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # of one that ends meanwhile, what was seen
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found += [(child, command.strip()), *descendants(child)]
     return found
 
 
