@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
 from meshd import codec
-from meshd.model import AttemptKey, JobId, JobSpec, NodeId
+from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, runs_of
 from meshd.raft.state.commands import AnyAnswer, EndSession, Event, Leased, SessionChanged, StopWanted
 from meshd.session_messages import (
     NOTICE_LEASES_MAX,
@@ -55,6 +55,7 @@ class Leases(Protocol):
     def sessions_live(self) -> Sequence[tuple[NodeId, int]]: ...
     def leases_of(self, node: NodeId, epoch: int) -> Sequence[AttemptKey]: ...
     def stops_of(self, node: NodeId, epoch: int) -> Sequence[AttemptKey]: ...
+    def still_leased(self, node: NodeId, epoch: int, attempts: AttemptRun) -> Sequence[AttemptRun]: ...
     def spec_of(self, job: JobId) -> JobSpec | None: ...
 
 
@@ -149,7 +150,7 @@ class Outbox:
     """What one node must still be told, by fence. One notice is on its way at a time."""
 
     epoch: int
-    leases: dict[int, AttemptKey] = field(default_factory=dict)
+    leases: dict[int, AttemptRun] = field(default_factory=dict)
     stops: dict[int, AttemptKey] = field(default_factory=dict)
     on_its_way: Notice | None = None
     again_ms: int = 0
@@ -218,7 +219,7 @@ class Keeper:
         for node, epoch in self._state.sessions_live():
             self._sessions[node] = Session(epoch, granted_ms=now_ms)
             box = self._outbox(node, epoch)
-            box.leases = {key.fence: key for key in self._state.leases_of(node, epoch)}
+            box.leases = {run.fence: run for run in runs_of(self._state.leases_of(node, epoch))}
             box.stops = {key.fence: key for key in self._state.stops_of(node, epoch)}
         return True
 
@@ -232,8 +233,8 @@ class Keeper:
                 if session is not None and session.epoch == epoch:
                     del self._sessions[node]
                     self._outboxes.pop(node, None)
-            case Leased(node, epoch, key):
-                self._outbox(node, epoch).leases[key.fence] = key
+            case Leased(node, epoch, run):
+                self._outbox(node, epoch).leases[run.fence] = run
             case StopWanted(node, epoch, key):
                 self._outbox(node, epoch).stops[key.fence] = key
             case _:
@@ -288,23 +289,25 @@ class Keeper:
 
     def _notice(self, node: NodeId, box: Outbox) -> Notice:
         """The oldest of what is still true, as much as fits."""
-        current = {key.fence for key in self._state.leases_of(node, box.epoch)}
-        box.leases = {fence: key for fence, key in box.leases.items() if fence in current}
-        box.stops = {fence: key for fence, key in box.stops.items() if fence in current}
-        leases: list[AttemptKey] = []
+        told = [run for each in box.leases.values() for run in self._state.still_leased(node, box.epoch, each)]
+        box.leases = {run.fence: run for run in told}
+        if box.stops:
+            wanted = {key.fence for key in self._state.stops_of(node, box.epoch)}
+            box.stops = {fence: key for fence, key in box.stops.items() if fence in wanted}
+        leases: list[AttemptRun] = []
         specs: dict[JobId, JobSpec] = {}
         size = 0
-        for key in list(box.leases.values())[:NOTICE_LEASES_MAX]:
-            spec = self._state.spec_of(key.job)
+        for run in told[:NOTICE_LEASES_MAX]:
+            spec = self._state.spec_of(run.job)
             if spec is None:
-                del box.leases[key.fence]
+                del box.leases[run.fence]
                 continue
-            if key.job not in specs:
+            if run.job not in specs:
                 size += len(codec.encode(spec))
                 if specs and size > NOTICE_SPECS_BYTES_MAX:
                     break
-                specs[key.job] = spec
-            leases.append(key)
+                specs[run.job] = spec
+            leases.append(run)
         stops = tuple(box.stops.values())[:NOTICE_LEASES_MAX]
         return Notice(box.epoch, tuple(leases), tuple(specs.items()), stops)
 
@@ -316,7 +319,7 @@ class Keeper:
         if not event.has_arrived:
             box.again_ms = now_ms + NOTICE_AGAIN_MS
             return
-        for key in event.notice.leases:
-            box.leases.pop(key.fence, None)
+        for run in event.notice.leases:
+            box.leases.pop(run.fence, None)
         for key in event.notice.stops:
             box.stops.pop(key.fence, None)

@@ -12,6 +12,7 @@ it (`gc=False`): it would look at a million of them while the loop waits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, NewType
 
@@ -280,6 +281,11 @@ class Outcome(Struct, frozen=True, gc=False, omit_defaults=True):
     def is_success(self) -> bool:
         return self.reason is EndReason.EXIT and self.exit_code == 0
 
+    @property
+    def is_bare(self) -> bool:
+        """A success that left nothing to tell: one more number in a range."""
+        return self.is_success and not (self.stdout or self.stderr or self.outputs or self.message)
+
 
 class BackendOffer(Struct, frozen=True, gc=False, array_like=True):
     name: ShortText
@@ -315,6 +321,56 @@ class AttemptKey(Struct, frozen=True, gc=False, order=True, array_like=True):
     task: Count
     attempt: Count
     fence: Count
+
+
+RUN_ATTEMPTS_MAX = 10_000
+"""As many as one node holds."""
+
+
+class AttemptRun(Struct, frozen=True, gc=False, order=True, array_like=True):
+    """Attempts at neighbouring tasks of a job, with neighbouring fences: a thousand leases are five numbers."""
+
+    job: JobId
+    task: Count
+    """Of the first, as are attempt and fence; all have the same attempt."""
+    attempt: Count
+    fence: Count
+    count: Annotated[int, Meta(ge=1, le=RUN_ATTEMPTS_MAX)] = 1
+
+    def key(self, at: int = 0) -> AttemptKey:
+        return AttemptKey(self.job, self.task + at, self.attempt, self.fence + at)
+
+    def each(self) -> list[AttemptKey]:
+        job, task, attempt, fence = self.job, self.task, self.attempt, self.fence
+        return [AttemptKey(job, task + at, attempt, fence + at) for at in range(self.count)]
+
+    def part(self, start: int, stop: int) -> AttemptRun:
+        """From its start-th to before its stop-th attempt."""
+        return AttemptRun(self.job, self.task + start, self.attempt, self.fence + start, stop - start)
+
+
+def runs_of(keys: Iterable[AttemptKey]) -> tuple[AttemptRun, ...]:
+    """The same attempts, neighbours together; in the order of their fences."""
+    runs: list[AttemptRun] = []
+    first: AttemptKey | None = None
+    count = 0
+    for key in sorted(keys, key=lambda key: key.fence):
+        if (
+            first is not None
+            and key.fence == first.fence + count
+            and key.task == first.task + count
+            and key.attempt == first.attempt
+            and key.job == first.job
+            and count < RUN_ATTEMPTS_MAX
+        ):
+            count += 1
+            continue
+        if first is not None:
+            runs.append(AttemptRun(first.job, first.task, first.attempt, first.fence, count))
+        first, count = key, 1
+    if first is not None:
+        runs.append(AttemptRun(first.job, first.task, first.attempt, first.fence, count))
+    return tuple(runs)
 
 
 class Member(Struct, frozen=True, gc=False):

@@ -17,10 +17,10 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from meshd.model import AttemptKey, Count, JobId, JobSpec
+from meshd.model import AttemptKey, AttemptRun, Count, JobId, JobSpec
 
 NOTICE_LEASES_MAX = 1000
-"""Leases, and stops, in one notice."""
+"""Runs of leases, and stops, in one notice."""
 
 NOTICE_SPECS_BYTES_MAX = 2 << 20
 """Specs in one notice: half a frame, so that a last spec of the largest size still fits."""
@@ -69,6 +69,6 @@ class Notice(Struct, frozen=True, array_like=True):
     """These attempts are leased to you in this epoch, with the spec of each job once; these are no longer wanted."""
 
     epoch: Count
-    leases: Annotated[tuple[AttemptKey, ...], Meta(max_length=NOTICE_LEASES_MAX)] = ()
+    leases: Annotated[tuple[AttemptRun, ...], Meta(max_length=NOTICE_LEASES_MAX)] = ()
     specs: tuple[tuple[JobId, JobSpec], ...] = ()
     stops: Annotated[tuple[AttemptKey, ...], Meta(max_length=NOTICE_LEASES_MAX)] = ()

@@ -178,7 +178,7 @@ class Shell:
 
     async def wait_empty(self) -> None:
         """Until nothing runs here and every end is answered."""
-        while self.attempts_running or self._agent.worker.attempts.all():
+        while self.attempts_running or not self._agent.worker.attempts.is_empty:
             self._fed = trio.Event()
             await self._fed.wait()
 

@@ -20,15 +20,18 @@ Rules: protocol.md 4 and 5. Times are CLOCK_BOOTTIME milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
 from meshd import codec
-from meshd.attempts import Attempt, Attempts, Phase, cut_off_allowance_ms, fit
+from meshd.attempts import Attempt, Attempts, Batch, Phase, cut_off_allowance_ms, fit, places
 from meshd.errors import InvalidRequest
-from meshd.model import AttemptKey, EndReason, JobSpec, Offer, Outcome, Resources
+from meshd.model import AttemptKey, AttemptRun, EndReason, JobId, JobSpec, Offer, Outcome, Resources, runs_of
+from meshd.pace import RECALL_AFTER_MS, Pace, may_batch
 from meshd.raft.state.commands import (
+    AHEAD_JOBS_MAX,
     AnyAnswer,
     AnyCommand,
     Claim,
@@ -58,7 +61,12 @@ REFUSED_AGAIN_MS = 2_000
 RUNNING_AFTER_MS = 500
 """An attempt that ends within this is reported once, as ended; most are, and it halves their log entries."""
 
+REPORT_EVERY_MS = 20
+"""Between two reports, while there is work to go on with: a commit costs the same for one end and for hundreds."""
+
 REPORT_ENDED_MAX = 500
+REPORT_DONE_MAX = 4_000
+"""Ends with nothing to tell: a few runs, when they ended in order, and 40 bytes each when they did not."""
 REPORT_BYTES_MAX = 256 << 10
 """Of outcomes in one report: half of the largest command."""
 
@@ -233,6 +241,9 @@ class Worker:
         self._resend_ms: int | None = None
         self._renew_ms = 0
         self._early: list[Notice] = []
+        self._paces: dict[JobId, Pace] = {}
+        """Of the arrays worked on last, oldest first."""
+        self._reported_ms = 0
         self._effects: list[WorkerEffect] = []
 
     def handle(self, event: WorkerEvent | None, now_ms: int) -> list[WorkerEffect]:
@@ -254,11 +265,9 @@ class Worker:
             case NoticeArrived(notice):
                 self._noticed(notice)
             case AttemptsEnded(ended):
-                for key, outcome in ended:
-                    self._ended(key, outcome)
+                self._ended(ended, now_ms)
             case Recalled(keys):
-                for key in keys:
-                    self.attempts.take_back(key)
+                self._recalled(keys)
             case HandOver():
                 self._hand_over()
             case Recovered():
@@ -275,13 +284,22 @@ class Worker:
         times = [self._opened_ms + VIEW_MS] if self.state is State.OPENING else [self.view_end_ms, self._renew_ms]
         if self._resend_ms is not None:
             times.append(self._resend_ms)
-        for attempt in self.attempts.in_phase(Phase.RUNNING):
-            deadline = self._leash_ms(attempt)
-            if self.state is State.OPENING and deadline is not None and attempt.stopped_for is None:
-                times.append(deadline)
-            if self.state is State.OPEN and self._pending is None and not attempt.is_running_told:
-                times.append(attempt.started_ms + RUNNING_AFTER_MS)
+        for batch in self.attempts.batches.values():
+            times += self._batch_times(batch)
+        if self.state is State.OPEN and self._pending is None and self.attempts.ended:
+            times.append(self._reported_ms + REPORT_EVERY_MS)
         return min(times)
+
+    def _batch_times(self, batch: Batch) -> Iterator[int]:
+        deadline = self._leash_ms(batch.spec)
+        if self.state is State.OPENING:
+            if deadline is not None and any(map(_is_left_alone, batch.left.values())):
+                yield deadline
+            return
+        if self._pending is None and _is_news(batch.front):
+            yield batch.front_ms + RUNNING_AFTER_MS
+        if batch.job in self._paces and not self.attempts.has_strays:
+            yield batch.slow_again_ms if batch.is_slow else batch.front_ms + RECALL_AFTER_MS
 
     # --- the session --------------------------------------------------------------------------------------------------
 
@@ -292,10 +310,11 @@ class Worker:
         elif self.state is State.OPENING and now_ms >= self._opened_ms + VIEW_MS:
             # A later answer would open a session whose view is over before it began.
             self._open_next(now_ms)
-        for attempt in self.attempts.in_phase(Phase.RUNNING):
-            deadline = self._leash_ms(attempt)
+        for batch in self.attempts.batches.values():
+            deadline = self._leash_ms(batch.spec)
             if deadline is not None and now_ms >= deadline:
-                self._stop(attempt, EndReason.LOST)
+                for attempt in batch.left.values():
+                    self._stop(attempt, EndReason.LOST)
 
     def _open_next(self, now_ms: int) -> None:
         self.epoch += self._epoch_step
@@ -303,8 +322,10 @@ class Worker:
         self._seq = 0
         self._pending = self._reconcile = self._resend_ms = self._told = None
         self._early.clear()
-        for attempt in self.attempts.in_phase(Phase.RUNNING):
+        for attempt in self.attempts.running():
             attempt.is_running_told = False  # the report may have been lost with the session; the state may forget it
+        for pace in self._paces.values():
+            pace.told = 0
         # From here on nothing of the older epoch is obeyed; only then is the list made.
         self._opening = OpenSession(self.epoch, self.attempts.listing(), self._slots, self._offer, self._boot)
         self._opened_ms = now_ms
@@ -326,8 +347,7 @@ class Worker:
             self._open_next(now_ms)
         else:
             if isinstance(command, Report):
-                for ended in command.ended:
-                    self.attempts.forget(ended.key)
+                self._forget(command)
             self._pending = None
             if isinstance(answer, Reported):
                 self._drop(answer.stale)
@@ -367,10 +387,11 @@ class Worker:
         if end_ms <= self.view_end_ms:
             return
         self.view_end_ms = end_ms
-        for attempt in self.attempts.in_phase(Phase.RUNNING):
-            deadline = self._leash_ms(attempt)
-            if deadline is not None and attempt.stopped_for is None:
-                self._effects.append(MoveLeash(attempt.key, deadline))
+        for batch in self.attempts.batches.values():
+            deadline = self._leash_ms(batch.spec)
+            if deadline is not None:
+                moved = [each.key for each in batch.left.values() if _is_left_alone(each)]
+                self._effects += [MoveLeash(key, deadline) for key in moved]
 
     def _list(self, fence: int) -> None:
         """Say what is held as of that fence, and take no lease up to it any more: the list may free those."""
@@ -390,64 +411,89 @@ class Worker:
                 self._early.append(notice)
             return
         specs = dict(notice.specs)
-        for key in notice.leases:
-            if key.job in specs:
-                self.attempts.obey(key, specs[key.job])
+        for run in notice.leases:
+            if run.job in specs:
+                self.attempts.obey(run, specs[run.job])
         for key in notice.stops:
-            attempt = self.attempts.get(key)
-            if attempt is None:
-                # Its lease notice was lost, or comes later: nobody wants it any more. Reconcile will free it.
-                self.attempts.refuse(key)
-            else:
-                self._stop(attempt, EndReason.CANCELLED)
+            self._cancel(key)
+
+    def _cancel(self, key: AttemptKey) -> None:
+        attempts = self.attempts
+        if (spec := attempts.withdraw(key)) is not None:
+            attempts.end_unstarted(key, spec, _unstarted(EndReason.CANCELLED))
+        elif (attempt := attempts.get(key)) is not None:
+            self._stop(attempt, EndReason.CANCELLED)
+        else:
+            # Its lease notice was lost, or comes later: nobody wants it any more. Reconcile will free it.
+            attempts.refuse(key)
 
     def _stop(self, attempt: Attempt, reason: EndReason) -> None:
         """End it, with this outcome unless it has ended otherwise before."""
-        if attempt.phase is Phase.HELD:
-            attempt.phase = Phase.ENDED
-            attempt.outcome = Outcome(reason, message="stopped before it started")
-        elif attempt.phase is Phase.RUNNING and attempt.stopped_for is None:
+        if _is_left_alone(attempt):
             attempt.stopped_for = reason
             self._effects.append(Stop(attempt.key, reason))
 
     def _drop(self, keys: tuple[AttemptKey, ...]) -> None:
         """These are not its own any more: nobody waits for their outcome, but what runs must be seen dead."""
         for key in keys:
+            if self.attempts.withdraw(key) is not None:
+                continue
             attempt = self.attempts.get(key)
             if attempt is None or attempt.phase is Phase.STRAY:
                 continue
             if attempt.phase is Phase.RUNNING:
                 if attempt.stopped_for is None:
                     self._effects.append(Stop(key, EndReason.LOST))
-                attempt.phase = Phase.STRAY
+                self.attempts.stray(attempt)
             else:
-                self.attempts.forget(key)
+                del self.attempts.ended[key.fence]
 
-    def _ended(self, key: AttemptKey, outcome: Outcome) -> None:
-        attempt = self.attempts.get(key)
-        if attempt is None:
-            return
-        if attempt.phase is Phase.STRAY:
-            self.attempts.forget(key)
-        elif attempt.phase is Phase.RUNNING:
-            attempt.phase = Phase.ENDED
-            attempt.outcome = _checked(outcome)
+    def _ended(self, ended: Iterable[tuple[AttemptKey, Outcome]], now_ms: int) -> None:
+        for key, outcome in ended:
+            attempt = self.attempts.get(key)
+            if attempt is not None and attempt.phase is not Phase.ENDED:
+                attempt.batch.front_ms = now_ms
+                attempt.batch.is_slow = False
+                self.attempts.end(attempt, outcome if outcome.is_bare else _checked(outcome))
+
+    def _recalled(self, keys: tuple[AttemptKey, ...]) -> None:
+        again: list[Attempt] = []
+        for key in keys:
+            attempt = self.attempts.get(key)
+            if attempt is None or attempt.phase is Phase.ENDED:
+                continue
+            if attempt.phase is Phase.RUNNING and attempt.stopped_for is None:
+                again.append(attempt)
+            else:
+                self.attempts.end(attempt, _unstarted(attempt.stopped_for or EndReason.LOST))
+        self.attempts.take_back(again)
 
     def _hand_over(self) -> None:
-        for attempt in self.attempts.all():
-            if attempt.phase is Phase.HELD:
-                # Not reported: Reconcile frees it as never started, so that it does not count as a loss.
-                self.attempts.forget(attempt.key)
-            else:
-                self._stop(attempt, EndReason.LOST)
+        for job in list(self.attempts.waiting_of):
+            self.attempts.give_back(job, keep=0)
+        for attempt in list(self.attempts.running()):
+            self._stop(attempt, EndReason.LOST)
 
-    def _leash_ms(self, attempt: Attempt) -> int | None:
-        allowance = cut_off_allowance_ms(attempt.spec)
+    def _leash_ms(self, spec: JobSpec) -> int | None:
+        allowance = cut_off_allowance_ms(spec)
         return None if allowance is None else self.view_end_ms + allowance
+
+    def _forget(self, report: Report) -> None:
+        """The log has it."""
+        for ended in report.ended:
+            self.attempts.ended.pop(ended.key.fence, None)
+        for run in report.done:
+            for fence in range(run.fence, run.fence + run.count):
+                self.attempts.ended.pop(fence, None)
+        for run in report.returned:
+            self.attempts.returned.pop(run.fence, None)
 
     # --- what follows -------------------------------------------------------------------------------------------------
 
     def _proceed(self, now_ms: int) -> None:
+        for batch in self.attempts.take_over():
+            if (pace := self._paces.get(batch.job)) is not None:
+                pace.batch_over(batch.ran, now_ms - batch.started_ms)
         if self._resend_ms is not None and now_ms >= self._resend_ms:
             self._resend_ms = None
             if self._opening is not None:
@@ -460,6 +506,7 @@ class Worker:
             early, self._early = self._early, []
             for notice in early:
                 self._noticed(notice)
+            self._look_for_slow(now_ms)
             self._start(now_ms)
         if self._pending is None:
             self._next_command(now_ms)
@@ -469,47 +516,124 @@ class Worker:
             self._effects.append(SendRenew(self.epoch, now_ms, renew))
 
     def _start(self, now_ms: int) -> None:
-        for attempt in self.attempts.in_phase(Phase.HELD):
-            if not fit([attempt.spec.needs.resources], self._room):
-                attempt.phase = Phase.ENDED
-                attempt.outcome = Outcome(EndReason.BACKEND, message="this node no longer offers what the job needs")
-        for attempt in self.attempts.startable(self._room):
-            attempt.phase = Phase.RUNNING
-            attempt.started_ms = now_ms
-            self._effects.append(Start((attempt.key,), attempt.spec, self._leash_ms(attempt)))
+        """Strictly in fence order, so that nothing small keeps something large waiting."""
+        attempts = self.attempts
+        while attempts.waiting and not attempts.has_strays:
+            first = attempts.waiting[0]
+            need = first.spec.needs.resources
+            if not fit([need], self._room):
+                for key in attempts.take_waiting(0).run.each():
+                    message = "this node no longer offers what the job needs"
+                    attempts.end_unstarted(key, first.spec, Outcome(EndReason.BACKEND, message=message))
+                continue
+            free = places(need, [batch.spec.needs.resources for batch in attempts.batches.values()], self._room)
+            if not free:
+                return
+            size = 1
+            if (pace := self._pace(first.run.job, first.spec)) is not None:
+                # What is left of an array is shared by all places.
+                size = max(1, min(pace.size, -(-attempts.waiting_of[first.run.job] // free)))
+            batch = attempts.start(size, now_ms)
+            keys = tuple(each.key for each in batch.left.values())
+            self._effects.append(Start(keys, batch.spec, self._leash_ms(batch.spec)))
+
+    def _pace(self, job: JobId, spec: JobSpec) -> Pace | None:
+        if not may_batch(spec):
+            return None
+        pace = self._paces.pop(job, None) or Pace()
+        self._paces[job] = pace
+        while len(self._paces) > AHEAD_JOBS_MAX:
+            del self._paces[next(iter(self._paces))]
+        return pace
+
+    def _look_for_slow(self, now_ms: int) -> None:
+        """What waits behind a task that takes long is given to other places here, then to other nodes."""
+        for batch in self.attempts.batches.values():
+            runs_ms = now_ms - batch.front_ms
+            pace = self._paces.get(batch.job)
+            if pace is None or runs_ms < RECALL_AFTER_MS or (batch.is_slow and now_ms < batch.slow_again_ms):
+                continue
+            pace.is_slow(runs_ms)
+            batch.slow_again_ms = now_ms + runs_ms
+            if not batch.is_slow and len(batch.left) > 1:
+                self._effects.append(Recall(tuple(each.key for each in batch.left.values())[1:]))
+            batch.is_slow = True
 
     def _next_command(self, now_ms: int) -> None:
         if self._told != (self._slots, self._offer):
             self._told = (self._slots, self._offer)
             self._send(Claim(self.epoch, self._seq + 1, self._slots, self._offer))
             return
-        ended = self._report_ended()
+        ahead = self._ahead()
         running = [
-            each
-            for each in self.attempts.in_phase(Phase.RUNNING)
-            if not each.is_running_told and now_ms >= each.started_ms + RUNNING_AFTER_MS
+            batch.front
+            for batch in self.attempts.batches.values()
+            if now_ms >= batch.front_ms + RUNNING_AFTER_MS and _is_news(batch.front)
         ]
-        if ended or running:
+        is_early = now_ms < self._reported_ms + REPORT_EVERY_MS and self.attempts.waiting
+        ended, done = ((), ()) if is_early else self._report_ended()
+        returned = tuple(self.attempts.returned.values())
+        if ended or done or running or returned or ahead is not None:
             for attempt in running:
                 attempt.is_running_told = True
-            self._send(Report(self.epoch, self._seq + 1, ended, tuple(each.key for each in running)))
+            keys = tuple(each.key for each in running)
+            self._reported_ms = now_ms
+            self._send(Report(self.epoch, self._seq + 1, ended, keys, done, returned, ahead))
 
-    def _report_ended(self) -> tuple[Ended, ...]:
-        """The oldest ends that fit one command."""
+    def _ahead(self) -> tuple[tuple[JobId, int], ...] | None:
+        """What to hold ahead of each job, if that is not what was told last. What is too much now is given back."""
+        has_changed = False
+        for job, pace in self._paces.items():
+            batches = [batch for batch in self.attempts.batches.values() if batch.job == job]
+            if not batches:
+                continue
+            need = batches[0].spec.needs.resources
+            at_once = len(batches) + places(
+                need, [b.spec.needs.resources for b in self.attempts.batches.values()], self._room
+            )
+            wanted = pace.ahead(at_once) if self._slots else 0
+            if wanted < pace.told and wanted + self._slots < self.attempts.waiting_of.get(job, 0):
+                self.attempts.give_back(job, wanted + self._slots)
+            has_changed = has_changed or wanted != pace.told
+            pace.told = wanted
+        return tuple((job, pace.told) for job, pace in self._paces.items() if pace.told) if has_changed else None
+
+    def _report_ended(self) -> tuple[tuple[Ended, ...], tuple[AttemptRun, ...]]:
+        """The oldest ends that fit one command: those with something to tell, and the others as runs."""
         chosen: list[Ended] = []
+        bare: list[AttemptKey] = []
         size = 0
-        for attempt in self.attempts.in_phase(Phase.ENDED)[:REPORT_ENDED_MAX]:
-            assert attempt.outcome is not None
-            size += len(codec.encode(attempt.outcome))
-            if chosen and size > REPORT_BYTES_MAX:
+        for attempt in self.attempts.ended.values():
+            outcome = attempt.outcome
+            assert outcome is not None
+            if outcome.is_bare:
+                bare.append(attempt.key)
+            else:
+                size += len(codec.encode(outcome))
+                if chosen and size > REPORT_BYTES_MAX:
+                    break
+                chosen.append(Ended(attempt.key, outcome))
+            if len(chosen) >= REPORT_ENDED_MAX or len(bare) >= REPORT_DONE_MAX:
                 break
-            chosen.append(Ended(attempt.key, attempt.outcome))
-        return tuple(chosen)
+        return tuple(chosen), runs_of(bare)
 
     def _send(self, command: Claim | Report) -> None:
         self._seq = command.seq
         self._pending = command
         self._effects.append(Propose(command))
+
+
+def _is_left_alone(attempt: Attempt) -> bool:
+    """It runs, and nobody has told it to stop."""
+    return attempt.phase is Phase.RUNNING and attempt.stopped_for is None
+
+
+def _is_news(attempt: Attempt) -> bool:
+    return attempt.phase is Phase.RUNNING and not attempt.is_running_told
+
+
+def _unstarted(reason: EndReason) -> Outcome:
+    return Outcome(reason, message="stopped before it started")
 
 
 def _checked(outcome: Outcome) -> Outcome:

@@ -173,7 +173,7 @@ class Scene:
 
     def notices(self) -> list[AttemptKey]:
         """Lease notices since this was last asked."""
-        found = [event.key for event in self.events if isinstance(event, Leased)]
+        found = [key for event in self.events if isinstance(event, Leased) for key in event.run.each()]
         self.events.clear()
         return found
 

@@ -17,18 +17,19 @@ from typing import Any
 from msgspec.structs import replace as changed
 
 from meshd import attempts, keeper, worker
-from meshd.attempts import Attempts, Phase
+from meshd.attempts import Attempts, Waiting
 from meshd.gossip import membership, messages
 from meshd.gossip.core import Effect, Exchange, Gossip
 from meshd.gossip.membership import Membership
 from meshd.keeper import Keeper, Session
-from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Offer, Outcome
+from meshd.model import AttemptKey, AttemptRun, EndReason, JobSpec, NodeId, Offer, Outcome
 from meshd.placement import Demand
 from meshd.raft.state import matching
-from meshd.raft.state.commands import Claim, Ended, OpenSession, Report, SessionOpened, Submit
+from meshd.raft.state.commands import Claim, OpenSession, Report, SessionOpened, Submit
 from meshd.raft.state.ids import number_of
 from meshd.raft.state.matching import Kind, Matching, Node
 from meshd.raft.state.queue import Queue
+from meshd.raft.state.ranges import Ranges
 from meshd.raft.state.sessions import Sessions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
@@ -43,27 +44,37 @@ from meshd.worker import MoveLeash, RenewAnswered, State, Worker
 def _forgets_with_the_session(original: Callable[..., None]) -> Callable[..., None]:
     def open_next(self: Worker, now_ms: int) -> None:
         original(self, now_ms)
-        self.attempts._seen.clear()
+        self.attempts._seen = Ranges()
 
     return open_next
 
 
-def _obey_unless_held(original: Callable[..., bool]) -> Callable[..., bool]:
-    def obey(self: Attempts, key: AttemptKey, spec: JobSpec) -> bool:
-        return key.fence not in self._held and original(self, key, spec)
+def _obey_unless_held(original: Callable[..., None]) -> Callable[..., None]:
+    def obey(self: Attempts, run: AttemptRun, spec: JobSpec) -> None:
+        for at, key in enumerate(run.each()):
+            if not _is_held(self, key):
+                original(self, run.part(at, at + 1), spec)
 
     return obey
 
 
-def _obey_again(self: Attempts, key: AttemptKey, spec: JobSpec) -> bool:
-    if key.fence <= self._floor or key.fence in self._held:
-        return False
-    self._held[key.fence] = attempts.Attempt(key, spec)
-    return True
+def _obey_again(self: Attempts, run: AttemptRun, spec: JobSpec) -> None:
+    for at, key in enumerate(run.each()):
+        if key.fence > self._floor and not _is_held(self, key):
+            self._wait(Waiting(run.part(at, at + 1), spec))
 
 
-def _listing_of_live_ones(self: Attempts) -> tuple[AttemptKey, ...]:
-    return tuple(each.key for each in self.all() if each.phase in (Phase.HELD, Phase.RUNNING))
+def _is_held(self: Attempts, key: AttemptKey) -> bool:
+    return self.get(key) is not None or any(
+        each.run.fence <= key.fence < each.run.fence + each.run.count for each in self.waiting
+    )
+
+
+def _listing_of_live_ones(original: Callable[..., tuple[AttemptKey, ...]]) -> Callable[..., tuple[AttemptKey, ...]]:
+    def listing(self: Attempts) -> tuple[AttemptKey, ...]:
+        return tuple(key for key in original(self) if key.fence not in self.ended)
+
+    return listing
 
 
 def _counts_from_the_answer(original: Callable[..., None]) -> Callable[..., None]:
@@ -100,10 +111,11 @@ def _revives(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _forgets_what_it_stopped(original: Callable[..., None]) -> Callable[..., None]:
-    def ended(self: Worker, key: AttemptKey, outcome: Outcome) -> None:
-        original(self, key, outcome)
-        if outcome.reason is EndReason.LOST:
-            self.attempts.forget(key)
+    def ended(self: Worker, told: Sequence[tuple[AttemptKey, Outcome]], now_ms: int) -> None:
+        original(self, told, now_ms)
+        for key, outcome in told:
+            if outcome.reason is EndReason.LOST:
+                self.attempts.ended.pop(key.fence, None)
 
     return ended
 
@@ -122,8 +134,8 @@ def _never_by_itself(spec: JobSpec) -> int | None:
 
 
 def _leash_from_the_opening(original: Callable[..., int | None]) -> Callable[..., int | None]:
-    def leash_ms(self: Worker, attempt: attempts.Attempt) -> int | None:
-        deadline_ms = original(self, attempt)
+    def leash_ms(self: Worker, spec: JobSpec) -> int | None:
+        deadline_ms = original(self, spec)
         if deadline_ms is None or self.state is not State.OPENING:
             return deadline_ms
         return deadline_ms - self.view_end_ms + self._opened_ms + worker.VIEW_MS
@@ -134,8 +146,8 @@ def _leash_from_the_opening(original: Callable[..., int | None]) -> Callable[...
 def _moves_leashes_as_it_opens(original: Callable[..., None]) -> Callable[..., None]:
     def open_next(self: Worker, now_ms: int) -> None:
         original(self, now_ms)
-        for attempt in self.attempts.in_phase(Phase.RUNNING):
-            deadline_ms = self._leash_ms(attempt)
+        for attempt in self.attempts.running():
+            deadline_ms = self._leash_ms(attempt.batch.spec)
             if deadline_ms is not None:
                 self._effects.append(MoveLeash(attempt.key, deadline_ms))
 
@@ -248,13 +260,13 @@ def _opens_any_epoch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _believes_any_attempt(original: Callable[..., bool]) -> Callable[..., bool]:
-    def finish(self: Queue, node: Node, ended: Ended) -> bool:
-        job = self.jobs.get(ended.key.job)
-        row = job.rows.get(ended.key.task) if job is not None else None
+    def finish(self: Queue, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
+        job = self.jobs.get(key.job)
+        row = job.row(key.task) if job is not None else None
         if job is None or row is None or row.node is None or not row.epoch:
-            return original(self, node, ended)
+            return original(self, node, key, outcome)
         owner = self._matching.nodes[row.node]
-        return original(self, owner, changed(ended, key=job.key(ended.key.task, row)))
+        return original(self, owner, job.key(key.task, row), outcome)
 
     return finish
 
@@ -282,7 +294,7 @@ def _fits_anything(demand: Demand, offer: Offer) -> int | None:
 
 
 def _fits_an_idle_node(self: Matching, node: Node, kind: Kind) -> bool:
-    return self._suits(node, kind)
+    return self.suits(node, kind)
 
 
 # --- gossip and blobs -------------------------------------------------------------------------------------------------
@@ -342,7 +354,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "the floor": ((Attempts, "raise_floor", lambda self, fence: None),),
     "Reconcile frees up to F only": (wrapped(Queue, "free_unheld", _frees_whatever_is_not_listed),),
     # protocol.md 5
-    "what has ended stays listed": ((Attempts, "listing", _listing_of_live_ones),),
+    "what has ended stays listed": (wrapped(Attempts, "listing", _listing_of_live_ones),),
     "once per attempt": ((Attempts, "obey", _obey_again),),
     "once per attempt over all epochs": (
         wrapped(Worker, "_open_next", _forgets_with_the_session),
@@ -365,7 +377,10 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "what it stopped stays held as lost": (wrapped(Worker, "_ended", _forgets_what_it_stopped),),
     # placement
     "only what fits is leased": ((matching, "rank", _fits_anything),),
-    "what is leased is taken from the offer": ((Matching, "fits_now", _fits_an_idle_node),),
+    "what is leased is taken from the offer": (
+        (Matching, "fits_now", _fits_an_idle_node),
+        (Matching, "room_for", lambda self, node, job: 1),
+    ),
     # protocol.md 6
     "who thinks all others dead is cut off": ((machines, "takers_of", _takes_all_to_be_dead),),
     # protocol.md 7

@@ -8,6 +8,7 @@ What gossip owes the mesh once the faults are over is checked in epilogue.py.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,8 @@ class Checks:
         self._granted_ms: dict[tuple[NodeId, int], int] = {}
         """By session: when a leader granted it last; its opening counts as a grant."""
         self._claimed: dict[tuple[NodeId, int], tuple[int, int]] = {}
+        self._ahead: dict[NodeId, Counter[JobId]] = defaultdict(Counter)
+        """The most that a node has ever asked for ahead, by job: what it held so is still so in its next session."""
         """By session: the seq of its last claim, and the slots."""
 
     def breach(self, name: str, what: str) -> None:
@@ -339,9 +342,13 @@ class Checks:
             elif isinstance(command, Claim) and not is_refused:
                 last = self._claimed.get((origin, command.epoch), (0, 0))
                 self._claimed[origin, command.epoch] = max(last, (command.seq, command.slots))
+            elif isinstance(command, Report) and command.ahead is not None and not is_refused:
+                self._ahead[origin] |= Counter(dict(command.ahead))
         for node, epoch in self.oracle.sessions_live():
             leases = self.oracle.leases_of(node, epoch)
             slots = max(self._claimed[node, epoch][1], before.get((node, epoch), (0, 0))[1])
+            ahead = self._ahead[node].copy()
+            leases = tuple(key for key in leases if not _takes_one(ahead, key.job))
             if len(leases) > slots and any(key.fence in given for key in leases):
                 self.breach("leases fit the slots", f"{len(leases)} leases in {slots} slots of {node}")
             specs = [spec for key in leases if (spec := self.oracle.spec_of(key.job)) is not None]
@@ -470,6 +477,12 @@ def _digest(index: int, machine: Machine) -> tuple[bytes, str]:
 def _may_move(command: AnyCommand, *, of: NodeId, by: NodeId) -> bool:
     """Could this take a task from that node, other than by the job's own rules?"""
     return by == of or (isinstance(command, EndSession | RemoveMember) and command.node == of)
+
+
+def _takes_one(ahead: Counter[JobId], job: JobId) -> bool:
+    """Whether one lease of the job is accounted for by what was asked for ahead."""
+    ahead[job] -= 1
+    return ahead[job] >= 0
 
 
 def _short(value: AnyCommand | AnyAnswer) -> str:

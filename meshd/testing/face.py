@@ -239,13 +239,14 @@ class FakeFace:
         running: list[AttemptKey] = []
         for event in self._machine.take_events():
             match event:
-                case Leased(_, _, key):
-                    spec = self._machine.spec_of(key.job)
+                case Leased(_, _, run):
+                    spec = self._machine.spec_of(run.job)
                     assert spec is not None
-                    running.append(key)
-                    outcome = self._pretend(spec, key)
-                    if outcome is not None:
-                        ended.append(Ended(key, outcome))
+                    for key in run.each():
+                        running.append(key)
+                        outcome = self._pretend(spec, key)
+                        if outcome is not None:
+                            ended.append(Ended(key, outcome))
                 case StopWanted(_, _, key) if key.fence in self._hanging:
                     ended.append(Ended(self._hanging.pop(key.fence), Outcome(EndReason.CANCELLED)))
                 case JobChanged(job, is_final):

@@ -7,7 +7,9 @@ take a copy of an output, is asked of this node's gossip, as the daemon does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,9 @@ class Run:
     key: AttemptKey
     spec: JobSpec
     leash_ms: int | None
+    batch: list[Run]
+    """What was started with it and comes after it."""
+    has_begun: bool = False
     is_running: bool = False
     is_stopping: bool = False
     is_over: bool = False
@@ -49,10 +54,33 @@ class Runner:
     def is_busy(self) -> bool:
         return any(run.is_running and not run.is_over for run in self._runs.values())
 
-    def start(self, key: AttemptKey, spec: JobSpec, leash_ms: int | None) -> None:
-        run = self._runs[key.fence] = Run(key, spec, leash_ms)
-        self._watch_leash(run)
-        self.node.after(self.node.world.heap.between(*FETCH_MS), lambda: self._fetch(run), of_machine=True)
+    def start(self, keys: Sequence[AttemptKey], spec: JobSpec, leash_ms: int | None) -> None:
+        """One after the other."""
+        batch: list[Run] = []
+        for key in keys:
+            run = self._runs[key.fence] = Run(key, spec, leash_ms, batch)
+            self._watch_leash(run)
+            batch.append(run)
+        self._next(batch)
+
+    def recall(self, keys: Sequence[AttemptKey]) -> tuple[AttemptKey, ...]:
+        """Those that have not begun: they never will."""
+        recalled = []
+        for key in keys:
+            run = self._runs.get(key.fence)
+            if run is not None and not (run.has_begun or run.is_over or run.is_stopping):
+                run.is_over = True
+                del self._runs[key.fence]
+                recalled.append(key)
+        return tuple(recalled)
+
+    def _next(self, batch: list[Run]) -> None:
+        while batch:
+            run = batch.pop(0)
+            if not (run.is_over or run.is_stopping):
+                run.has_begun = True
+                self.node.after(self.node.world.heap.between(*FETCH_MS), partial(self._fetch, run), of_machine=True)
+                return
 
     def stop(self, key: AttemptKey, reason: EndReason) -> None:
         run = self._runs.get(key.fence)
@@ -72,6 +100,7 @@ class Runner:
     def killed(self) -> None:
         """The agent died; so did all that it ran."""
         for run in self._runs.values():
+            run.batch.clear()
             if run.is_running:
                 self.node.world.checks.stopped(self.node.id, run.key, None)
         self._runs.clear()
@@ -170,6 +199,8 @@ class Runner:
         self.node.world.heap.note(f"{self.node.name}: {_name(run.key)} ends {outcome.reason} {outcome.exit_code}")
         if run.is_running:
             self.node.world.checks.stopped(self.node.id, run.key, outcome)
+        if run.has_begun:
+            self._next(run.batch)
         self.node.after(0, lambda: self._replicate(run, outcome))
 
 

@@ -329,9 +329,10 @@ class SimNode:
             case Start(keys, spec, leash_ms):
                 for key in keys:
                     world.checks.decided_to_start(self, key)
-                    self.runner.start(key, spec, leash_ms)
-            case Recall():
-                self.handle(Recalled(()))
+                self.runner.start(keys, spec, leash_ms)
+            case Recall(keys):
+                recalled = self.runner.recall(keys)
+                self.after(0, lambda: self.handle(Recalled(recalled)))
             case Stop(key, reason):
                 self.runner.stop(key, reason)
             case MoveLeash(key, leash_ms):

@@ -293,7 +293,7 @@ class Sim:
             and (self.lost is None or self.is_removed)
             and len(self.client.acknowledged) == len(world.checks.submitted)
             and world.checks.is_finished()
-            and all(node.agent is None or not node.agent.worker.attempts.all() for node in world.nodes.values())
+            and all(node.agent is None or node.agent.worker.attempts.is_empty for node in world.nodes.values())
         )
 
     def _check_end(self) -> None:

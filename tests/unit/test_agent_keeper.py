@@ -16,7 +16,7 @@ from meshd.keeper import (
     RenewArrived,
     SendNotice,
 )
-from meshd.model import AttemptKey, JobId, JobSpec, NodeId, Run
+from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, Run, runs_of
 from meshd.raft.state.commands import EndSession, Leased, SessionChanged, StopWanted
 from meshd.session_messages import Granted, Notice, Refusal, Refused, Renew, digest_of
 from meshd.worker import Propose
@@ -29,6 +29,10 @@ T0 = 1_000_000
 
 def key(fence: int) -> AttemptKey:
     return AttemptKey(JOB, task=fence, attempt=1, fence=fence)
+
+
+def run(fence: int, count: int = 1) -> AttemptRun:
+    return AttemptRun(JOB, task=fence, attempt=1, fence=fence, count=count)
 
 
 @dataclass
@@ -48,6 +52,9 @@ class Leases:
 
     def stops_of(self, node: NodeId, epoch: int) -> list[AttemptKey]:
         return self.stops
+
+    def still_leased(self, node: NodeId, epoch: int, attempts: AttemptRun) -> tuple[AttemptRun, ...]:
+        return runs_of(key for key in attempts.each() if key in self.leases_of(node, epoch))
 
     def spec_of(self, job: JobId) -> JobSpec | None:
         return SPEC
@@ -137,9 +144,9 @@ def test_leases_of_one_entry_go_out_in_one_notice_with_the_spec_once() -> None:
     keeper = leading(leases)
     leases.leased = [key(1), key(2)]
 
-    [effect] = keeper.handle(Applied([Leased(NODE, 3, key(1)), Leased(NODE, 3, key(2))], 1), T0)
+    [effect] = keeper.handle(Applied([Leased(NODE, 3, run(1)), Leased(NODE, 3, run(2))], 1), T0)
 
-    assert effect == SendNotice(NODE, Notice(3, (key(1), key(2)), ((JOB, SPEC),)))
+    assert effect == SendNotice(NODE, Notice(3, (run(1), run(2)), ((JOB, SPEC),)))
 
 
 def test_a_notice_that_did_not_arrive_is_sent_again_with_what_is_still_true() -> None:
@@ -153,7 +160,7 @@ def test_a_notice_that_did_not_arrive_is_sent_again_with_what_is_still_true() ->
     assert keeper.handle(LeaderTick(1), T0 + 900) == []
     [again] = keeper.handle(LeaderTick(1), T0 + 1_000)
 
-    assert again == SendNotice(NODE, Notice(3, (key(2),), ((JOB, SPEC),)))
+    assert again == SendNotice(NODE, Notice(3, (run(2),), ((JOB, SPEC),)))
     assert isinstance(again, SendNotice)
     assert keeper.handle(NoticeEnded(NODE, again.notice, has_arrived=True), T0 + 1_001) == []
     assert keeper.handle(LeaderTick(1), T0 + 3_000) == []
@@ -165,14 +172,14 @@ def test_a_new_leader_tells_again_what_is_leased_and_what_is_unwanted() -> None:
 
     [sent] = keeper.handle(LeaderTick(1), T0)
 
-    assert sent == SendNotice(NODE, Notice(3, (key(1), key(2)), ((JOB, SPEC),), (key(2),)))
+    assert sent == SendNotice(NODE, Notice(3, (run(1, 2),), ((JOB, SPEC),), (key(2),)))
 
 
 def test_a_stop_is_told_while_the_attempt_is_leased() -> None:
     leases = Leases()
     keeper = leading(leases)
     assert keeper.handle(Applied([StopWanted(NODE, 3, key(1))], 1), T0) == []
-    leases.leased = [key(1)]
+    leases.leased = leases.stops = [key(1)]
 
     [sent] = keeper.handle(Applied([StopWanted(NODE, 3, key(1))], 1), T0)
 

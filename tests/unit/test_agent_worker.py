@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshd.model import AttemptKey, EndReason, JobId, JobSpec, Offer, OnLost, Outcome, Resources, Run
+from meshd.model import AttemptKey, AttemptRun, EndReason, JobId, JobSpec, Offer, OnLost, Outcome, Resources, Run
 from meshd.raft.state.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
 from meshd.session_messages import Granted, Notice, Refusal, Refused
 from meshd.worker import (
@@ -37,12 +37,16 @@ def key(fence: int) -> AttemptKey:
     return AttemptKey(JOB, task=fence, attempt=1, fence=fence)
 
 
+def run(fence: int, count: int = 1) -> AttemptRun:
+    return AttemptRun(JOB, task=fence, attempt=1, fence=fence, count=count)
+
+
 def spec(on_lost: OnLost = OnLost.RERUN, lost_after_ms: int | None = None) -> JobSpec:
     return JobSpec(backend=("process",), run=Run(args=("true",)), on_lost=on_lost, lost_after_ms=lost_after_ms)
 
 
 def notice(worker: Worker, *fences: int, of: JobSpec | None = None) -> NoticeArrived:
-    return NoticeArrived(Notice(worker.epoch, tuple(map(key, fences)), ((JOB, of or spec()),)))
+    return NoticeArrived(Notice(worker.epoch, tuple(map(run, fences)), ((JOB, of or spec()),)))
 
 
 def ended(fence: int, outcome: Outcome) -> AttemptsEnded:
@@ -181,14 +185,14 @@ def test_an_unanswered_report_is_sent_again_unchanged_and_the_next_one_waits() -
     worker = open_worker()
     worker.handle(notice(worker, 1, 2), T0)
     [first] = only(worker.handle(ended(1, OK), T0 + 1), Propose)
-    assert first.command == Report(7, 1, (Ended(key(1), OK),))
+    assert first.command == Report(7, 1, done=(run(1),))
     assert only(worker.handle(ended(2, OK), T0 + 2), Propose) == []
 
     worker.handle(Proposed(first.command, None), T0 + 3)
     assert only(worker.handle(None, T0 + 300), Propose) == [first]
     [second] = only(worker.handle(Proposed(first.command, Reported()), T0 + 301), Propose)
 
-    assert second.command == Report(7, 2, (Ended(key(2), OK),))
+    assert second.command == Report(7, 2, done=(run(2),))
     assert worker.attempts.listing() == (key(2),)
 
 
@@ -306,7 +310,12 @@ def test_handing_over_stops_what_runs_and_gives_back_what_never_started() -> Non
     worker = open_worker()
     worker.handle(notice(worker, 1, 2), T0)
 
-    assert only(worker.handle(HandOver(), T0), Stop) == [Stop(key(1), EndReason.LOST)]
+    effects = worker.handle(HandOver(), T0)
+
+    assert only(effects, Stop) == [Stop(key(1), EndReason.LOST)]
+    [report] = only(effects, Propose)
+    assert report.command == Report(7, 1, returned=(run(2),))
+    worker.handle(Proposed(report.command, Reported()), T0 + 1)
     assert worker.attempts.listing() == (key(1),)
 
 

@@ -15,7 +15,20 @@ from msgspec import Meta, Raw, Struct
 
 from meshd import codec
 from meshd.errors import MeshError
-from meshd.model import AttemptKey, Count, JobId, JobSpec, KeyLink, Member, NodeId, Offer, Outcome, Role, ShortText
+from meshd.model import (
+    AttemptKey,
+    AttemptRun,
+    Count,
+    JobId,
+    JobSpec,
+    KeyLink,
+    Member,
+    NodeId,
+    Offer,
+    Outcome,
+    Role,
+    ShortText,
+)
 
 BATCH_COMMANDS_MAX = 1000
 """Commands in one entry."""
@@ -29,6 +42,10 @@ WALL_MS_MAX = (1 << 48) - 1
 
 RETRY_RANGES_MAX = 10_000
 """200 KB; applying so many takes 8 ms."""
+RUNS_MAX = 10_000
+"""Runs in one report: as many as a node has attempts."""
+AHEAD_JOBS_MAX = 16
+"""Jobs that a node takes attempts ahead of at a time."""
 
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -202,6 +219,13 @@ class Report(Command, frozen=True, array_like=True, tag=True):
     seq: Count
     ended: tuple[Ended, ...] = ()
     running: tuple[AttemptKey, ...] = ()
+    done: Annotated[tuple[AttemptRun, ...], Meta(max_length=RUNS_MAX)] = ()
+    """Completions too: these ended well and left nothing to tell."""
+    returned: Annotated[tuple[AttemptRun, ...], Meta(max_length=RUNS_MAX)] = ()
+    """Never started, and never to be: others may have them."""
+    ahead: Annotated[tuple[tuple[JobId, Count], ...], Meta(max_length=AHEAD_JOBS_MAX)] | None = None
+    """Of these jobs the node takes so many beyond its room: their tasks end before the log could bring the next one.
+    None: as before."""
 
 
 class Reconcile(Command, frozen=True, array_like=True, tag=True):
@@ -370,7 +394,7 @@ class Leased(Struct, frozen=True, gc=False):
 
     node: NodeId
     epoch: int
-    key: AttemptKey
+    run: AttemptRun
 
 
 class StopWanted(Struct, frozen=True, gc=False):

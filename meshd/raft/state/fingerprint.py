@@ -36,7 +36,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
             (queue.jobs_made, queue.outcome_bytes, queue.finished_rows, len(queue.finished), len(queue.seen)),
             (moment.moves, queue.seen.forgotten_ms, queue.lineage, queue.recovered_wall_ms),
             list(queue.totals.values()),
-            queue.next_timer_ms(),
+            queue.next_timer_ms(), matching.unsettled(),
             list(members.records.values()),
             list(members.revoked),
             members.key_links,
@@ -45,7 +45,7 @@ def fingerprint(moment: Moment, members: Members, matching: Matching, queue: Que
             [
                 (
                     node.id, node.may_work, node.epoch, node.is_live, node.seq, node.answer, node.slots,
-                    len(node.leases), len(node.held), node.last_fence,
+                    len(node.leases), len(node.held), node.last_fence, node.held_in_all, node.taken, node.ahead,
                     node.boot, node.ended_ms,
                 )
                 for node in matching.nodes.values()
@@ -76,6 +76,6 @@ def _whole(job: Job) -> object:
     has_many = len(job.rows) + len(job.results) > ROWS_MAX
     return (
         job.id, job.number, job.spec, job.owner, job.version, job.ended_wall_ms, job.hold, job.ready.packed(),
-        [(state, tasks.packed()) for state, tasks in job.ended.items()],
+        [(state, tasks.packed()) for state, tasks in job.ended.items()], job.runs.packed(),
         (len(job.rows), len(job.results)) if has_many else (job.rows, job.results),
     )  # fmt: skip

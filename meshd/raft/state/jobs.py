@@ -9,9 +9,10 @@
                        └─────────────────── HELD      ▶ DONE | FAILED | TIMED_OUT | CANCELLED
                               fail: FAILED ◀──┘         (SKIPPED only at birth, by a retry)
 
-Tasks that nothing has happened to have no row: they are a range in `ready`. A row is
-made by the first lease and kept among `rows` while the task lives, among `results`
-once it has ended; an attempt that ended well and left nothing behind leaves no row.
+Tasks that nothing has happened to have no row: they are a range in `ready`. The first
+lease makes them a part of a run (runs.py); a row is made when more is to be said of one.
+It is kept among `rows` while the task lives, among `results` once it has ended; a first
+attempt that ended well and left nothing behind leaves no row.
 Rows are immutable, so a snapshot can be packed in a thread while the queue goes on.
 """
 
@@ -35,6 +36,7 @@ from meshd.model import (
     TaskState,
 )
 from meshd.raft.state.ranges import Ranges
+from meshd.raft.state.runs import Run, Runs
 
 if TYPE_CHECKING:
     from meshd.raft.state.matching import Kind
@@ -59,7 +61,7 @@ _RETRY_CLASS = {
 
 
 class Row(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
-    """One task that was leased at least once."""
+    """One task of which there is more to say than where it stands in a run."""
 
     state: TaskState
     attempt: int = 0
@@ -81,6 +83,8 @@ class Row(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     outcome: bytes | None = None
     """The encoded Outcome of the last attempt that ended."""
     reason: str = ""
+    is_ahead: bool = False
+    """LEASED, RUNNING, HELD: the attempt takes nothing of its node's resources (runs.py)."""
 
 
 class Job(Struct, eq=False, gc=False):
@@ -100,6 +104,9 @@ class Job(Struct, eq=False, gc=False):
     ended: dict[TaskState, Ranges] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
     results: dict[int, Row] = field(default_factory=dict)
+    runs: Runs = field(default_factory=Runs)
+    again: Ranges = field(default_factory=Ranges)
+    """What is ready and has a row."""
     waiting: int = 0
     leased: int = 0
     running: int = 0
@@ -164,16 +171,46 @@ class Job(Struct, eq=False, gc=False):
             return row.state
         if task in self.ready:
             return TaskState.READY
+        if self.runs.find(task) is not None:
+            return TaskState.LEASED
         return next(state for state, tasks in self.ended.items() if task in tasks)
 
     def row(self, task: int) -> Row | None:
-        return self.rows.get(task) or self.results.get(task)
+        row = self.rows.get(task) or self.results.get(task)
+        if row is None and (run := self.runs.find(task)) is not None:
+            return row_of(run, task)
+        return row
+
+    def untouched(self) -> int:
+        """How many tasks, from the first ready one on, are neighbours and were never leased."""
+        start, stop = self.ready.first_range()
+        return (min(stop, self.again.first()) if self.again else stop) - start
+
+    def lease(self, run: Run) -> None:
+        """The first ready tasks, all untouched."""
+        self.ready.remove(run.start, run.stop)
+        self.runs.add(run)
+        self.leased += len(run)
+
+    def finish(self, run: Run, start: int, stop: int) -> None:
+        """These of the run ended well and left nothing behind."""
+        self.runs.cut(run, start, stop)
+        self.leased -= stop - start
+        self._ended(TaskState.DONE).add(start, stop)
+
+    def lay_out(self, run: Run, task: int) -> Row:
+        """One task of the run gets a row, which says the same."""
+        self.runs.cut(run, task, task + 1)
+        row = self.rows[task] = row_of(run, task)
+        return row
 
     def put(self, task: int, row: Row) -> None:
-        """Move one live task to what the row says."""
+        """Move one live task, which is in no run, to what the row says."""
         before = self.rows.get(task)
         if before is None or before.state is TaskState.READY:
             self.ready.remove(task, task + 1)
+            if before is not None:
+                self.again.remove(task, task + 1)
         else:
             self._count(before.state, -1)
         if row.state in FINAL_STATES:
@@ -185,6 +222,7 @@ class Job(Struct, eq=False, gc=False):
         self.rows[task] = row
         if row.state is TaskState.READY:
             self.ready.add(task, task + 1)
+            self.again.add(task, task + 1)
         else:
             self._count(row.state, +1)
 
@@ -236,6 +274,7 @@ class Job(Struct, eq=False, gc=False):
                 rows=self.rows.copy(),
                 results=self.results.copy(),
                 hold=self.hold,
+                runs=self.runs.packed(),
             )
         return self.record
 
@@ -257,6 +296,7 @@ class JobRecord(Struct, frozen=True, array_like=True, gc=False):
     rows: dict[int, Row]
     results: dict[int, Row]
     hold: int = 0
+    runs: tuple[Run, ...] = ()
 
     def job(self) -> Job:
         job = Job(
@@ -274,11 +314,27 @@ class JobRecord(Struct, frozen=True, array_like=True, gc=False):
             rows=dict(self.rows),
             results=dict(self.results),
             hold=self.hold,
+            runs=Runs.of(self.runs),
+            leased=sum(map(len, self.runs)),
         )
-        for row in job.rows.values():
-            if row.state is not TaskState.READY:
+        for task, row in sorted(job.rows.items()):
+            if row.state is TaskState.READY:
+                job.again.add(task, task + 1)
+            else:
                 job._count(row.state, +1)
         return job
+
+
+def row_of(run: Run, task: int) -> Row:
+    """What is to be said of a task in a run."""
+    return Row(
+        TaskState.LEASED,
+        attempt=1,
+        fence=run.fence_of(task),
+        node=run.node,
+        epoch=run.epoch,
+        is_ahead=run.is_ahead,
+    )
 
 
 def after_outcome(spec: JobSpec, row: Row, outcome: Outcome, encoded: bytes | None, now_ms: int) -> Row:

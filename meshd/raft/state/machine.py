@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from meshd import codec
 from meshd.errors import InvalidRequest, MeshError, NotAllowed
-from meshd.model import AttemptKey, JobId, JobSpec, KeyLink, Member, NodeId, TaskState
+from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, KeyLink, Member, NodeId, TaskState
 from meshd.raft.state import queries, snapshot_state
 from meshd.raft.state.commands import (
     BATCH_COMMANDS_MAX,
@@ -100,6 +100,7 @@ class Machine:
         moment, queue = self._moment, self._queue
         before = len(moment.events)
         moment.advance(index, entry.elapsed_ms, entry.wall_ms)
+        queue.begin()
         queue.seen.forget_before(moment.wall_ms)
         queue.fire_due()
         queue.fill()
@@ -203,6 +204,10 @@ class Machine:
     def leases_of(self, node: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
         """What is leased to the session, by fence; nothing when it is not live."""
         return self._sessions.leases_of(node, epoch)
+
+    def still_leased(self, node: NodeId, epoch: int, attempts: AttemptRun) -> tuple[AttemptRun, ...]:
+        """Which of these are leased to the session, as they were."""
+        return self._sessions.still_leased(node, epoch, attempts)
 
     def stops_of(self, node: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
         """Which of these are cancelled or timed out: tell the node again while they stand."""

@@ -5,17 +5,24 @@ then age. Nodes with a free slot stand in one list, the one that was leased to l
 ago first. Between two commands it always holds that *no waiting kind fits any node with
 a free slot*. So after a command only two things need a look: nodes that gained room
 (against all kinds) and kinds whose line was empty before (against the free nodes).
+
+A node that gets through a job's tasks faster than the log can bring new ones asks for
+some *ahead*: so many of that job beyond what it has room for. They wait there and take
+nothing of its resources here, so that whatever comes first in line still gets the room.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 
-from meshd.model import NodeId, Offer
+from meshd.model import JobId, NodeId, Offer
 from meshd.placement import Demand, amounts_of, rank
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.jobs import Job
+from meshd.raft.state.runs import Run
 
 KINDS_MAX = 10_000
 """Different demands among live jobs; a freed slot is compared with each kind in line (0.3 µs each)."""
@@ -39,7 +46,15 @@ class Node:
     slots: int = 0
     offer: Offer | None = None
     leases: dict[int, tuple[Job, int]] = field(default_factory=dict)
-    """By fence: the job and the task."""
+    """By fence: the job and the task. Of what has a row; the rest is in `runs`."""
+    runs: dict[JobId, tuple[Job, int]] = field(default_factory=dict)
+    """How many tasks are leased to this session in runs of the job."""
+    taken: int = 0
+    """Slots: leases of both sorts that are not ahead."""
+    ahead: dict[JobId, int] = field(default_factory=dict)
+    """What it asked for beyond its room, by job."""
+    ahead_held: dict[JobId, int] = field(default_factory=dict)
+    """… and has."""
     held: dict[int, tuple[Job, int]] = field(default_factory=dict)
     """Leases of an ended session whose tasks may still be adopted, by fence."""
     total: dict[str, int] = field(default_factory=dict)
@@ -54,7 +69,11 @@ class Node:
 
     @property
     def has_room(self) -> bool:
-        return self.is_live and self.may_work and len(self.leases) < self.slots
+        return self.is_live and self.may_work and self.taken < self.slots
+
+    @property
+    def held_in_all(self) -> int:
+        return len(self.leases) + sum(count for _, count in self.runs.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +97,12 @@ class Matching:
         self._idle: list[tuple[int, NodeId]] = []
         self._gained: dict[NodeId, Node] = {}
         self._woken: dict[Demand, Kind] = {}
+        self._hungry: dict[NodeId, Node] = {}
+        """Nodes that may have less ahead than they asked for."""
+        self._asked_ahead: dict[JobId, int] = {}
+        """By how many nodes."""
+        self._front: tuple[Node, list[tuple[tuple[int, int], int, Kind]]] | None = None
+        """The heads of the lines that fit the gained node being looked at, best first."""
 
     # --- kinds and their jobs
 
@@ -118,11 +143,26 @@ class Matching:
             if not kind.line:
                 self._woken[kind.demand] = kind
             kind.line.put(job.number, PRIORITY_MAX - job.spec.priority)
+            if self._asked_ahead.get(job.id):
+                self._hungry |= {node.id: node for node in self.nodes.values() if job.id in node.ahead}
 
     # --- nodes
 
+    def ask_ahead(self, node: Node, wanted: Iterable[tuple[JobId, int]]) -> None:
+        """Of these jobs the node wants so many beyond its room, until it says otherwise or its session ends."""
+        for job in node.ahead:
+            self._asked_ahead[job] -= 1
+            if not self._asked_ahead[job]:
+                del self._asked_ahead[job]
+        node.ahead = {job: count for job, count in wanted if count}
+        for job in node.ahead:
+            self._asked_ahead[job] = self._asked_ahead.get(job, 0) + 1
+        if node.ahead:
+            self._hungry[node.id] = node
+
     def changed(self, node: Node) -> None:
         """Its slots, offer, session or right to work changed: look at it again."""
+        self._front = None
         for kind in self._kinds.values():
             kind.ranks.pop(node.id, None)
             if len(kind.demand.backends) > 1:
@@ -137,42 +177,112 @@ class Matching:
     def removed(self, node: Node) -> None:
         node.is_live = False
         self.changed(node)
+        self.ask_ahead(node, ())
         self._gained.pop(node.id, None)
+        self._hungry.pop(node.id, None)
         del self.nodes[node.id]
 
-    def take(self, node: Node, fence: int, job: Job, task: int) -> None:
-        """The node holds this attempt from now."""
-        assert job.kind is not None
+    def take(self, node: Node, fence: int, job: Job, task: int, *, is_ahead: bool) -> None:
+        """The node holds this attempt, which has a row, from now."""
         node.leases[fence] = (job, task)
-        for name, amount in job.kind.demand.amounts:
-            node.used[name] = node.used.get(name, 0) + amount
-        node.last_fence = max(node.last_fence, fence)
-        self._place(node)
+        self._use(node, job, 1, is_ahead=is_ahead)
+        self._leased(node, fence)
 
-    def give_back(self, node: Node, fence: int) -> None:
+    def take_run(self, node: Node, job: Job, run: Run) -> None:
+        _, count = node.runs.get(job.id, (job, 0))
+        node.runs[job.id] = (job, count + len(run))
+        self._use(node, job, len(run), is_ahead=run.is_ahead)
+        self._leased(node, run.fence_of(run.stop - 1))
+
+    def lay_out(self, node: Node, fence: int, job: Job, task: int) -> None:
+        """One attempt of a run has a row from now: nothing else changes."""
+        self._shorten(node, job, 1)
+        node.leases[fence] = (job, task)
+
+    def give_back(self, node: Node, fence: int, *, is_ahead: bool) -> None:
         job, _ = node.leases.pop(fence)
+        self._unuse(node, job, 1, is_ahead=is_ahead)
+
+    def give_back_run(self, node: Node, job: Job, count: int, *, is_ahead: bool) -> None:
+        self._shorten(node, job, count)
+        self._unuse(node, job, count, is_ahead=is_ahead)
+
+    def _shorten(self, node: Node, job: Job, count: int) -> None:
+        left = node.runs[job.id][1] - count
+        if left:
+            node.runs[job.id] = (job, left)
+        else:
+            del node.runs[job.id]
+
+    def _use(self, node: Node, job: Job, count: int, *, is_ahead: bool) -> None:
+        if is_ahead:
+            node.ahead_held[job.id] = node.ahead_held.get(job.id, 0) + count
+            return
         assert job.kind is not None
+        node.taken += count
         for name, amount in job.kind.demand.amounts:
-            node.used[name] -= amount
+            node.used[name] = node.used.get(name, 0) + amount * count
+
+    def _unuse(self, node: Node, job: Job, count: int, *, is_ahead: bool) -> None:
+        if is_ahead:
+            node.ahead_held[job.id] -= count
+            if not node.ahead_held[job.id]:
+                del node.ahead_held[job.id]
+            if job.id in node.ahead:
+                self._hungry[node.id] = node
+            return
+        assert job.kind is not None
+        node.taken -= count
+        for name, amount in job.kind.demand.amounts:
+            node.used[name] -= amount * count
             if not node.used[name]:
                 del node.used[name]
         self._place(node)
         if node.has_room:
             self._gained[node.id] = node
 
+    def _leased(self, node: Node, fence: int) -> None:
+        node.last_fence = max(node.last_fence, fence)
+        self._place(node)
+
     def fits_now(self, node: Node, kind: Kind) -> bool:
         """Could the node take one more of this kind? Slots apart."""
         total, used = node.total, node.used
-        return self._suits(node, kind) and all(
+        return self.suits(node, kind) and all(
             total.get(name, 0) - used.get(name, 0) >= amount for name, amount in kind.demand.amounts
         )
 
-    def settle(self) -> None:
-        """After a restore: nothing that was captured fits anywhere, so only the indexes are to be made."""
+    def room_for(self, node: Node, job: Job) -> int:
+        """How many more of the job's attempts fit the node, by slots and resources."""
+        assert job.kind is not None
+        room = node.slots - node.taken
+        for name, amount in job.kind.demand.amounts:
+            if amount:
+                room = min(room, (node.total.get(name, 0) - node.used.get(name, 0)) // amount)
+        return room
+
+    @property
+    def places(self) -> int:
+        """Nodes with a free slot."""
+        return len(self._idle)
+
+    def settle(self, gained: Iterable[NodeId], woken: Iterable[Job], hungry: Iterable[NodeId]) -> None:
+        """After a restore: make the indexes, and look again only at what was still to be looked at when it was captured."""
         for node in self.nodes.values():
             self.changed(node)
-        self._gained.clear()
-        self._woken.clear()
+        self._gained = {node: self.nodes[node] for node in gained}
+        self._hungry = {node: self.nodes[node] for node in hungry}
+        self._woken = {job.kind.demand: job.kind for job in woken if job.kind is not None}
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something is still to be looked at."""
+        return bool(self._gained or self._woken or self._hungry)
+
+    def unsettled(self) -> tuple[list[NodeId], list[int], list[NodeId]]:
+        """For `settle`, elsewhere: nodes that gained room, the first job of each kind that woke, hungry nodes."""
+        heads = [kind.line.first() for kind in self._woken.values()]
+        return list(self._gained), [head[1] for head in heads if head is not None], list(self._hungry)
 
     def take_apart(self) -> None:
         """Free what stands in line, one job's number after the other."""
@@ -180,6 +290,10 @@ class Matching:
             kind.line.take_apart()
 
     # --- pairs
+
+    def begin(self) -> None:
+        """Before a row of `next_pair` with nothing but leases in between."""
+        self._front = None
 
     def next_pair(self) -> tuple[int, Node] | None:
         """A job's number and the node to lease its next task to; None when no waiting job fits any free slot."""
@@ -201,13 +315,38 @@ class Matching:
             del self._woken[kind.demand]
         return None
 
+    def next_hungry(self) -> Node | None:
+        """A node that may have less ahead than it asked for. Call `fed` when it has, or there is nothing to be had."""
+        while self._hungry:
+            node = next(iter(self._hungry.values()))
+            if node.is_live and node.may_work and node.slots:
+                return node
+            self.fed(node)
+        return None
+
+    def fed(self, node: Node) -> None:
+        self._hungry.pop(node.id, None)
+
     def _best_for(self, node: Node) -> int | None:
-        best: tuple[int, int] | None = None
-        for kind in self._kinds.values():
+        """The lines are compared once for all that is leased to the node in a row: its room only shrinks meanwhile."""
+        if self._front is None or self._front[0] is not node:
+            lines = enumerate(self._kinds.values())
+            heads = [
+                (head, at, kind) for at, kind in lines if (head := kind.line.first()) and self.fits_now(node, kind)
+            ]
+            heapify(heads)
+            self._front = (node, heads)
+        heads = self._front[1]
+        while heads:
+            was, at, kind = heads[0]
             head = kind.line.first()
-            if head is not None and (best is None or head < best) and self.fits_now(node, kind):
-                best = head
-        return None if best is None else best[1]
+            if head is None or not self.fits_now(node, kind):
+                heappop(heads)
+            elif head != was:
+                heapreplace(heads, (head, at, kind))
+            else:
+                return head[1]
+        return None
 
     def _first_for(self, kind: Kind) -> Node | None:
         for _, node_id in self._idle:
@@ -216,7 +355,8 @@ class Matching:
                 return node
         return None
 
-    def _suits(self, node: Node, kind: Kind) -> bool:
+    def suits(self, node: Node, kind: Kind) -> bool:
+        """Could the node take one of this kind, if it had nothing else to do?"""
         mine = self._rank(node, kind)
         if mine is None or len(kind.demand.backends) == 1:
             return mine is not None

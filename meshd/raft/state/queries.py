@@ -244,6 +244,8 @@ def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> It
     if live:
         rows = job.rows.items()
         spans.extend((task, task + 1, row.state) for task, row in rows if start <= task < stop and row.state in live)
+        if TaskState.LEASED in live:
+            spans.extend((run.start, run.stop, TaskState.LEASED) for run in job.runs.within(start, stop))
     for low, high, task_state in sorted(spans):
         for task in range(low, high):
             yield task, _shown(job, task_state)
@@ -300,7 +302,12 @@ def _members_view(state: State) -> MembersView:
 
 def _member_view(state: State, member: Member) -> MemberView:
     node = state.matching.nodes[member.node]
-    leases = sorted(node.leases.items())[:PAGE_MAX]
+    keys = [job.key(task, job.rows[task]) for job, task in node.leases.values()]
+    for job, _ in node.runs.values():
+        for run in job.runs:
+            if run.node == node.id:
+                keys += run.attempts(job.id).each()
+    keys.sort(key=lambda key: key.fence)
     return MemberView(
         member=member,
         session="live" if node.is_live else "ended" if node.epoch else "none",
@@ -308,7 +315,7 @@ def _member_view(state: State, member: Member) -> MemberView:
         slots=node.slots,
         offer=node.offer,
         used=resources_of(node.used),
-        leased=tuple(job.key(task, job.rows[task]) for _, (job, task) in leases),
+        leased=tuple(keys[:PAGE_MAX]),
     )
 
 
@@ -344,7 +351,7 @@ def _lack(state: State, demand: Demand, member: Member) -> Lack:
     else:
         if not node.slots:
             passing.append("it takes no work now")
-        elif len(node.leases) >= node.slots:
+        elif node.taken >= node.slots:
             passing.append(f"a slot ({node.slots} of {node.slots} taken)")
         if node.offer is not None:
             passing.extend(passing_lacks(demand, node.offer, node.used))

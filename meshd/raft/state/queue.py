@@ -13,20 +13,12 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import Busy, Conflict, InvalidRequest, NotFound
-from meshd.model import (
-    AttemptKey,
-    ItemsInline,
-    JobId,
-    JobSpec,
-    OnLost,
-    TaskState,
-)
+from meshd.model import AttemptKey, AttemptRun, ItemsInline, JobId, JobSpec, OnLost, Outcome, TaskState
 from meshd.placement import Demand
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import (
     Accepted,
     Cancel,
-    Ended,
     JobChanged,
     Leased,
     Recovered,
@@ -37,11 +29,12 @@ from meshd.raft.state.commands import (
     Submitted,
 )
 from meshd.raft.state.ids import SeenIds, date_ms_of, number_of
-from meshd.raft.state.jobs import Job, Row, after_loss, after_outcome, lost_after_ms
+from meshd.raft.state.jobs import BARE_OUTCOME, Job, Row, after_loss, after_outcome, lost_after_ms
 from meshd.raft.state.lineage import NUMBER_BITS, Lineage, is_next, since
 from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.ranges import Ranges
+from meshd.raft.state.runs import Run
 
 LIVE_JOBS_MAX = 200_000
 """About 3 KB each at every voter."""
@@ -61,12 +54,18 @@ CANCEL_RANGES_MAX = 1_000
 FENCES_LOST_MAX = 1 << 32
 """More leases than any lost frame can have made; 65,000 such losses fit into the counter."""
 
+LEASES_PER_ENTRY_MAX = 1_000
+"""Rows and runs; about 10 ms. What is still possible then comes with the next entry, which is due at once."""
+
 RECOVERED_AHEAD_MS_MAX = 30 * 86_400_000
 """A recovery is dated at most so long after the last entry: a clock that is far off would hold all that is submitted."""
 
 _QUEUE_DEADLINE = -1
 _TOTAL_DEADLINE = -2
 """Timers are keyed by (job number, task), or one of these for the whole job."""
+
+
+_AT_A_NODE = (TaskState.LEASED, TaskState.RUNNING, TaskState.HELD)
 
 
 class Queue:
@@ -100,6 +99,8 @@ class Queue:
         self._matching = matching
         self._by_number: dict[int, Job] = {}
         self._timers: Agenda[tuple[int, int]] = Agenda()
+        self._leases_left = LEASES_PER_ENTRY_MAX
+        """In this entry."""
 
     @property
     def fence(self) -> int:
@@ -248,6 +249,10 @@ class Queue:
             if row.due_ms is not None:
                 self._timers.put((job.number, task), row.due_ms)
 
+    def numbered(self, number: int) -> Job:
+        """The live job of that number."""
+        return self._by_number[number]
+
     # --- recovery (protocol.md 10)
 
     def recover(self, command: Recovered) -> Accepted:
@@ -304,33 +309,82 @@ class Queue:
     # --- leases
 
     def fill(self) -> None:
-        """Lease whatever fits a free slot."""
+        """Lease whatever fits a free slot, then what nodes asked for ahead; as much as one entry may."""
         matching = self._matching
-        while (pair := matching.next_pair()) is not None:
-            number, node = pair
-            self._lease(self._by_number[number], node)
+        matching.begin()
+        shares: dict[int, int] = {}
+        while self._leases_left and (pair := matching.next_pair()) is not None:
+            job, node = self._by_number[pair[0]], pair[1]
+            count = job.untouched()
+            if count:
+                # Where several nodes have room, each gets its part of an array.
+                share = shares.setdefault(job.number, -(-count // matching.places))
+                count = min(count, share, matching.room_for(node, job), _at_once_left(job))
+                self._lease_run(job, node, count, is_ahead=False)
+            else:
+                self._lease_again(job, node)
+        while self._leases_left and (node_ := matching.next_hungry()) is not None:
+            self._feed(node_)
 
-    def _lease(self, job: Job, node: Node) -> None:
+    def _feed(self, node: Node) -> None:
+        """Tasks of the jobs that it wants more of, if they were never leased."""
+        for job_id, wanted in node.ahead.items():
+            job = self.jobs.get(job_id)
+            missing = wanted - node.ahead_held.get(job_id, 0)
+            if job is None or job.kind is None or missing <= 0 or not self._matching.suits(node, job.kind):
+                continue
+            while missing and self._leases_left and job.may_lease and (count := job.untouched()):
+                count = min(count, missing, _at_once_left(job))
+                self._lease_run(job, node, count, is_ahead=True)
+                missing -= count
+        if self._leases_left:
+            self._matching.fed(node)
+
+    def _lease_run(self, job: Job, node: Node, count: int, *, is_ahead: bool) -> None:
+        start = job.ready.first()
+        first = self.fence + 1
+        self.leases_made += count
+        self._leases_left -= 1
+        run = Run(start, start + count, first, node.id, node.epoch, is_ahead)
+        job.lease(run)
+        self._matching.take_run(node, job, run)
+        self.totals[TaskState.READY] -= count
+        self.totals[TaskState.LEASED] += count
+        self._settle(job)
+        self._moment.events.append(Leased(node.id, node.epoch, run.attempts(job.id)))
+
+    def _lease_again(self, job: Job, node: Node) -> None:
         task = job.ready.first()
-        old = job.rows.get(task)
+        old = job.rows[task]
         self.leases_made += 1
-        fence = self.fence
-        if old is None:
-            row = Row(TaskState.LEASED, attempt=1, fence=fence, node=node.id, epoch=node.epoch)
-        else:
-            row = Row(
-                TaskState.LEASED,
-                attempt=old.attempt + 1,
-                tries=old.tries,
-                losses=old.losses,
-                fence=fence,
-                node=node.id,
-                epoch=node.epoch,
-                outcome=old.outcome,
-            )
-        self._matching.take(node, fence, job, task)
+        self._leases_left -= 1
+        row = Row(
+            TaskState.LEASED,
+            attempt=old.attempt + 1,
+            tries=old.tries,
+            losses=old.losses,
+            fence=self.fence,
+            node=node.id,
+            epoch=node.epoch,
+            outcome=old.outcome,
+        )
+        self._matching.take(node, row.fence, job, task, is_ahead=False)
         self._move(job, task, row)
-        self._moment.events.append(Leased(node.id, node.epoch, job.key(task, row)))
+        self._moment.events.append(Leased(node.id, node.epoch, AttemptRun(job.id, task, row.attempt, row.fence)))
+
+    def _lay_out(self, job: Job, task: int) -> None:
+        """If the task is in a run: more is to be said of it now, so it gets a row. Nothing changes by that."""
+        run = job.runs.find(task)
+        if run is not None:
+            job.lay_out(run, task)
+            self._matching.lay_out(self._matching.nodes[run.node], run.fence_of(task), job, task)
+
+    def _lay_out_all(self, node: Node) -> None:
+        for job, _ in list(node.runs.values()):
+            for run in job.runs.packed():
+                if run.node == node.id:
+                    for task in range(run.start, run.stop):
+                        self._lay_out(job, task)
 
     def adopt(self, node: Node, key: AttemptKey) -> bool:
         """The attempt runs on under the node's new epoch, if it is still the node's (protocol.md 5, Coming back)."""
@@ -346,19 +400,21 @@ class Queue:
             # Ready by its loss and not leased since: the node still runs it, so let it, if there is room.
             if not (node.has_room and job.may_lease and job.kind and self._matching.fits_now(node, job.kind)):
                 return False
+            row = replace(row, is_ahead=False)
         else:
             return False
         state = TaskState.LEASED if row.started_ms is None else TaskState.RUNNING
-        self._matching.take(node, key.fence, job, key.task)
+        self._matching.take(node, key.fence, job, key.task, is_ahead=row.is_ahead)
         self._move(job, key.task, replace(row, state=state, epoch=node.epoch, due_ms=None, reason=""))
         return True
 
     def hold_leases(self, node: Node) -> None:
         """The session has ended: each of its tasks waits for the node, as long as `on_lost` and `lost_after` say."""
+        self._lay_out_all(node)
         for fence in sorted(node.leases):
             job, task = node.leases[fence]
             row = job.rows[task]
-            self._matching.give_back(node, fence)
+            self._matching.give_back(node, fence, is_ahead=row.is_ahead)
             if row.stop is not None:
                 self._move(job, task, after_loss(job.spec, row, "", None))
                 continue
@@ -386,34 +442,96 @@ class Queue:
 
     def free_unheld(self, node: Node, fence_max: int, held: frozenset[int]) -> None:
         """Leases the node does not hold, and will refuse, were never started: ready again, nothing lost."""
+        for job, _ in list(node.runs.values()):
+            for run in job.runs.packed():
+                if run.node == node.id:
+                    for task in range(run.start, run.stop):
+                        if run.fence_of(task) <= fence_max and run.fence_of(task) not in held:
+                            self._lay_out(job, task)
         for fence in sorted(node.leases):
-            if fence > fence_max or fence in held:
-                continue
-            job, task = node.leases[fence]
-            row = job.rows[task]
-            self._matching.give_back(node, fence)
-            freed = replace(row, state=row.stop or TaskState.READY, node=None, started_ms=None)
-            self._move(job, task, freed)
+            if fence <= fence_max and fence not in held:
+                self._free(node, fence)
 
-    def finish(self, node: Node, ended: Ended) -> bool:
+    def take_back(self, node: Node, attempts: AttemptRun) -> None:
+        """The node holds them, has not started them, and never will: ready again, nothing lost."""
+        job = self.jobs.get(attempts.job)
+        if job is None:
+            return
+        for key in attempts.each():
+            self._lay_out(job, key.task)
+            lease = node.leases.get(key.fence)
+            if lease is not None and job.key(lease[1], job.rows[lease[1]]) == key:
+                self._free(node, key.fence)
+
+    def _free(self, node: Node, fence: int) -> None:
+        job, task = node.leases[fence]
+        row = job.rows[task]
+        self._matching.give_back(node, fence, is_ahead=row.is_ahead)
+        self._move(job, task, replace(row, state=row.stop or TaskState.READY, node=None, started_ms=None))
+
+    def finish_bare(self, node: Node, attempts: AttemptRun) -> list[AttemptKey]:
+        """All ended well and left nothing to tell; returns those that are not, or no longer, this session's."""
+        job = self.jobs.get(attempts.job)
+        if job is None:
+            return attempts.each()
+        stale: list[AttemptKey] = []
+        task, stop = attempts.task, attempts.task + attempts.count
+        for run in job.runs.within(task, stop):
+            if not (
+                attempts.attempt == 1
+                and run.node == node.id
+                and run.epoch == node.epoch
+                and run.fence - run.start == attempts.fence - attempts.task
+            ):
+                continue
+            stale += self._finish_each(node, attempts.part(task - attempts.task, run.start - attempts.task))
+            self._finish_run(node, job, run)
+            task = run.stop
+        if task < stop:
+            stale += self._finish_each(node, attempts.part(task - attempts.task, attempts.count))
+        return stale
+
+    def _finish_run(self, node: Node, job: Job, run: Run) -> None:
+        whole = job.runs.find(run.start)
+        assert whole is not None
+        job.finish(whole, run.start, run.stop)
+        self._matching.give_back_run(node, job, len(run), is_ahead=run.is_ahead)
+        self.totals[TaskState.LEASED] -= len(run)
+        self.totals[TaskState.DONE] += len(run)
+        self._settle(job)
+
+    def _finish_each(self, node: Node, attempts: AttemptRun) -> list[AttemptKey]:
+        return (
+            [key for key in attempts.each() if not self._finish_row(node, key, BARE_OUTCOME)] if attempts.count else []
+        )
+
+    def finish(self, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
         """The outcome of an attempt; False when it is not, or no longer, this session's."""
-        lease = node.leases.get(ended.key.fence)
+        if outcome.is_bare:
+            return not self.finish_bare(node, AttemptRun(key.job, key.task, key.attempt, key.fence))
+        job = self.jobs.get(key.job)
+        if job is not None:
+            self._lay_out(job, key.task)
+        return self._finish_row(node, key, outcome)
+
+    def _finish_row(self, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
+        lease = node.leases.get(key.fence)
         if lease is None:
             return False
         job, task = lease
         row = job.rows[task]
-        if job.key(task, row) != ended.key:
+        if job.key(task, row) != key:
             return False
-        self._matching.give_back(node, ended.key.fence)
-        outcome = ended.outcome
-        says = outcome.stdout or outcome.stderr or outcome.outputs or outcome.message
+        self._matching.give_back(node, key.fence, is_ahead=row.is_ahead)
         # A good end that carries nothing is one more number in a range, not a row.
-        encoded = None if outcome.is_success and not says and row.stop is None else codec.encode(outcome)
+        encoded = None if outcome.is_bare and row.stop is None else codec.encode(outcome)
         self._move(job, task, after_outcome(job.spec, row, outcome, encoded, self._moment.now_ms))
         self._check_fails(job)
         return True
 
     def mark_running(self, node: Node, key: AttemptKey) -> None:
+        if (found := self.jobs.get(key.job)) is not None:
+            self._lay_out(found, key.task)
         lease = node.leases.get(key.fence)
         if lease is None:
             return
@@ -424,8 +542,14 @@ class Queue:
 
     # --- time
 
+    def begin(self) -> None:
+        """An entry."""
+        self._leases_left = LEASES_PER_ENTRY_MAX
+
     def next_timer_ms(self) -> int | None:
-        """When the next timer is due, on the state's clock."""
+        """When the next timer is due, on the state's clock; at once, if this entry could not lease all that fits."""
+        if self._matching.has_more:
+            return self._moment.now_ms
         head = self._timers.first()
         return None if head is None else head[0]
 
@@ -493,6 +617,10 @@ class Queue:
 
         Each row is looked at once, however many ranges are wanted: a thousand of them held the loop for seconds.
         """
+        for start, stop in wanted:
+            for run in job.runs.within(start, stop):
+                for task in range(run.start, run.stop):
+                    self._lay_out(job, task)
         for task in sorted(task for task in job.rows if task in wanted):
             row = job.rows[task]
             match row.state:
@@ -512,12 +640,12 @@ class Queue:
 
     def _end_untouched(self, job: Job, state: TaskState) -> None:
         """End the tasks that never had an attempt; those with one stay as they are."""
-        again = sorted(task for task, row in job.rows.items() if row.state is TaskState.READY)
-        for task in again:
-            job.ready.remove(task, task + 1)
+        again = list(job.again)
+        for start, stop in again:
+            job.ready.remove(start, stop)
         moved = job.end_untouched(0, job.spec.array.count, state)
-        for task in again:
-            job.ready.add(task, task + 1)
+        for start, stop in again:
+            job.ready.add(start, stop)
         self._ended_untouched(job, moved, state)
 
     def _ended_untouched(self, job: Job, moved: int, state: TaskState) -> None:
@@ -535,6 +663,8 @@ class Queue:
 
     def _move(self, job: Job, task: int, row: Row) -> None:
         """The one way in which a single task changes."""
+        if row.is_ahead and row.state not in _AT_A_NODE:
+            row = replace(row, is_ahead=False)
         before = job.rows.get(task)
         was = TaskState.READY if before is None else before.state
         job.put(task, row)
@@ -581,6 +711,11 @@ def _held(row: Row, recovery: int) -> Row:
     """Until an operator releases it: what its node says does not count any more."""
     why = f"recovery {recovery} holds it: attempt {row.attempt} was at {row.node or 'a lost node'}"
     return replace(row, state=TaskState.HELD, node=None, due_ms=None, reason=why)
+
+
+def _at_once_left(job: Job) -> int:
+    at_once = job.spec.array.at_once
+    return at_once - job.active if at_once else len(job.ready)
 
 
 def _size(row: Row) -> int:

@@ -38,6 +38,10 @@ class Ranges(Struct, eq=False, gc=False):
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def range_count(self) -> int:
+        return len(self._bounds) // 2
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         bounds = self._bounds
         return ((bounds[i], bounds[i + 1]) for i in range(0, len(bounds), 2))
@@ -53,6 +57,10 @@ class Ranges(Struct, eq=False, gc=False):
     def first(self) -> int:
         """The smallest number. The set must not be empty."""
         return self._bounds[0]
+
+    def first_range(self) -> tuple[int, int]:
+        """The range that begins with the smallest number. The set must not be empty."""
+        return self._bounds[0], self._bounds[1]
 
     def add(self, start: int, stop: int) -> None:
         self._replace(start, stop, keeps=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from meshd import codec
 from meshd.errors import InvalidRequest
-from meshd.model import AttemptKey, NodeId, Offer
+from meshd.model import RUN_ATTEMPTS_MAX, AttemptKey, AttemptRun, NodeId, Offer, runs_of
 from meshd.raft.state.commands import (
     Accepted,
     AnyAnswer,
@@ -29,7 +29,7 @@ from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
 
-SLOTS_MAX = 10_000
+SLOTS_MAX = RUN_ATTEMPTS_MAX
 """Attempts that one node holds; its list must fit one command."""
 
 OTHER_BOOT_MS = 7_000
@@ -78,6 +78,7 @@ class Sessions:
         node.is_live = True
         node.seq = 0
         node.answer = b""
+        self._matching.ask_ahead(node, ())
         self._offers(node, command.slots, command.offer)
         self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=True))
         # First what is held for this node: those slots are its own. Then what was lost already, where there is room.
@@ -101,6 +102,7 @@ class Sessions:
         node.is_live = False
         node.ended_ms = self._moment.now_ms
         node.slots = 0
+        self._matching.ask_ahead(node, ())
         self._matching.changed(node)
         self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))
         self._queue.hold_leases(node)
@@ -131,7 +133,15 @@ class Sessions:
     def _report(self, node: Node, command: Report) -> AnyAnswer:
         for key in command.running:
             self._queue.mark_running(node, key)
-        return Reported(tuple(ended.key for ended in command.ended if not self._queue.finish(node, ended)))
+        queue = self._queue
+        if command.ahead is not None:
+            self._matching.ask_ahead(node, [(job, min(count, SLOTS_MAX)) for job, count in command.ahead])
+        for attempts in command.returned:
+            queue.take_back(node, attempts)
+        stale = [ended.key for ended in command.ended if not queue.finish(node, ended.key, ended.outcome)]
+        for attempts in command.done:
+            stale += queue.finish_bare(node, attempts)
+        return Reported(tuple(stale))
 
     def reconcile(self, node: Node, command: Reconcile) -> AnyAnswer:
         """Compared here and not by the leader: its list may be older than a lease (protocol.md 4)."""
@@ -145,24 +155,49 @@ class Sessions:
         node = self._matching.nodes.get(node_id)
         if node is None or not node.is_live or node.epoch != epoch:
             return ()
-        return tuple(job.key(task, job.rows[task]) for _, (job, task) in sorted(node.leases.items()))
+        keys = [job.key(task, job.rows[task]) for job, task in node.leases.values()]
+        for job, _ in node.runs.values():
+            for run in job.runs:
+                if run.node == node_id:
+                    keys += run.attempts(job.id).each()
+        return tuple(sorted(keys, key=_fence))
+
+    def still_leased(self, node_id: NodeId, epoch: int, attempts: AttemptRun) -> tuple[AttemptRun, ...]:
+        """What of these is leased to this session."""
+        node = self._matching.nodes.get(node_id)
+        if node is None or not node.is_live or node.epoch != epoch:
+            return ()
+        if job := self._queue.jobs.get(attempts.job):
+            run = job.runs.find(attempts.task)
+            if run is not None and run.stop >= attempts.task + attempts.count and self._is_leased(node, attempts.key()):
+                return (attempts,)  # nearly always: it was leased a moment ago
+        return runs_of(key for key in attempts.each() if self._is_leased(node, key))
 
     def stops_of(self, node_id: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
         """What is leased to this session and not wanted any more: its node is told until it reports the end."""
         node = self._matching.nodes.get(node_id)
         if node is None or not node.is_live or node.epoch != epoch:
             return ()
+        # A stop is more than a run can say.
         leases = [(job, task, job.rows[task]) for _, (job, task) in sorted(node.leases.items())]
         return tuple(job.key(task, row) for job, task, row in leases if row.stop is not None)
 
     def _is_leased(self, node: Node, key: AttemptKey) -> bool:
         lease = node.leases.get(key.fence)
-        return lease is not None and lease[0].key(lease[1], lease[0].rows[lease[1]]) == key
+        if lease is not None:
+            return lease[0].key(lease[1], lease[0].rows[lease[1]]) == key
+        job, _ = node.runs.get(key.job, (None, 0))
+        run = None if job is None else job.runs.find(key.task)
+        return run is not None and run.node == node.id and (run.fence_of(key.task), 1) == (key.fence, key.attempt)
 
     def _offers(self, node: Node, slots: int, offer: Offer) -> None:
         node.slots = min(slots, SLOTS_MAX)
         node.offer = offer
         self._matching.changed(node)
+
+
+def _fence(key: AttemptKey) -> int:
+    return key.fence
 
 
 def _check_offer(offer: Offer) -> None:

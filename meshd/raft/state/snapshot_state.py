@@ -29,7 +29,8 @@ from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
 from meshd.views import ClockMove
 
-VERSION = 1
+VERSION = 2
+"""1 had no runs: what it says is also a state of 2, but not the other way round."""
 
 SNAPSHOT_BYTES_MAX = 8 << 30
 PIECE_JOBS = 100
@@ -49,6 +50,7 @@ class NodeRecord(Struct, frozen=True, array_like=True):
     last_fence: int
     boot: str = ""
     ended_ms: int = 0
+    ahead: tuple[tuple[JobId, int], ...] = ()
 
 
 class Header(Struct, frozen=True, array_like=True):
@@ -73,6 +75,10 @@ class Header(Struct, frozen=True, array_like=True):
     ids_forgotten_ms: int = 0
     key_links: tuple[KeyLink, ...] = ()
     history: HistoryRecord = HistoryRecord()
+    gained: tuple[NodeId, ...] = ()
+    woken: tuple[int, ...] = ()
+    hungry: tuple[NodeId, ...] = ()
+    """What one entry could not lease is leased by the next, in this order."""
 
 
 Rows = dict[int, Row]
@@ -83,6 +89,7 @@ _RowPiece = tuple[JobId, bool, Rows]
 def capture(
     moment: Moment, members: Members, matching: Matching, queue: Queue, history: History, digest: bytes
 ) -> Callable[[], bytes]:
+    gained, woken, hungry = matching.unsettled()
     header = Header(
         version=VERSION,
         now_ms=moment.now_ms,
@@ -100,7 +107,7 @@ def capture(
         nodes=[
             NodeRecord(
                 node.id, node.may_work, node.epoch, node.is_live, node.seq, node.answer, node.slots, node.offer,
-                node.last_fence, node.boot, node.ended_ms,
+                node.last_fence, node.boot, node.ended_ms, tuple(node.ahead.items()),
             )
             for node in matching.nodes.values()
         ],
@@ -111,6 +118,9 @@ def capture(
         ids_forgotten_ms=queue.seen.forgotten_ms,
         key_links=members.key_links,
         history=history.captured(),
+        gained=tuple(gained),
+        woken=tuple(woken),
+        hungry=tuple(hungry),
     )  # fmt: skip
     jobs = [job.record or job.recorded() for job in queue.jobs.values()]
     seen = queue.seen.captured()
@@ -153,8 +163,8 @@ def _restore(
         if len(pieces) < 2:
             raise InvalidRequest(f"a snapshot has at least 2 pieces, not {len(pieces)}")
         header = codec.decode(pieces[0], Header, bytes_max=SNAPSHOT_BYTES_MAX)
-        if header.version != VERSION:
-            raise InvalidRequest(f"its version is {header.version}, this meshd reads {VERSION}")
+        if not 1 <= header.version <= VERSION:
+            raise InvalidRequest(f"its version is {header.version}, this meshd reads up to {VERSION}")
         records = list(_records(pieces[2:]))
     except InvalidRequest as error:
         raise Corrupt(f"the snapshot cannot be read: {error.message}") from error
@@ -183,12 +193,14 @@ def _restore(
             boot=it.boot,
             ended_ms=it.ended_ms,
         )
+        matching.ask_ahead(matching.nodes[it.id], it.ahead)
     for record in records:
         _restore_job(record, matching, queue)
     if not members.records.keys() <= matching.nodes.keys() or not queue.finished.keys() <= queue.jobs.keys():
         raise ValueError("members without a place, or finished jobs that are not there")
     history.restore(header.history)
-    matching.settle()
+    woken = [queue.numbered(number) for number in header.woken]
+    matching.settle(header.gained, woken, header.hungry)
     return header.digest
 
 
@@ -223,6 +235,7 @@ def _restore_job(record: JobRecord, matching: Matching, queue: Queue) -> None:
     for row in job.rows.values():
         if row.state is not TaskState.READY:
             totals[row.state] += 1
+    totals[TaskState.LEASED] += sum(map(len, record.runs))
     queue.outcome_bytes += sum(len(row.outcome or b"") for row in (*job.rows.values(), *job.results.values()))
     if job.is_final:
         queue.finished_rows += len(job.results)
@@ -237,5 +250,7 @@ def _restore_job(record: JobRecord, matching: Matching, queue: Queue) -> None:
         if row.state is TaskState.HELD:
             node.held[row.fence] = (job, task)
         elif row.state in (TaskState.LEASED, TaskState.RUNNING):
-            matching.take(node, row.fence, job, task)
+            matching.take(node, row.fence, job, task, is_ahead=row.is_ahead)
+    for run in record.runs:
+        matching.take_run(matching.nodes[run.node], job, run)
     matching.line_up(job)
