@@ -10,6 +10,7 @@ from meshd import codec
 from meshd.model import (
     Array,
     AttemptKey,
+    AttemptRun,
     BackendOffer,
     EndReason,
     JobId,
@@ -157,6 +158,17 @@ class Scene:
     ) -> Any:
         reported = tuple(Ended(key, outcome) for key, outcome in ended)
         return self.do(node, Report(epoch, self._next(node), reported, running))
+
+    def report_runs(
+        self,
+        node: NodeId,
+        *,
+        done: tuple[AttemptRun, ...] = (),
+        returned: tuple[AttemptRun, ...] = (),
+        ahead: tuple[tuple[JobId, int], ...] | None = None,
+        epoch: int = 1,
+    ) -> Any:
+        return self.do(node, Report(epoch, self._next(node), (), (), done, returned, ahead))
 
     def finish(self, node: NodeId, outcome: Outcome = GOOD, *, epoch: int = 1) -> Any:
         """The node's oldest attempt ends."""

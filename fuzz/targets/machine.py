@@ -19,6 +19,7 @@ from meshd.errors import MeshError
 from meshd.model import (
     Array,
     AttemptKey,
+    AttemptRun,
     BackendOffer,
     BlobRef,
     EndReason,
@@ -207,6 +208,10 @@ def _key(number: int, fence: int, task: int = 0, attempt: int = 1) -> AttemptKey
     return AttemptKey(job_id(number), task, attempt, fence)
 
 
+def _run(fence: int, count: int) -> AttemptRun:
+    return AttemptRun(job_id(1), 0, 1, fence, count)
+
+
 def seeds() -> Iterator[bytes]:
     good, bad = Outcome(EndReason.EXIT, 0), Outcome(EndReason.EXIT, 3, "it broke", Inline(b"out"), Inline(b"err"))
     blob = BlobRef("a" * 64, 100)
@@ -220,6 +225,8 @@ def seeds() -> Iterator[bytes]:
         [
             _frame(1, Submit(job_id(1), rich, "me")),
             _frame(0, Report(1, 1, (), (_key(1, 1),))),
+            _frame(0, Report(1, 1, done=(_run(1, 1),), ahead=((job_id(1), 100),))),
+            _frame(0, Report(1, 2, done=(_run(2**53, 10_000),), returned=(_run(1, 3),), ahead=())),
             _frame(0, Report(1, 2, (Ended(_key(1, 1), bad),)), 2),
         ]
     )

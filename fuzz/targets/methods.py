@@ -35,7 +35,7 @@ from meshd.errors import MeshError, NotFound
 from meshd.gossip.service import GossipService
 from meshd.keeper import Applied, Keeper
 from meshd.logs import LogCall, LogDesk
-from meshd.model import AttemptKey, BlobRef, EndReason, JobId, JobSpec, Member, NodeId, Outcome
+from meshd.model import AttemptKey, AttemptRun, BlobRef, EndReason, JobId, JobSpec, Member, NodeId, Outcome
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import Committed, Leash, ProposeResult
 from meshd.raft.log import Newest, RaftStatus
@@ -310,7 +310,8 @@ def seeds() -> Iterator[bytes]:
         ]
     )
     key = AttemptKey(job, 0, 1, 1)
-    notice = Notice(2, (key,), ((job, commands._spec()),), ())
+    run = AttemptRun(job, 0, 1, 1)
+    notice = Notice(2, (run,), ((job, commands._spec()),), ())
     yield join(
         [
             frame("session.renew", RenewCall(Renew(1, b"d" * DIGEST_BYTES))),
@@ -324,7 +325,7 @@ def seeds() -> Iterator[bytes]:
                 frame("attempt.notice", notice, by_server=by_server),
                 frame(
                     "attempt.notice",
-                    Notice(2, (key, AttemptKey(job, 2**53, 2**53, 2**53)), (), (key,)),
+                    Notice(2, (run, AttemptRun(job, 2**53, 2**53, 2**53, 10_000)), (), (key,)),
                     by_server=by_server,
                 ),
             ]
@@ -333,7 +334,7 @@ def seeds() -> Iterator[bytes]:
         [
             frame(
                 "attempt.notice",
-                Notice(2**53, tuple(AttemptKey(job, k, 1, k) for k in range(8)), ((job, commands._spec()),), ()),
+                Notice(2**53, tuple(AttemptRun(job, k, 1, k, k + 1) for k in range(8)), ((job, commands._spec()),), ()),
                 by_server=True,
             )
         ]

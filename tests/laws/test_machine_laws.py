@@ -9,7 +9,21 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from meshd import codec
 from meshd.errors import MeshError
-from meshd.model import Array, AttemptKey, EndReason, Inline, JobId, OnLost, Outcome, Retry, TaskState, Timeout
+from meshd.model import (
+    Array,
+    AttemptKey,
+    AttemptRun,
+    EndReason,
+    Inline,
+    JobId,
+    OnLost,
+    Outcome,
+    Retry,
+    TaskState,
+    Timeout,
+    runs_of,
+)
+from meshd.raft.state import queue
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import (
     Accepted,
@@ -29,7 +43,7 @@ from meshd.raft.state.lineage import RECOVERIES_MAX
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.ranges import Ranges
 from meshd.views import PAGE_MAX, Explain, GetMembers, GetSummary, ListJobs, ListTasks
-from tests.scene import WALL_MS, A, B, C, Scene, job_id, spec
+from tests.scene import BAD, GOOD, WALL_MS, A, B, C, Scene, job_id, spec
 
 NODES = (A, B, C)
 numbers = st.integers(0, 30)
@@ -184,6 +198,20 @@ class MachineLaws(RuleBasedStateMachine):
                 node, *(() if runs else ((key, outcome),)), epoch=self.epochs[node], running=(key,) if runs else ()
             )
 
+    @rule(node=nodes, at=index, count=st.integers(1, 4), is_done=st.booleans(), ahead=st.integers(-1, 4))
+    def report_runs(self, node, at, count, is_done, ahead):
+        """Ends without anything to tell, and what never started; of its own or of any; some have ended before."""
+        mine = self.scene.leases(node, self.epochs[node]) if at < 6 else self.keys
+        runs = runs_of(mine[at % len(mine) :][:count]) if mine else ()
+        runs += (AttemptRun(*_values(mine[0]), count=count),) if mine and at == 3 else ()
+        self.scene.report_runs(
+            node,
+            done=runs if is_done else (),
+            returned=() if is_done else runs,
+            ahead=None if ahead < 0 else tuple((job, ahead) for job in self.ids[-2:]),
+            epoch=self.epochs[node],
+        )
+
     @rule(node=nodes, slots=st.integers(0, 3))
     def claim(self, node, slots):
         self.scene.claim(node, slots, epoch=self.epochs[node])
@@ -281,12 +309,17 @@ class MachineLaws(RuleBasedStateMachine):
 
     @invariant()
     def what_waits_fits_nowhere(self):
-        """No slot stays free while a task that fits is ready."""
+        """No slot stays free while a task that fits is ready, nor is less ahead than was asked for."""
         machine = self.scene.machine
+        if machine._matching.has_more:
+            return  # the next entry goes on, at once
         for job in machine._queue.jobs.values():
             if job.kind is not None and job.may_lease:
                 for node in machine._matching.nodes.values():
                     assert not (node.has_room and machine._matching.fits_now(node, job.kind)), (job.id, node.id)
+                    may_feed = node.is_live and node.may_work and node.slots and job.untouched()
+                    if may_feed and machine._matching.suits(node, job.kind):
+                        assert node.ahead_held.get(job.id, 0) >= node.ahead.get(job.id, 0)
 
     @invariant()
     def nothing_of_a_held_job_runs_or_can_be_spoken_for(self):
@@ -308,11 +341,75 @@ class MachineLaws(RuleBasedStateMachine):
         """But for a session that came back, or claimed, with fewer slots than it held."""
         for node in self.scene.machine._matching.nodes.values():
             most = max(node.slots, 3)
-            assert len(node.leases) <= most
+            assert node.taken <= most
+            assert node.held_in_all == node.taken + sum(node.ahead_held.values())
 
+
+def _values(key: AttemptKey) -> tuple[JobId, int, int, int]:
+    return key.job, key.task, key.attempt, key.fence
+
+
+class SmallEntries(MachineLaws):
+    """The same where an entry may lease two at most, so that what is left goes on with the next one, here and elsewhere."""
+
+    def __init__(self) -> None:
+        self.most = queue.LEASES_PER_ENTRY_MAX
+        queue.LEASES_PER_ENTRY_MAX = 2
+        super().__init__()
+
+    def teardown(self) -> None:
+        queue.LEASES_PER_ENTRY_MAX = self.most
+
+    @rule()
+    def go_on(self):
+        """As long as the leader's ticks would."""
+        for _ in range(100):
+            if self.scene.machine.next_timer_ms() != 0:
+                return
+            self.scene.batch()
+        raise AssertionError("it never comes to an end")
+
+
+TestSmallEntries = SmallEntries.TestCase
+TestSmallEntries.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 TestMachineLaws = MachineLaws.TestCase
 TestMachineLaws.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(1, 12),
+    slots=st.integers(1, 12),
+    at_once=st.integers(0, 3),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["done", "returned", "running", "failed"]), index, st.integers(1, 5)), max_size=12
+    ),
+)
+def test_a_run_behaves_as_the_sum_of_its_single_leases(count, slots, at_once, steps) -> None:
+    """One replica hears of runs, the other of each attempt by itself, in one command: they are the same afterwards."""
+    runs, singles = (Scene(A, B, slots=slots) for _ in range(2))
+    job_spec = spec(array=Array(count=count, at_once=at_once), retry=Retry(attempts=2, backoff_min_ms=0))
+    job = runs.submit(job_spec)
+    assert singles.submit(job_spec) == job
+    for what, at, most in steps:
+        keys = runs.leases(A)
+        assert keys == singles.leases(A)
+        if not keys:
+            break
+        chosen = keys[at % len(keys) :][:most]
+        if what == "done":
+            runs.report_runs(A, done=runs_of(chosen))
+            singles.report(A, *((key, GOOD) for key in chosen))
+        elif what == "returned":
+            runs.report_runs(A, returned=runs_of(chosen))
+            singles.report_runs(A, returned=tuple(AttemptRun(*_values(key)) for key in chosen))
+        else:
+            for scene in (runs, singles):
+                scene.report(A, *(() if what == "running" else ((chosen[0], BAD),)), running=chosen[:1])
+        assert runs.machine.digest() == singles.machine.digest()
+        assert runs.machine.answer(ListTasks(job, limit=100)) == singles.machine.answer(ListTasks(job, limit=100))
+        assert runs.machine.capture()() == singles.machine.capture()()
 
 
 def test_stamped_bodies_are_what_was_proposed() -> None:

@@ -131,11 +131,14 @@ class Sessions:
         return Accepted()
 
     def _report(self, node: Node, command: Report) -> AnyAnswer:
+        if sum([run.count for run in (*command.done, *command.returned)]) > 2 * SLOTS_MAX:
+            return Rejected(Reason.INVALID_REQUEST, f"a report names at most {2 * SLOTS_MAX} attempts")
         for key in command.running:
             self._queue.mark_running(node, key)
         queue = self._queue
         if command.ahead is not None:
-            self._matching.ask_ahead(node, [(job, min(count, SLOTS_MAX)) for job, count in command.ahead])
+            most = SLOTS_MAX // len(command.ahead) if command.ahead else 0
+            self._matching.ask_ahead(node, [(job, min(count, most)) for job, count in command.ahead])
         for attempts in command.returned:
             queue.take_back(node, attempts)
         stale = [ended.key for ended in command.ended if not queue.finish(node, ended.key, ended.outcome)]
