@@ -351,6 +351,8 @@ class Worker:
             self._pending = None
             if isinstance(answer, Reported):
                 self._drop(answer.stale)
+                for run in answer.stale_runs:
+                    self._drop(run.each())
 
     def _opened(self, answer: AnyAnswer, now_ms: int) -> None:
         assert self._opening is not None
@@ -433,7 +435,7 @@ class Worker:
             attempt.stopped_for = reason
             self._effects.append(Stop(attempt.key, reason))
 
-    def _drop(self, keys: tuple[AttemptKey, ...]) -> None:
+    def _drop(self, keys: Iterable[AttemptKey]) -> None:
         """These are not its own any more: nobody waits for their outcome, but what runs must be seen dead."""
         for key in keys:
             if self.attempts.withdraw(key) is not None:

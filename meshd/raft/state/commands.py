@@ -375,6 +375,7 @@ class Reported(Answer, frozen=True, array_like=True, tag=True):
     """Every attempt named in the report may leave the node's books. `stale`: those that were no longer its own."""
 
     stale: tuple[AttemptKey, ...] = ()
+    stale_runs: tuple[AttemptRun, ...] = ()
 
 
 class Reconciled(Answer, frozen=True, array_like=True, tag=True):

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import Busy, Conflict, InvalidRequest, NotFound
-from meshd.model import AttemptKey, AttemptRun, ItemsInline, JobId, JobSpec, OnLost, Outcome, TaskState
+from meshd.model import AttemptKey, AttemptRun, ItemsInline, JobId, JobSpec, OnLost, Outcome, TaskState, runs_of
 from meshd.placement import Demand
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import (
@@ -469,12 +469,12 @@ class Queue:
         self._matching.give_back(node, fence, is_ahead=row.is_ahead)
         self._move(job, task, replace(row, state=row.stop or TaskState.READY, node=None, started_ms=None))
 
-    def finish_bare(self, node: Node, attempts: AttemptRun) -> list[AttemptKey]:
+    def finish_bare(self, node: Node, attempts: AttemptRun) -> list[AttemptRun]:
         """All ended well and left nothing to tell; returns those that are not, or no longer, this session's."""
         job = self.jobs.get(attempts.job)
         if job is None:
-            return attempts.each()
-        stale: list[AttemptKey] = []
+            return [attempts]
+        stale: list[AttemptRun] = []
         task, stop = attempts.task, attempts.task + attempts.count
         for run in job.runs.within(task, stop):
             if not (
@@ -500,10 +500,12 @@ class Queue:
         self.totals[TaskState.DONE] += len(run)
         self._settle(job)
 
-    def _finish_each(self, node: Node, attempts: AttemptRun) -> list[AttemptKey]:
-        return (
-            [key for key in attempts.each() if not self._finish_row(node, key, BARE_OUTCOME)] if attempts.count else []
-        )
+    def _finish_each(self, node: Node, attempts: AttemptRun) -> tuple[AttemptRun, ...]:
+        """Those that have rows, or were never this session's."""
+        job = self.jobs[attempts.job]
+        if not job.rows:
+            return (attempts,) if attempts.count else ()
+        return runs_of([key for key in attempts.each() if not self._finish_row(node, key, BARE_OUTCOME)])
 
     def finish(self, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
         """The outcome of an attempt; False when it is not, or no longer, this session's."""

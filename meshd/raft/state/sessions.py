@@ -142,9 +142,8 @@ class Sessions:
         for attempts in command.returned:
             queue.take_back(node, attempts)
         stale = [ended.key for ended in command.ended if not queue.finish(node, ended.key, ended.outcome)]
-        for attempts in command.done:
-            stale += queue.finish_bare(node, attempts)
-        return Reported(tuple(stale))
+        stale_runs = [run for attempts in command.done for run in queue.finish_bare(node, attempts)]
+        return Reported(tuple(stale), tuple(stale_runs))
 
     def reconcile(self, node: Node, command: Reconcile) -> AnyAnswer:
         """Compared here and not by the leader: its list may be older than a lease (protocol.md 4)."""
