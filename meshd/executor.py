@@ -20,7 +20,7 @@ import trio
 from msgspec.structs import replace
 
 from meshd import codec
-from meshd.backends import output
+from meshd.backends import output, remains
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
@@ -88,7 +88,7 @@ class Executor:
             await nursery.start(self.planned.serve)
             task_status.started()
             async for directory in self._removable:
-                await trio.to_thread.run_sync(_remove, directory)
+                await trio.to_thread.run_sync(remains.remove, directory)
 
     def sweep(self) -> None:
         """Remove what attempts of an earlier start left: their processes died with that agent."""
@@ -132,7 +132,7 @@ class Executor:
         except Corrupt as error:
             # The bad copy was put aside; whoever else has it still has it right.
             log.warning("input.corrupt", job=key.job, task=key.task, error=str(error))
-            await trio.to_thread.run_sync(_remove, directory)
+            await trio.to_thread.run_sync(remains.remove, directory)
             await trio.to_thread.run_sync(_prepare, directory, workdir)
             item = await self._lay_inputs(workdir, key, spec)
         execution = await self._execution(directory, workdir, key, spec, item, leash)
@@ -146,7 +146,7 @@ class Executor:
             self._remains.send_nowait(directory)
         except trio.WouldBlock:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_remove, directory)
+                await trio.to_thread.run_sync(remains.remove, directory)
 
     def choose(self, spec: JobSpec) -> Backend:
         """Raises Unavailable."""
@@ -340,21 +340,6 @@ def _read(path: Path, offset: int, bytes_max: int) -> bytes:
             return os.pread(file.fileno(), bytes_max, offset)
     except FileNotFoundError:
         return b""
-
-
-def _remove(directory: Path) -> None:
-    """Also when the job took the rights away from its own directories."""
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        return
-    except OSError:
-        os.chmod(directory, 0o700)
-        for path, directories, _ in os.walk(directory):
-            for each in directories:
-                if not os.path.islink(os.path.join(path, each)):  # never through a link: it may point anywhere
-                    os.chmod(os.path.join(path, each), 0o700)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 assert output.INLINE_BYTES_MAX * 2 < INLINE_BYTES_MAX

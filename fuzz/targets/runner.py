@@ -17,11 +17,11 @@ from fuzz import world
 from fuzz.inputs import join, split
 from meshd import codec
 from meshd.backends.child import Link
-from meshd.backends.process import _Spawner, _Waiter
+from meshd.backends.spawners import Spawner, Waiter
 from meshd.backends.wasm_messages import BACK, ENDED, Ended
 from meshd.backends.wasm_runners import Runner, RunnerLost, lane_for
 from meshd.model import AttemptKey, JobId, Outcome
-from meshd.ports import Plan, Planned
+from meshd.ports import Finished, Plan, Planned
 
 FRAMED = True
 
@@ -85,13 +85,21 @@ async def _hear_runner(stream: bytes) -> None:
 
 async def _hear_spawner(stream: bytes) -> None:
     async with trio.open_nursery() as nursery:
-        spawner = _Spawner(_Child(), _link(stream), "token", nursery)  # type: ignore[arg-type]
-        waiters = [_Waiter(number) for number in range(1, 4)]
+        spawner = Spawner(_Child(), _link(stream), "token", nursery, lambda _: None)  # type: ignore[arg-type]
+        waiters = [Waiter(number) for number in range(1, 4)]
         spawner.waiting = {waiter.id: waiter for waiter in waiters}
-        await spawner._read()
+        spawner._ids = 3
+        attempts = [Planned(AttemptKey(JobId("job"), task, 1, task), "") for task in range(4, 8)]
+        ended: list[Finished] = []
+        spawner.give(1, Plan(JobId("job"), ("true",), (), Path("spill")), attempts, ended.extend)
+        await spawner.read()
         assert not spawner.is_alive
         for waiter in waiters:
             _fits_log(await waiter.wait())
+        for each in ended:
+            _fits_log(each.outcome)
+        left = [attempt.key for _, attempts in spawner.left for attempt in attempts]
+        assert sorted([*(each.key for each in ended), *left]) == [attempt.key for attempt in attempts]
 
 
 def _fits_log(outcome: Outcome) -> None:
@@ -127,8 +135,14 @@ def seeds() -> Iterator[bytes]:
         return b"\3" + (answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     nonsense: object
-    answer = {"id": 1, "reason": "exit", "exit_code": 0, "message": "", "run_ms": 5}
-    yield join([spawner(answer), spawner({**answer, "id": 2, "reason": "signal", "exit_code": None})])
-    for nonsense in ({}, [], 5, {**answer, "id": [1]}, {**answer, "id": None}, {**answer, "reason": "x"}, {**answer, "message": 5}, {**answer, "exit_code": 10**30}, {**answer, "run_ms": -1}, {**answer, "run_ms": 1e999}, {**answer, "message": "\ud800"}, {**answer, "message": "m" * 9000}, b"\xff", b"{", b"[" * 3000, b'{"id":' + b"9" * 5000 + b"}"):  # fmt: skip
-        yield join([spawner(answer), spawner(nonsense)])
+    end = [1, "exit", 0, "", 5, "", "", ""]
+    yield join([spawner({"ended": [end, [4, "signal", None, "", 1, "out", None, "desk"]]}), spawner({"call": 1})])
+    for place, nonsense in enumerate(([1], "x", 10**30, "m" * 9000, -1, "\u0100", "x" * 2000, 5)):
+        for number in (2, 5):
+            bad: list[object] = [number, *end[1:]]
+            bad[place] = nonsense
+            yield join([spawner({"ended": [end, bad]})])
+    others: tuple[object, ...] = ([], 5, {"ended": [[]]}, {"ended": [end, end]}, {"call": []}, b"\xff", b"{", b"[" * 3000, b'{"call":' + b"9" * 5000 + b"}")  # fmt: skip
+    for other in others:
+        yield join([spawner({"ended": [end]}), spawner(other)])
     yield join([b"\2\xff\xff\xff\xff"])

@@ -56,26 +56,31 @@ class Capture:
             raise
 
     def take(self, name: str) -> tuple[bytes | None, bytes | None]:
-        """What was written to each; None: more than that, now in the file `directory/name.stdout` or `.stderr`.
+        """What was written to each; None: more than travels, now in the file `directory/name.stdout` or `.stderr`."""
+        return self._take("stdout", self.stdout, name), self._take("stderr", self.stderr, name)
 
-        It is empty afterwards, and can be used again.
+    def renew(self) -> bool:
+        """Empty again; whether one of the files is another now.
+
+        To cut a file that was written to makes ext4 flush it, which takes milliseconds.
         """
-        taken: list[bytes | None] = []
-        for stream in ("stdout", "stderr"):
-            file: int = getattr(self, stream)
-            size = _size(file)
-            if not size:
-                taken.append(b"")
-                continue
-            if size <= INLINE_BYTES_MAX:
-                taken.append(os.pread(file, size, 0))
-            else:
-                _give_name(file, os.path.join(self._directory, f"{name}.{stream}"))
-                taken.append(None)
-            # A new one: to cut a file that was written to makes ext4 flush it, which takes milliseconds.
-            setattr(self, stream, _unnamed(self._directory))
+        was_used = False
+        if _size(self.stdout):
+            file, self.stdout = self.stdout, _unnamed(self._directory)
             os.close(file)
-        return taken[0], taken[1]
+            was_used = True
+        if _size(self.stderr):
+            file, self.stderr = self.stderr, _unnamed(self._directory)
+            os.close(file)
+            was_used = True
+        return was_used
+
+    def _take(self, stream: str, file: int, name: str) -> bytes | None:
+        size = _size(file)
+        if size <= INLINE_BYTES_MAX:
+            return os.pread(file, size, 0) if size else b""
+        _give_name(file, os.path.join(self._directory, f"{name}.{stream}"))
+        return None
 
     def settle(self) -> None:
         """After somebody has opened them anew with O_TRUNC, as wasmtime does: before anything is written.

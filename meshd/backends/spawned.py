@@ -18,9 +18,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from meshd.backends.output import Output
+from meshd.backends.output import Capture, Output
 
 MARK = "MESHD_SPAWN"
 """In the environment of all that is spawned: `token:id`, the token naming the agent's directory."""
@@ -49,16 +49,22 @@ class Refused(Exception):
 
 
 class Spawned:
-    def __init__(self, request: Mapping[str, Any], token: str, term_grace_s: float) -> None:
-        """Starts the command. Raises Refused."""
+    def __init__(
+        self, request: Mapping[str, Any], token: str, term_grace_s: float, capture: Capture | None = None
+    ) -> None:
+        """Starts the command. Its output goes to `capture`, or to the files that the request names. Raises Refused."""
         self.id: int = request["id"]
+        self._capture = capture
         self.mark = f"{MARK}={token}:{self.id}".encode()
         self.leash_s: float | None = request["leash_s"]
         self._run_s: float | None = request["run_s"]
         self._memory: int | None = request["memory"]
         self._file_bytes_max: int | None = request["file_bytes_max"]
         self._term_grace_s = term_grace_s
-        self._output = Output(request["stdout"], request["stderr"], request["output_bytes_max"])
+        if capture is None:
+            self._output = Output(request["stdout"], request["stderr"], request["output_bytes_max"])
+        else:
+            self._output = Output(capture.stdout, capture.stderr, request["output_bytes_max"])
         self._kill_at_s: float | None = None
         self._give_up_at_s = 0.0
         self._end: tuple[str, int | None, str] | None = None
@@ -127,7 +133,8 @@ class Spawned:
     def is_hopeless(self, now_s: float) -> bool:
         return now_s >= self._give_up_at_s
 
-    def describe_end(self, *, is_clean: bool) -> dict[str, object]:
+    def describe_end(self, *, is_clean: bool) -> tuple[str, int | None, str, int]:
+        """Reason, exit code, message, and for how long it ran."""
         assert self._end is not None, "its main process has ended"
         reason, code, message = self._end
         flooded = self._output.flooded()
@@ -138,7 +145,7 @@ class Spawned:
         if not is_clean:
             reason, code = "backend", None
             message = f"a process of it survives SIGKILL (session {self.pid}); {message}"
-        return describe(self.id, reason, code, message, self._run_ms)
+        return reason, code, message, self._run_ms
 
     def _judge(self, status: int, peak_bytes: int) -> tuple[str, int | None, str]:
         code = os.waitstatus_to_exitcode(status)
@@ -183,8 +190,13 @@ class Spawned:
         with ExitStack() as files:
             try:
                 stdin = files.enter_context(open(request["stdin"] or os.devnull, "rb"))
-                stdout = files.enter_context(open(request["stdout"], "ab"))
-                stderr = files.enter_context(open(request["stderr"], "ab"))
+                stdout: BinaryIO | int
+                stderr: BinaryIO | int
+                if self._capture is None:
+                    stdout = files.enter_context(open(request["stdout"], "ab"))
+                    stderr = files.enter_context(open(request["stderr"], "ab"))
+                else:
+                    stdout, stderr = self._capture.stdout, self._capture.stderr
             except OSError as error:
                 raise Refused("backend", f"the attempt's files cannot be opened: {error}") from error
             files.enter_context(_inherited(resource.RLIMIT_FSIZE, self._file_bytes_max))
@@ -222,11 +234,6 @@ class Spawned:
                 file.write(OOM_SCORE_ADJUST)
         except OSError:
             pass  # it has ended already, or became another user: then these are not ours to set
-
-
-def describe(spawned: int, reason: str, code: int | None, message: str, run_ms: int = 0) -> dict[str, object]:
-    """What the agent is told of an end."""
-    return {"id": spawned, "reason": reason, "exit_code": code, "message": message[:1500], "run_ms": run_ms}
 
 
 def _refused(error: OSError, command: str, workdir: str) -> Refused:

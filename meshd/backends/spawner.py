@@ -2,9 +2,18 @@
 
 It lives apart from the agent, so a stopped agent keeps nothing alive. It is the subreaper
 of all that it starts. When its socket closes it kills everything and exits; if it is killed
-itself, the agent ends what it left, or else the next agent's probe does (`kill_strays`). Frames: four bytes of length, then
-JSON; requests `run`, `leash`, `cancel`, answers as `spawned.describe` makes them.
+itself, the agent ends what it left, or else the next agent's probe does (`kill_strays`).
 Standard library only: it starts in 40 ms.
+
+Frames: four bytes of length, then JSON. Requests:
+    run      one command with files of its own, now
+    start    commands of one plan for one lane (spawner_lanes.py)
+    leash    a new deadline, of a command or a lane
+    cancel   a command that runs or waits
+    back     give back those of these commands that have not begun
+    output   what a running command has written
+Answers: `{"ended": [[id, reason, exit code, message, run_ms, stdout, stderr, what is to be removed], …]}`, output as
+latin-1, null when it was left in its file; and `{"call": …, "ids": […]}` or `{"call": …, "data": …}`.
 """
 
 from __future__ import annotations
@@ -23,10 +32,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from meshd.backends.output import CHECK_S
-from meshd.backends.spawned import MARK, SWEEP_S_MAX, Refused, Spawned, describe
+from meshd.backends.output import CHECK_S, Capture
+from meshd.backends.spawned import MARK, SWEEP_S_MAX, Refused, Spawned
+from meshd.backends.spawner_lanes import Desks, Lane, Seat, request_of
 
 READ_BYTES = 64 << 10
+
+MESSAGE_CHARS_MAX = 1500
+"""An outcome's message has 2048."""
 
 SWEEP_AGAIN_S = 0.02
 """Between two looks for remains; most die within one."""
@@ -42,8 +55,14 @@ _length = struct.Struct("<I")
 
 
 class Spawner:
-    def __init__(self, agent: socket.socket, token: str, term_grace_s: float) -> None:
+    def __init__(self, agent: socket.socket, token: str, term_grace_s: float, scratch: str) -> None:
         agent.setblocking(False)
+        self._desks = Desks(scratch)
+        self._lanes: dict[int, Lane] = {}
+        self._seats: dict[int, Seat] = {}
+        """Of commands that were started for a lane, by id."""
+        self._ends: list[tuple[Any, ...]] = []
+        """Not yet in `_out`."""
         self._agent = agent
         self._token = token
         self._term_grace_s = term_grace_s
@@ -73,7 +92,10 @@ class Spawner:
             for spawned in self._running.values():
                 spawned.enforce(now_s)
             self._sweep(now_s)
-            self._send()
+            self._tell_ends()
+            # Only when the agent knows of every end: so of each lane at most one without an end has begun.
+            while not self._out and self._start_next():
+                self._tell_ends()
 
     # --- the agent ---------------------------------------------------------------------------------------------------
 
@@ -97,22 +119,120 @@ class Spawner:
         return bool(data)
 
     def _obey(self, request: dict[str, Any]) -> None:
-        if request["do"] == "run":
-            try:
-                spawned = Spawned(request, self._token, self._term_grace_s)
-            except Refused as refused:
-                self._answer(describe(request["id"], refused.reason, None, str(refused)))
-                return
-            self._running[spawned.pid] = spawned
-            return
-        for spawned in self._running.values():
-            if spawned.id == request["id"]:
-                if request["do"] == "leash":
-                    spawned.leash_s = request["leash_s"]
-                else:
-                    spawned.stop("cancelled", "cancelled", time.monotonic())
+        match request["do"]:
+            case "run":
+                self._spawn(request, None)
+            case "start":
+                lane = self._lanes.get(request["lane"])
+                if lane is None:
+                    lane = self._lanes[request["lane"]] = Lane(request["plan"], request["plan"]["leash_s"])
+                lane.waiting.extend(request["tasks"])
+            case "leash":
+                self._move_leash(request)
+            case "cancel":
+                self._cancel(request["id"])
+            case "back":
+                ids = [number for lane in self._lanes.values() for number in lane.take_out(request["ids"])]
+                self._answer({"call": request["call"], "ids": ids})
+            case "output":
+                self._answer({"call": request["call"], "data": self._read_output(request)})
 
-    def _answer(self, answer: dict[str, object]) -> None:
+    def _spawn(self, request: dict[str, Any], capture: Capture | None) -> bool:
+        try:
+            spawned = Spawned(request, self._token, self._term_grace_s, capture)
+        except Refused as refused:
+            self._end(request["id"], refused.reason, None, str(refused), 0)
+            return False
+        self._running[spawned.pid] = spawned
+        return True
+
+    def _move_leash(self, request: dict[str, Any]) -> None:
+        leash_s, number = request["leash_s"], request.get("id")
+        if (lane := self._lanes.get(request.get("lane", 0))) is not None:
+            lane.leash_s, number = leash_s, lane.running
+        for spawned in self._running.values():
+            if spawned.id == number:
+                spawned.leash_s = leash_s
+
+    def _cancel(self, number: int) -> None:
+        for lane in self._lanes.values():
+            if lane.take_out([number]):
+                self._end(number, "cancelled", None, "stopped before it started", 0)
+                return
+        for spawned in self._running.values():
+            if spawned.id == number:
+                spawned.stop("cancelled", "cancelled", time.monotonic())
+
+    def _read_output(self, request: dict[str, Any]) -> str | None:
+        seat = self._seats.get(request["id"])
+        if seat is None:
+            return None
+        file = seat.capture.stdout if request["stream"] == "stdout" else seat.capture.stderr
+        return os.pread(file, request["max"], request["offset"]).decode("latin-1")
+
+    # --- lanes -------------------------------------------------------------------------------------------------------
+
+    def _start_next(self) -> bool:
+        """One of each lane in which none runs; whether any has ended by that."""
+        for number, lane in list(self._lanes.items()):
+            if lane.waiting and not lane.running:
+                self._start(lane, lane.waiting.popleft())
+            if not lane.waiting and not lane.running:
+                del self._lanes[number]
+        return bool(self._ends)
+
+    def _start(self, lane: Lane, task: list[Any]) -> None:
+        number, fence = task[0], task[3]
+        desk = ""
+        try:
+            desk = self._desks.take()
+            capture = Capture(lane.plan["spill"])
+        except OSError as error:
+            if desk:
+                self._desks.give_back(desk)
+            self._end(number, "backend", None, f"its files cannot be made: {error}", 0)
+            return
+        if self._spawn(request_of(lane, task, desk), capture):
+            lane.running = number
+            self._seats[number] = Seat(lane, desk, f"{fence:x}", capture)
+        else:
+            capture.close()
+            self._desks.give_back(desk)
+
+    def _end_in_lane(self, spawned: Spawned, seat: Seat, *, is_clean: bool) -> None:
+        reason, code, message, run_ms = spawned.describe_end(is_clean=is_clean)
+        stdout: str | None = ""
+        stderr: str | None = ""
+        try:
+            stdout, stderr = map(_text, seat.capture.take(seat.name))
+        except OSError as error:
+            reason, code, message = "backend", None, f"its output cannot be kept: {error}"
+        seat.capture.close()
+        seat.lane.running = 0
+        # What survives may still work there.
+        is_free = is_clean and self._desks.give_back(seat.desk)
+        self._end(spawned.id, reason, code, message, run_ms, stdout, stderr, "" if is_free else seat.desk)
+
+    def _end(
+        self,
+        number: int,
+        reason: str,
+        code: int | None,
+        message: str,
+        run_ms: int,
+        stdout: str | None = "",
+        stderr: str | None = "",
+        left: str = "",
+    ) -> None:
+        self._ends.append((number, reason, code, message[:MESSAGE_CHARS_MAX], run_ms, stdout, stderr, left))
+
+    def _tell_ends(self) -> None:
+        if self._ends:
+            self._answer({"ended": self._ends})
+            self._ends = []
+        self._send()
+
+    def _answer(self, answer: dict[str, Any]) -> None:
         payload = json.dumps(answer).encode()
         self._out += _length.pack(len(payload)) + payload
 
@@ -165,7 +285,10 @@ class Spawner:
             if has_remains and not spawned.is_hopeless(now_s):
                 left.append(spawned)
             else:
-                self._answer(spawned.describe_end(is_clean=not has_remains))
+                if (seat := self._seats.pop(spawned.id, None)) is not None:
+                    self._end_in_lane(spawned, seat, is_clean=not has_remains)
+                else:
+                    self._end(spawned.id, *spawned.describe_end(is_clean=not has_remains))
         self._sweeping = left
 
     def _kill_everything(self) -> None:
@@ -180,6 +303,10 @@ class Spawner:
             for spawned in self._sweeping:
                 spawned.kill_remains()
             time.sleep(0.001)
+
+
+def _text(data: bytes | None) -> str | None:
+    return None if data is None else data.decode("latin-1")
 
 
 def kill_strays(token: str) -> None:
@@ -243,14 +370,14 @@ def _kill(pid: int) -> None:
 
 
 def main() -> None:
-    number, token, term_grace_s = sys.argv[1:4]
+    number, token, term_grace_s, scratch = sys.argv[1:5]
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # What all commands have in common they inherit.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, files_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES_OPEN, files_hard), files_hard))
     kill_strays(token)
-    Spawner(socket.socket(fileno=int(number)), token, float(term_grace_s)).serve()
+    Spawner(socket.socket(fileno=int(number)), token, float(term_grace_s), scratch).serve()
 
 
 if __name__ == "__main__":

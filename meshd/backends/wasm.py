@@ -9,7 +9,6 @@ with it that ran, which ends as `backend`; those behind it run in another (wasm_
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -19,6 +18,7 @@ import structlog
 import trio
 
 from meshd.backends.limits import refuse_strings
+from meshd.backends.remains import remove
 from meshd.backends.wasm_runners import CANCEL_S, GATHER_S, Lane, Runner, RunnerLost, lane_for
 from meshd.errors import TooLarge
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
@@ -331,7 +331,7 @@ class WasmBackend:
             self._proceed(lane)
             self._forget_if_over(lane)
         runner.close()
-        await trio.to_thread.run_sync(_remove, runner.scratch)
+        await trio.to_thread.run_sync(remove, runner.scratch)
         self._alive -= 1
         if self._queue:
             lane = self._queue.pop(0)
@@ -356,7 +356,7 @@ class WasmBackend:
                 runner.kill()
 
     def _sweep(self) -> None:
-        _remove(self._directory / "scratch")
+        remove(self._directory / "scratch")
 
     async def _try_empty_command(self) -> Outcome:
         """In a pool of its own when this one does not serve."""
@@ -389,10 +389,6 @@ def refuse(source: Execution | Plan) -> str | None:
     if source.module is None:
         return "a wasm job needs a module"
     return refuse_strings(source)
-
-
-def _remove(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:

@@ -248,9 +248,8 @@ class Runner:
         if os.listdir(self._scratch):
             _empty(self._scratch)
         assert self._capture is not None
-        before = self._capture.stdout, self._capture.stderr
         taken = self._capture.take(f"{task.fence:x}")
-        if (self._capture.stdout, self._capture.stderr) != before:
+        if self._capture.renew():
             self._output = None  # it names the files
             if self._guests is not None:
                 self._guests.write_to(*self._capture_paths())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshd.backends import process
+from meshd.backends import process, spawners
 from meshd.model import EndReason, Resources
 from meshd.ports import Limits
 from meshd.testing.backend_suite import BackendSuite, Program, build, nothing_left, poll
@@ -229,8 +229,46 @@ async def test_a_killed_spawner_takes_everything_with_it_and_the_next_attempt_ge
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
 
 
+async def test_what_waited_in_a_killed_spawner_runs_in_the_next(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(Program(("sleep", "{item}")), ["0", "0", "60", "60", *["0"] * 10], lanes=2)
+        await batch.wait(2)
+        await trio.sleep(0.2)
+        os.kill(spawner_of(os.getpid()), signal.SIGKILL)
+        await batch.wait(14)
+        assert sorted(task for task, end in batch.ends.items() if not end.outcome.is_success) == [2, 3]
+        assert {batch.outcome(task).reason for task in (2, 3)} == {EndReason.BACKEND}
+
+
+async def test_a_command_of_a_batch_finds_nothing_of_the_one_before_not_even_rights(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        shell = Program(("sh", "-c", 'ls -A; stat -c %a .; mkdir -p a/b; echo x > a/b/c; chmod "$MESHD_ITEM" a .'))
+        batch = bench.start(shell, ["000", "755", "700", "777"])
+        await batch.wait(4)
+        assert [batch.stdout(task) for task in range(4)] == [b"700\n"] * 4
+        with trio.fail_after(10):
+            while len(os.listdir(tmp_path / "backend" / "scratch")) > 1:
+                await trio.sleep(0.01)
+
+
+async def test_commands_of_a_batch_that_leave_nothing_share_a_directory(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(Program(("sh", "-c", "pwd; touch x; rm x")), [""] * 5)
+        await batch.wait(5)
+        assert len({batch.stdout(task) for task in range(5)}) == 1
+
+
+async def test_a_daemon_of_a_batch_does_not_outlive_its_command(tmp_path: Path) -> None:
+    seconds = f"67.{os.getpid()}"
+    async with serving(tmp_path) as bench:
+        batch = bench.start(program("daemon", "leave", seconds), ["a", "b"])
+        await batch.wait(2)
+        assert sleepers(seconds) == []
+        assert all(end.outcome.is_success for end in batch.ends.values())
+
+
 async def test_a_spawner_that_does_not_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LATE_S", 0.5)
+    monkeypatch.setattr(spawners, "LATE_S", 0.5)
     async with serving(tmp_path) as bench:
         attempt = bench.attempt(program("daemon", "stay", "65"))
         async with trio.open_nursery() as nursery:
@@ -282,6 +320,13 @@ def test_the_spawner_needs_nothing_but_the_standard_library() -> None:
         text=True,
         check=True,
     )
-    ours = {"meshd", "meshd.backends", "meshd.backends.output", "meshd.backends.spawned", "meshd.backends.spawner"}
+    ours = {
+        "meshd",
+        "meshd.backends",
+        "meshd.backends.output",
+        "meshd.backends.spawned",
+        "meshd.backends.spawner",
+        "meshd.backends.spawner_lanes",
+    }
     foreign = {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
     assert foreign - {"__main__"} == ours
