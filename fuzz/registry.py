@@ -10,7 +10,7 @@ from pathlib import Path
 
 NAMES = (
     "wire", "raft", "journal", "snapshot", "machine", "gossip", "calls", "methods", "replies", "blob_stream", "join",
-    "muxer", "texts", "http", "api", "spec", "runner",
+    "muxer", "texts", "http", "api", "spec", "runner", "history",
 )  # fmt: skip
 
 CORPUS = Path(__file__).parent / "corpus"

@@ -21,7 +21,9 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.errors import Corrupt, InvalidRequest
-from meshd.raft.state.jobs import JobRecord, Row
+from meshd.model import FINAL_STATES
+from meshd.raft.state.ids import number_of
+from meshd.raft.state.jobs import Job, JobRecord, Row
 
 _HEAD = struct.Struct("<8sQ")
 _FRAME = struct.Struct("<BII")
@@ -33,6 +35,8 @@ PIECE_ROWS = 256
 BODY_BYTES_MAX = 1 << 30
 """An array of 10⁷ tasks whose every other one failed takes 160 MB of ranges."""
 CHUNK_BYTES = 1 << 20
+NUMBER_MAX = (1 << 63) - 1
+"""More jobs no index can number."""
 
 
 class Piece(Struct, frozen=True, array_like=True, gc=False):
@@ -101,7 +105,20 @@ def entries(number: int, data: bytes) -> Iterator[tuple[bytes, Entry]]:
 
 def read_entry(frame: bytes) -> Entry:
     """Raises Corrupt."""
-    return _read(frame, _ENTRY, Entry)  # type: ignore[no-any-return]
+    entry: Entry = _read(frame, _ENTRY, Entry)
+    try:
+        number_of(entry.record.id)
+        if not _is_finished(entry.record.job()):
+            raise ValueError(f"{entry.record.id} is not finished")
+    except (InvalidRequest, ValueError, OverflowError) as error:
+        raise Corrupt(f"an entry of the history is no finished job: {error}") from error
+    return entry
+
+
+def _is_finished(job: Job) -> bool:
+    ended = sum(len(tasks) for state, tasks in job.ended.items() if state in FINAL_STATES)
+    is_whole = ended == job.spec.array.count and not job.unfinished
+    return is_whole and job.is_final and 0 <= job.number <= NUMBER_MAX
 
 
 def read_rows(frame: bytes | memoryview) -> dict[int, Row]:

@@ -28,6 +28,7 @@ from meshd.api.http1 import Connection
 from meshd.backends import process
 from meshd.blobs import messages as blob_messages
 from meshd.gossip import facts
+from meshd.history import segment
 from meshd.model import EndReason, Outcome
 from meshd.net import frames as call_frames
 from meshd.net.libp2p.stream import MuxedStream
@@ -131,6 +132,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "api": (Call, "task", lambda self: int(self.path("task"))),
     "spec": (specs, "_cpu", lambda value, path: round(float(value) * 1000)),
     "runner": (process, "_parse", _trusting),
+    "history": (segment, "codec", _unconverted()),
 }
 """What each decoder would be with a mistake that is easily made."""
 
