@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from meshd import codec
 from meshd.errors import Corrupt, MeshError, NotFound, PeerFault, Unavailable
-from meshd.history.index import Archived, Bounds, Index
+from meshd.history.index import Archived, Bounds, Index, content_of
 from meshd.history.keeping import Work, work_of
 from meshd.history.reading import explanation, one_page, pieces_of, tasks_page
 from meshd.history.segment import pack, read_rows
@@ -219,34 +219,42 @@ class Archive:
     # --- the index ----------------------------------------------------------------------------------------------------
 
     async def _open_index(self) -> None:
-        """Made anew when it cannot be read. Raises Corrupt when that does not help."""
+        """Made anew when it cannot be read; tried again later when the disk does not allow it."""
+        self._is_index_bad = True
         try:
-            self._indexed = await self._write_index(self._index.open)
-        except Corrupt as error:
-            log.warning("history.index_anew", error=str(error))
-            await self._write_index(self._index.remove)
-            self._indexed = await self._write_index(self._index.open)
+            try:
+                self._indexed = await self._write_index(self._index.open)
+            except Corrupt as error:
+                log.warning("history.index_anew", error=str(error))
+                self._indexed = {}
+                await self._write_index(self._index.remove)
+                self._indexed = await self._write_index(self._index.open)
+            self._is_index_bad = False
+        except MeshError as error:
+            log.error("history.index_not_opened", error=str(error))
 
     async def _keep_indexing(self) -> None:
         while True:
             stored = self._stored = trio.Event()
             try:
                 if self._is_index_bad:
-                    raise Corrupt("the index of the history cannot be read")
+                    await self._make_index_anew()
                 await self._index_all()
             except Corrupt as error:
                 log.warning("history.index_anew", error=str(error))
-                self._indexed = {}
-                async with self._reading:  # nobody reads while it is taken away
-                    await self._write_index(self._index.remove)
-                    await self._open_index()
-                self._is_index_bad = False
-                stored.set()
-                await trio.sleep(PAUSE_S)
+                self._is_index_bad = True
             except MeshError as error:
                 log.warning("history.not_indexed", error=str(error))
-            with trio.move_on_after(LOOK_S):
+            with trio.move_on_after(PAUSE_S if self._is_index_bad else LOOK_S):
                 await stored.wait()
+
+    async def _make_index_anew(self) -> None:
+        self._indexed = {}
+        async with self._reading:  # nobody reads while it is taken away
+            await self._write_index(self._index.remove)
+            await self._open_index()
+        if self._is_index_bad:
+            await trio.sleep(LOOK_S)
 
     async def _index_all(self) -> None:
         assert self._store is not None
@@ -264,10 +272,12 @@ class Archive:
             try:
                 ref = BlobRef(segment.hash, segment.size)
                 data = await self._store.get_bytes(ref, bytes_max=SEGMENT_BYTES_MAX)
+                content = await self._write_index(content_of, segment.number, data)
             except (NotFound, Corrupt) as error:
+                # Damaged, it was put aside: the next look finds it missing, and fetches it.
                 log.warning("history.segment_damaged", segment=segment.number, error=str(error))
-                continue  # it is put aside: the next look finds it missing, and fetches it
-            await self._write_index(self._index.add, segment.number, segment.hash, data)
+                continue
+            await self._write_index(self._index.add, segment.hash, content)
             self._indexed[segment.number] = segment.hash
             has_indexed, self._has_indexed = self._has_indexed, trio.Event()
             has_indexed.set()

@@ -29,6 +29,10 @@ SCAN_MAX = 10_000
 """Jobs looked at for one page, about 50 ms: it may be short, or empty, and still have a `next`."""
 CACHE_KIB = 4096
 
+_PASSING = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
+)
+
 _STATES = {state: number for number, state in enumerate(TaskState)}
 
 _TABLES = """
@@ -67,6 +71,27 @@ class Archived:
     job: Job
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A segment as rows of the tables."""
+
+    segment: int
+    jobs: list[tuple[object, ...]]
+    labels: list[tuple[object, ...]]
+
+
+def content_of(segment: int, data: bytes) -> Content:
+    """Raises Corrupt when this is no such segment."""
+    jobs: list[tuple[object, ...]] = []
+    labels: list[tuple[object, ...]] = []
+    for frame, entry in entries(segment, data):
+        record = entry.record
+        job, state = key_of(record.id), _STATES[record.job().state]
+        jobs.append((record.number, job, state, record.spec.name or None, segment, frame))
+        labels.extend((_label(*label), state, job) for label in record.spec.labels)
+    return Content(segment, jobs, labels)
+
+
 class Index:
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -98,29 +123,26 @@ class Index:
 
     def remove(self) -> None:
         """It cannot be read, or is of another version."""
-        with suppress(sqlite3.Error):
-            self.close()
-        for suffix in ("", "-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+
+        def remove() -> None:
+            with suppress(sqlite3.Error):
+                self.close()
+            for suffix in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+
+        _told(remove)
 
     # --- writing
 
-    def add(self, segment: int, name: str, data: bytes) -> None:
-        """All jobs of a segment, in one transaction. Raises Corrupt when the segment or the index is damaged."""
-        jobs: list[tuple[object, ...]] = []
-        labels: list[tuple[object, ...]] = []
-        for frame, entry in entries(segment, data):
-            record = entry.record
-            job, state = key_of(record.id), _STATES[record.job().state]
-            jobs.append((record.number, job, state, record.spec.name or None, segment, frame))
-            labels.extend((_label(*label), state, job) for label in record.spec.labels)
+    def add(self, name: str, content: Content) -> None:
+        """All jobs of the segment with this hash, in one transaction. Raises Corrupt, Unavailable."""
 
         def add() -> None:
             connection = self._connection(self._writer)
             with connection:
-                connection.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", jobs)
-                connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", labels)
-                connection.execute("INSERT OR REPLACE INTO segments VALUES (?, ?)", (segment, name))
+                connection.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", content.jobs)
+                connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", content.labels)
+                connection.execute("INSERT OR REPLACE INTO segments VALUES (?, ?)", (content.segment, name))
 
         _told(add)
 
@@ -288,7 +310,12 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _told(work: Callable[[], T]) -> T:
+    """Corrupt is cured by making the index anew; Unavailable, as on a full disk, by waiting."""
     try:
         return work()
     except (sqlite3.Error, UnicodeDecodeError) as error:
+        if getattr(error, "sqlite_errorcode", None) in _PASSING:
+            raise Unavailable(f"the index of the history: {error}", hint="is the disk full?") from error
         raise Corrupt(f"the index of the history: {error}") from error
+    except OSError as error:
+        raise Unavailable(f"the index of the history: {error}", hint="is the disk full?") from error
