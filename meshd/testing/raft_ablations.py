@@ -272,7 +272,10 @@ RAFT_RULES: dict[str, tuple[Patch, ...]] = {
         wrapped(Moment, "advance", _goes_back_as_well),
         (Server, "_stamp_wall", lambda self, now_ms, elapsed_ms: self._clocks.wall_ms()),
     ),
-    "a snapshot that has arrived is installed": ((Arrival, "install", _installs_nothing),),
+    "a snapshot that has arrived is installed": (
+        (Arrival, "install", _installs_nothing),
+        (Server, "install", lambda self, image, restore: self.engine.install(image, restore)),
+    ),
     "an answer says where it stands": (wrapped(server, "resolver", _names_an_older_position),),
     "an answer belongs to the start that asked": ((server, "first_request", lambda start: 0),),
     "a quorum of clocks makes the date": ((server, "agreed_wall_ms", _believes_its_own_clock),),
