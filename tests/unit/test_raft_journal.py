@@ -437,3 +437,15 @@ def test_a_real_directory_holds_a_journal(tmp_path: Path) -> None:
     assert entries(reopened) == [(b"x" * 100_000, 2, 1)]
     reopened.close()
     disk.close()
+
+
+def test_a_last_frame_whose_first_block_reads_as_zeros_was_perhaps_acknowledged() -> None:
+    disk = MemoryDisk()
+    journal = fresh(disk)
+    journal.add(bytes(range(1, 251)) * 80, 2, 1)  # five blocks
+    journal.commit()
+    [name] = journal_names(disk)
+    content = disk._files[name]
+    for target in (content.durable, content.seen):
+        target[BLOCK : 2 * BLOCK] = bytes(BLOCK)
+    assert again(disk).is_in_doubt

@@ -8,7 +8,7 @@ neither a user's payload nor an old file that lies in re-used space can pass for
 
 Where a chain ends, and it always does somewhere, four things can lie (protocol.md 9):
 
-    nothing    zeros, or the end of the file: the frame before was the last
+    nothing    zeros to the end of the file: the frame before was the last
     torn       a frame without its last byte: never synced, so never acknowledged
     unproven   a frame of full length that is not what was written: perhaps it was acknowledged
     a gap      the same, or anything else, before a frame that proves it durable: it was
@@ -142,7 +142,7 @@ def _next_frame(header: LocalHeader, number: int, data: bytes, offset: int, size
 
 
 def _end_at(header: LocalHeader, number: int, data: bytes, offset: int) -> End:
-    if not any(data[offset : offset + BLOCK]):
+    if not data[offset:].strip(b"\0"):
         return End.NOTHING
     if offset + FRAME.size > len(data):
         return End.TORN
