@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshd.attempts import cut_off_allowance_ms
-from meshd.model import JobSpec, OnLost
+from meshd.model import JobSpec, OnLost, Resources
+from meshd.raft.state.jobs import AHEAD_LOSSES_MAX
 
 BATCH_MS = 20
 """Of work in one batch: long against the few hundred microseconds that a batch costs, short for whoever waits behind it."""
 BATCH_MAX = 256
 GROWTH_MAX = 4
-"""From one batch to the next: tasks of a job need not be alike."""
+"""Of a batch, and of what a task is thought to take, from one batch to the next: tasks of a job need not be alike, and a
+machine that stood still for a moment says nothing of them."""
 
 AHEAD_MS = 250
 """Of work held beyond what runs: several times what the log takes to bring more."""
@@ -26,17 +28,25 @@ TASK_MS_MAX = 2_000
 
 RECALL_AFTER_MS = 100
 """A task that takes so long gives up what waits behind it."""
+STUCK_MS = 3_000
+"""When all that runs of a job takes so long, or what waits would, the rest is given back: others may be free."""
 
 
 def may_batch(spec: JobSpec) -> bool:
     """Nothing hangs on whether an attempt of it was really started, or when it is to be dead."""
-    return spec.array.count > 1 and spec.on_lost is OnLost.RERUN and cut_off_allowance_ms(spec) is None
+    return (
+        spec.array.count > 1
+        and spec.on_lost is OnLost.RERUN
+        and spec.retry.crash_limit > AHEAD_LOSSES_MAX
+        and cut_off_allowance_ms(spec) is None
+    )
 
 
 @dataclass(slots=True)
 class Pace:
     """Of one job. `size`: of its next batch. `task_ms`: for one task in one slot; 0 is not known."""
 
+    need: Resources
     size: int = 1
     task_ms: float = 0.0
     told: int = 0
@@ -46,20 +56,24 @@ class Pace:
         if not ran:
             return
         task_ms = max(took_ms, 1) / ran
-        self.task_ms = task_ms if not self.task_ms else (self.task_ms + task_ms) / 2
+        self.task_ms = (self.task_ms + min(task_ms, GROWTH_MAX * self.task_ms)) / 2 if self.task_ms else task_ms
         self.size = max(1, min(int(BATCH_MS / self.task_ms), GROWTH_MAX * self.size, BATCH_MAX))
 
-    def is_slow(self, runs_ms: int) -> None:
-        """A task of it has been running for so long."""
-        if runs_ms > self.task_ms:
-            self.task_ms = float(runs_ms)
-            self.size = 1
+    def ahead(self, places: int, stuck_ms: int) -> int:
+        """What to hold beyond what runs: powers of two, and only told anew when it is far from that.
 
-    def ahead(self, places: int) -> int:
-        """What to hold beyond what runs. Powers of two, so that it is seldom told anew."""
-        if not self.task_ms or self.task_ms > TASK_MS_MAX:
+        `stuck_ms`: for at least so long each of its tasks that run here has been running.
+        """
+        task_ms = self._task_ms(stuck_ms)
+        if not self.task_ms or task_ms > TASK_MS_MAX:
             return 0
-        wanted = min(max(1, int(AHEAD_MS / self.task_ms)) * places, AHEAD_MAX)
+        wanted = min(max(1, int(AHEAD_MS / task_ms)) * places, AHEAD_MAX)
         rounded = 1 << (wanted - 1).bit_length()
-        # Between two of them it stays as it was told.
         return self.told if self.told and rounded // 2 <= self.told <= rounded * 2 else rounded
+
+    def most_waiting(self, places: int, stuck_ms: int) -> int:
+        """More of it than this keeps others from work."""
+        return int(STUCK_MS / max(self._task_ms(stuck_ms), 1e-3)) * places
+
+    def _task_ms(self, stuck_ms: int) -> float:
+        return max(self.task_ms, stuck_ms if stuck_ms >= STUCK_MS else 0)

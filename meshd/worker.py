@@ -29,7 +29,7 @@ from meshd import codec
 from meshd.attempts import Attempt, Attempts, Batch, Phase, cut_off_allowance_ms, fit, places
 from meshd.errors import InvalidRequest
 from meshd.model import AttemptKey, AttemptRun, EndReason, JobId, JobSpec, Offer, Outcome, Resources, runs_of
-from meshd.pace import RECALL_AFTER_MS, Pace, may_batch
+from meshd.pace import AHEAD_MAX, RECALL_AFTER_MS, Pace, may_batch
 from meshd.raft.state.commands import (
     AHEAD_JOBS_MAX,
     AnyAnswer,
@@ -542,7 +542,7 @@ class Worker:
     def _pace(self, job: JobId, spec: JobSpec) -> Pace | None:
         if not may_batch(spec):
             return None
-        pace = self._paces.pop(job, None) or Pace()
+        pace = self._paces.pop(job, None) or Pace(spec.needs.resources)
         self._paces[job] = pace
         while len(self._paces) > AHEAD_JOBS_MAX:
             del self._paces[next(iter(self._paces))]
@@ -555,7 +555,7 @@ class Worker:
             pace = self._paces.get(batch.job)
             if pace is None or runs_ms < RECALL_AFTER_MS or (batch.is_slow and now_ms < batch.slow_again_ms):
                 continue
-            pace.is_slow(runs_ms)
+            pace.size = 1
             batch.slow_again_ms = now_ms + runs_ms
             if not batch.is_slow and len(batch.left) > 1:
                 self._effects.append(Recall(tuple(each.key for each in batch.left.values())[1:]))
@@ -566,15 +566,17 @@ class Worker:
             self._told = (self._slots, self._offer)
             self._send(Claim(self.epoch, self._seq + 1, self._slots, self._offer))
             return
-        ahead = self._ahead()
+        ahead = self._ahead(now_ms)
         running = [
             batch.front
             for batch in self.attempts.batches.values()
             if now_ms >= batch.front_ms + RUNNING_AFTER_MS and _is_news(batch.front)
         ]
-        is_early = now_ms < self._reported_ms + REPORT_EVERY_MS and self.attempts.waiting
-        ended, done = ((), ()) if is_early else self._report_ended()
         returned = tuple(self.attempts.returned.values())
+        is_urgent = running or returned or ahead is not None or not self.attempts.waiting
+        if not is_urgent and now_ms < self._reported_ms + REPORT_EVERY_MS:
+            return
+        ended, done = self._report_ended()
         if ended or done or running or returned or ahead is not None:
             for attempt in running:
                 attempt.is_running_told = True
@@ -582,19 +584,20 @@ class Worker:
             self._reported_ms = now_ms
             self._send(Report(self.epoch, self._seq + 1, ended, keys, done, returned, ahead))
 
-    def _ahead(self) -> tuple[tuple[JobId, int], ...] | None:
+    def _ahead(self, now_ms: int) -> tuple[tuple[JobId, int], ...] | None:
         """What to hold ahead of each job, if that is not what was told last. What is too much now is given back."""
         has_changed = False
-        for job, pace in self._paces.items():
-            batches = [batch for batch in self.attempts.batches.values() if batch.job == job]
-            if not batches:
-                continue
-            need = batches[0].spec.needs.resources
-            at_once = len(batches) + places(
-                need, [b.spec.needs.resources for b in self.attempts.batches.values()], self._room
-            )
-            wanted = pace.ahead(at_once) if self._slots else 0
-            if wanted < pace.told and wanted + self._slots < self.attempts.waiting_of.get(job, 0):
+        taken = [batch.spec.needs.resources for batch in self.attempts.batches.values()]
+        left = AHEAD_MAX
+        for job, pace in reversed(self._paces.items()):
+            runs_ms = [now_ms - batch.front_ms for batch in self.attempts.batches.values() if batch.job == job]
+            free = places(pace.need, taken, self._room)
+            all_places = len(runs_ms) + free
+            stuck_ms = 0 if free else min(runs_ms, default=0)
+            wanted = min(pace.ahead(all_places, stuck_ms), left) if self._slots else 0
+            left -= wanted
+            most = max(wanted, pace.most_waiting(all_places, stuck_ms)) if self._slots else 0
+            if self.attempts.waiting_of.get(job, 0) > most + self._slots:
                 self.attempts.give_back(job, wanted + self._slots)
             has_changed = has_changed or wanted != pace.told
             pace.told = wanted

@@ -23,7 +23,7 @@ from meshd.model import (
     Timeout,
     runs_of,
 )
-from meshd.raft.state import queue
+from meshd.raft.state import jobs, queue
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import (
     Accepted,
@@ -309,7 +309,7 @@ class MachineLaws(RuleBasedStateMachine):
 
     @invariant()
     def what_waits_fits_nowhere(self):
-        """No slot stays free while a task that fits is ready, nor is less ahead than was asked for."""
+        """No slot stays free while a task that fits is ready, nor is less held ahead than was asked for."""
         machine = self.scene.machine
         if machine._matching.has_more:
             return  # the next entry goes on, at once
@@ -317,7 +317,7 @@ class MachineLaws(RuleBasedStateMachine):
             if job.kind is not None and job.may_lease:
                 for node in machine._matching.nodes.values():
                     assert not (node.has_room and machine._matching.fits_now(node, job.kind)), (job.id, node.id)
-                    may_feed = node.is_live and node.may_work and node.slots and job.untouched()
+                    may_feed = node.is_live and node.may_work and node.slots and job.first_ahead() is not None
                     if may_feed and machine._matching.suits(node, job.kind):
                         assert node.ahead_held.get(job.id, 0) >= node.ahead.get(job.id, 0)
 
@@ -350,15 +350,18 @@ def _values(key: AttemptKey) -> tuple[JobId, int, int, int]:
 
 
 class SmallEntries(MachineLaws):
-    """The same where an entry may lease two at most, so that what is left goes on with the next one, here and elsewhere."""
+    """The same where an entry may lease two at most, so that what is left goes on with the next one, here and elsewhere.
+
+    And where a task is soon one that was lost often.
+    """
 
     def __init__(self) -> None:
-        self.most = queue.LEASES_PER_ENTRY_MAX
-        queue.LEASES_PER_ENTRY_MAX = 2
+        self.were = queue.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX
+        queue.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = 2, 1
         super().__init__()
 
     def teardown(self) -> None:
-        queue.LEASES_PER_ENTRY_MAX = self.most
+        queue.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = self.were
 
     @rule()
     def go_on(self):

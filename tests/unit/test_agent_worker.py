@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from meshd.model import AttemptKey, AttemptRun, EndReason, JobId, JobSpec, Offer, OnLost, Outcome, Resources, Run
+from meshd.model import (
+    Array,
+    AttemptKey,
+    AttemptRun,
+    EndReason,
+    JobId,
+    JobSpec,
+    Offer,
+    OnLost,
+    Outcome,
+    Resources,
+    Retry,
+    Run,
+)
 from meshd.raft.state.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
 from meshd.session_messages import Granted, Notice, Refusal, Refused
 from meshd.worker import (
@@ -16,6 +31,7 @@ from meshd.worker import (
     Open,
     Propose,
     Proposed,
+    Recall,
     Recalled,
     Recovered,
     RenewAnswered,
@@ -371,3 +387,144 @@ def test_a_restarted_node_obeys_nothing_that_was_leased_to_the_process_before_it
 
     [effect] = worker.handle(Offering(2, OFFER), T0 + 100)
     assert effect == Open(7, OpenSession(7, (), 2, OFFER))
+
+
+# --- arrays of small tasks
+
+
+def array(count: int = 10_000, **fields: Any) -> JobSpec:
+    return JobSpec(backend=("wasm",), run=Run(args=("x",)), array=Array(count=count), **fields)
+
+
+def given(worker: Worker, first: int, count: int, of: JobSpec) -> NoticeArrived:
+    return NoticeArrived(Notice(worker.epoch, (run(first, count),), ((JOB, of),)))
+
+
+def all_end(worker: Worker, keys: tuple[AttemptKey, ...], now_ms: int) -> list[WorkerEffect]:
+    return worker.handle(AttemptsEnded(tuple((each, OK) for each in keys)), now_ms)
+
+
+def answered(worker: Worker, effects: list[WorkerEffect], now_ms: int) -> list[WorkerEffect]:
+    """Whatever it proposes is accepted at once; all that it does then."""
+    effects = list(effects)
+    for each in effects:
+        if isinstance(each, Propose):
+            effects += worker.handle(Proposed(each.command, Reported()), now_ms)
+    return effects
+
+
+def at_work(
+    worker: Worker, of: JobSpec, batches: int, batch_ms: int = 2
+) -> tuple[int, list[WorkerEffect], list[Start]]:
+    """So many batches, each of which takes so long; the time then, all that was done, and what is running.
+
+    There is always as much to do as was asked for.
+    """
+    now_ms, fence = T0, 1
+    done: list[WorkerEffect] = []
+    for batch in range(batches + 1):
+        asked = next((dict(report.ahead)[JOB] for report in reversed(reports(done)) if report.ahead), 10)
+        more = asked - sum(worker.attempts.waiting_of.values())
+        if more > 0:
+            done += answered(worker, worker.handle(given(worker, fence, more, of), now_ms), now_ms)
+            fence += more
+        [*_, start] = only(done, Start)
+        now_ms += batch_ms
+        if batch < batches:
+            done += answered(worker, all_end(worker, start.keys, now_ms), now_ms)
+    return now_ms - batch_ms, done, only(done, Start)[-1:]
+
+
+def reports(effects: list[WorkerEffect]) -> list[Report]:
+    return [each.command for each in only(effects, Propose) if isinstance(each.command, Report)]
+
+
+def test_tasks_that_end_fast_start_many_together_and_slow_ones_one_by_one() -> None:
+    _, fast, _ = at_work(open_worker(), array(), 8)
+    _, slow, _ = at_work(open_worker(), array(), 8, batch_ms=50)
+
+    assert [len(start.keys) for start in only(fast, Start)][:6] == [1, 4, 16, 29, 52, 95]
+    assert {len(start.keys) for start in only(slow, Start)} == {1}
+
+
+def test_ends_with_nothing_to_tell_are_reported_as_one_run() -> None:
+    _, done, _ = at_work(open_worker(), array(), 8)
+    runs = [run for report in reports(done) for run in report.done]
+
+    assert [report.ended for report in reports(done)] == [()] * len(reports(done))
+    assert len(runs) <= 2 * len(reports(done)) and runs[0].fence == 1
+    assert sum(run.count for run in runs) > 100
+
+
+def test_more_is_asked_for_ahead_the_faster_tasks_end_and_nothing_of_slow_ones() -> None:
+    _, fast, _ = at_work(open_worker(), array(), 8)
+    _, slow, _ = at_work(open_worker(), array(), 8, batch_ms=100)
+    _, hours, _ = at_work(open_worker(), array(), 8, batch_ms=3_000)
+
+    asked = [[dict(report.ahead)[JOB] for report in reports(each) if report.ahead] for each in (fast, slow, hours)]
+    assert max(asked[0]) == 2048 and max(asked[1]) == 2 and asked[2] == []
+
+
+@pytest.mark.parametrize(
+    "promising",
+    [
+        array(on_lost=OnLost.WAIT),
+        array(on_lost=OnLost.FAIL),
+        array(lost_after_ms=60_000),
+        array(retry=Retry(crash_limit=2)),
+        array(count=1),
+    ],
+)
+def test_nothing_is_held_ahead_of_a_job_whose_losses_matter(promising: JobSpec) -> None:
+    _, done, _ = at_work(open_worker(), promising, 8)
+
+    assert {len(start.keys) for start in only(done, Start)} == {1}
+    assert not any(report.ahead for report in reports(done))
+
+
+def test_what_waits_behind_a_task_that_takes_long_is_recalled() -> None:
+    worker = open_worker()
+    now_ms, _, [start] = at_work(worker, array(), 8)
+    assert len(start.keys) > 100
+
+    [recall] = only(worker.handle(None, now_ms + 100), Recall)
+
+    assert recall.keys == start.keys[1:]
+    assert only(worker.handle(Recalled(recall.keys), now_ms + 101), Start) == []
+    [again] = only(all_end(worker, start.keys[:1], now_ms + 150), Start)
+    assert again.keys == start.keys[1:5]
+
+
+def test_what_waits_longer_than_others_would_need_is_given_back_unstarted() -> None:
+    worker = open_worker()
+    now_ms, _, [start] = at_work(worker, array(), 8)
+    [recall] = only(answered(worker, worker.handle(None, now_ms + 100), now_ms + 100), Recall)
+    answered(worker, worker.handle(Recalled(recall.keys), now_ms + 101), now_ms + 101)
+    before = len(worker.attempts.listing())
+    now, done = now_ms + 101, list[WorkerEffect]()
+    while now < now_ms + 9_000:
+        timer_ms = worker.next_timer_ms()
+        assert timer_ms is not None and timer_ms > now
+        now = timer_ms
+        for effect in (effects := worker.handle(None, now)):
+            if isinstance(effect, SendRenew):
+                worker.handle(RenewAnswered(worker.epoch, now, Granted()), now)
+        done += answered(worker, effects, now)
+
+    returned = [run for report in reports(done) for run in report.returned]
+    assert sum(run.count for run in returned) > 1_000
+    assert len(worker.attempts.listing()) == before - sum(run.count for run in returned)
+    assert start.keys[0] in worker.attempts.listing()
+    assert reports(done)[-1].ahead == () or not worker._paces[JOB].told
+
+
+def test_reports_wait_for_one_another_only_while_there_is_work_to_go_on_with() -> None:
+    worker = open_worker()
+    now_ms, done, [start] = at_work(worker, array(), 8)
+
+    assert len(reports(done)) < len(only(done, Start))
+    effects = answered(worker, all_end(worker, start.keys, now_ms), now_ms)
+    worker.attempts.waiting.clear()
+    worker.attempts.waiting_of.clear()
+    [last] = only(effects, Start) or [start]
+    assert reports(all_end(worker, last.keys, now_ms + 1)) != []

@@ -12,9 +12,10 @@ from meshd.model import (
     Outcome,
     Resources,
     TaskState,
+    runs_of,
 )
-from meshd.raft.state.commands import Claim, Ended, Reason, Report, Reported, SetDraining
-from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, spec
+from meshd.raft.state.commands import Claim, Ended, Reason, Report, Reported, SetDraining, Submit
+from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, job_id, spec
 
 
 def test_a_job_is_leased_in_the_entry_that_brings_it():
@@ -219,3 +220,118 @@ def test_a_fence_only_rises_over_tries_and_jobs():
         fences.append(scene.leases(A)[0].fence)
         scene.finish(A, outcome)
     assert fences == sorted(set(fences))
+
+
+# --- runs, and what is held ahead
+
+TWO_CORES = Offer(backends=(BackendOffer("wasm"),), resources=Resources(cpu_milli=2000))
+ONE_CORE = Needs(Resources(cpu_milli=1000))
+
+
+def test_what_was_asked_for_ahead_takes_nothing_from_who_comes_first():
+    scene = Scene(A, slots=8, offer=TWO_CORES)
+    small = scene.submit(spec(count=1000, needs=ONE_CORE))
+    assert len(scene.leases(A)) == 2
+
+    scene.report_runs(A, ahead=((small, 100),))
+    assert len(scene.leases(A)) == 102
+
+    urgent = scene.submit(spec(needs=ONE_CORE, priority=90))
+    assert scene.state(urgent) is TaskState.READY
+    scene.report_runs(A, done=runs_of(scene.leases(A)[:2]))
+    assert scene.state(urgent) is TaskState.LEASED
+    assert len(scene.leases(A)) == 102
+
+
+def test_what_replaces_reported_ends_is_leased_in_the_same_entry():
+    scene = Scene(A, slots=8, offer=TWO_CORES)
+    job = scene.submit(spec(count=1000, needs=ONE_CORE))
+    scene.report_runs(A, ahead=((job, 100),))
+    scene.notices()
+
+    scene.report_runs(A, done=runs_of(scene.leases(A)[:60]))
+
+    assert len(scene.leases(A)) == 102
+    assert len(scene.notices()) == 60
+
+
+def test_a_free_node_comes_before_what_another_wants_ahead():
+    scene = Scene(A, B, slots=1, offer=TWO_CORES)
+    job = scene.submit(spec(count=2, needs=ONE_CORE))
+    scene.report_runs(A, ahead=((job, 100),))
+    scene.finish(B)
+
+    more = scene.submit(spec(count=3, needs=ONE_CORE))
+    scene.report_runs(A, ahead=((more, 100),))
+
+    assert [len(scene.leases(node)) for node in (A, B)] == [3, 1]
+
+
+def test_a_draining_node_is_leased_nothing_ahead_and_what_it_gives_back_is_not_lost():
+    scene = Scene(A, B, slots=1, offer=TWO_CORES)
+    job = scene.submit(spec(count=100, needs=ONE_CORE))
+    scene.report_runs(A, ahead=((job, 10),))
+    scene.do(A, SetDraining(A, is_draining=True))
+    waiting = scene.leases(A)[1:]
+
+    scene.report_runs(A, returned=runs_of(waiting))
+
+    assert len(scene.leases(A)) == 1
+    assert scene.job(job).counts.leased == 2
+    assert {scene.task(job, key.task).losses for key in waiting} == {0}
+
+
+def test_a_session_that_ended_asks_for_nothing_ahead_any_more():
+    scene = Scene(A, slots=1, offer=TWO_CORES)
+    job = scene.submit(spec(count=100, needs=ONE_CORE))
+    scene.report_runs(A, ahead=((job, 10),))
+    scene.end(A)
+    scene.open(A, 2, slots=1, offer=TWO_CORES)
+
+    assert len(scene.leases(A, 2)) == 1
+
+
+def test_at_once_bounds_also_what_is_held_ahead():
+    scene = Scene(A, slots=2, offer=TWO_CORES)
+    job = scene.submit(spec(array=Array(count=100, at_once=5)))
+    scene.report_runs(A, ahead=((job, 50),))
+
+    assert len(scene.leases(A)) == 5
+
+
+def test_a_task_that_was_lost_often_is_held_by_nobody_ahead():
+    scene = Scene(A, slots=1, offer=TWO_CORES)
+    job = scene.submit(spec(count=4, needs=ONE_CORE))
+    for epoch in range(2, 6):
+        scene.end(A, epoch - 1)
+        if epoch == 5:
+            urgent = scene.submit(spec(needs=ONE_CORE, priority=90))
+        scene.open(A, epoch, slots=1, offer=TWO_CORES)
+    assert scene.task(job, 0).losses == 4
+
+    scene.report_runs(A, ahead=((job, 10),), epoch=5)
+
+    assert [(key.job, key.task) for key in scene.leases(A, 5)] == [(urgent, 0), (job, 1), (job, 2), (job, 3)]
+    scene.finish(A, epoch=5)
+    assert scene.state(job) is TaskState.LEASED, "it has the slot"
+
+
+def test_one_entry_leases_a_bounded_number_and_the_next_ones_the_rest():
+    """10,000 different needs and one claim of 10,000 slots held every voter for 12 s."""
+    scene = Scene(A, slots=0)
+    kinds = 2_500
+    for first in range(1, kinds + 1, 500):
+        wanted = [
+            (A, Submit(job_id(number), spec(needs=Needs(Resources(memory=number)))))
+            for number in range(first, first + 500)
+        ]
+        scene.batch(*wanted)
+    scene.open(A, 1, slots=kinds)
+
+    leased = [len(scene.leases(A))]
+    while scene.machine.next_timer_ms() == 0:
+        scene.batch()
+        leased.append(len(scene.leases(A)))
+
+    assert leased == [1_000, 2_000, 2_500]
+    assert [key.fence for key in scene.leases(A)] == list(range(1, kinds + 1))

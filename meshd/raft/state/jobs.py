@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 LOST_AFTER_AUTO_MAX_MS = 120_000
 """`auto` waits a tenth of the time an attempt has run, at most this long, for its node to come back."""
 
+AHEAD_LOSSES_MAX = 3
+"""A task that was lost more often is leased one by one: perhaps it is what takes nodes down, and all that they held ahead
+with it, for which that counts as a loss as well."""
+
 REASON_CHARS_MAX = 200
 
 BARE_OUTCOME = Outcome(reason=EndReason.EXIT, exit_code=0)
@@ -107,6 +111,8 @@ class Job(Struct, eq=False, gc=False):
     runs: Runs = field(default_factory=Runs)
     again: Ranges = field(default_factory=Ranges)
     """What is ready and has a row."""
+    fragile: Ranges = field(default_factory=Ranges)
+    """What of that was lost more often than AHEAD_LOSSES_MAX."""
     waiting: int = 0
     leased: int = 0
     running: int = 0
@@ -181,10 +187,23 @@ class Job(Struct, eq=False, gc=False):
             return row_of(run, task)
         return row
 
-    def untouched(self) -> int:
-        """How many tasks, from the first ready one on, are neighbours and were never leased."""
-        start, stop = self.ready.first_range()
-        return (min(stop, self.again.first()) if self.again else stop) - start
+    def untouched(self, task: int) -> int:
+        """How many tasks, from this ready one on, are ready neighbours and were never leased."""
+        if task in self.again:
+            return 0
+        stop, again = self.ready.bound_after(task), self.again.bound_after(task)
+        assert stop is not None
+        return (stop if again is None else min(stop, again)) - task
+
+    def first_ahead(self) -> int | None:
+        """The first ready task that may be held ahead: none that was lost often."""
+        task: int | None = self.ready.first() if self.ready else None
+        for low, high in self.fragile:
+            if task is None or task < low:
+                break
+            if task < high:
+                task = high if high in self.ready else self.ready.bound_after(high)
+        return task
 
     def lease(self, run: Run) -> None:
         """The first ready tasks, all untouched."""
@@ -211,6 +230,8 @@ class Job(Struct, eq=False, gc=False):
             self.ready.remove(task, task + 1)
             if before is not None:
                 self.again.remove(task, task + 1)
+                if before.losses > AHEAD_LOSSES_MAX:
+                    self.fragile.remove(task, task + 1)
         else:
             self._count(before.state, -1)
         if row.state in FINAL_STATES:
@@ -222,9 +243,14 @@ class Job(Struct, eq=False, gc=False):
         self.rows[task] = row
         if row.state is TaskState.READY:
             self.ready.add(task, task + 1)
-            self.again.add(task, task + 1)
+            self._is_ready_again(task, row)
         else:
             self._count(row.state, +1)
+
+    def _is_ready_again(self, task: int, row: Row) -> None:
+        self.again.add(task, task + 1)
+        if row.losses > AHEAD_LOSSES_MAX:
+            self.fragile.add(task, task + 1)
 
     def end_untouched(self, start: int, stop: int, state: TaskState) -> int:
         """End the tasks of [start, stop) that never had an attempt, as ranges; returns how many these were.
@@ -319,7 +345,7 @@ class JobRecord(Struct, frozen=True, array_like=True, gc=False):
         )
         for task, row in sorted(job.rows.items()):
             if row.state is TaskState.READY:
-                job.again.add(task, task + 1)
+                job._is_ready_again(task, row)
             else:
                 job._count(row.state, +1)
         return job

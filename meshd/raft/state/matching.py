@@ -99,8 +99,8 @@ class Matching:
         self._woken: dict[Demand, Kind] = {}
         self._hungry: dict[NodeId, Node] = {}
         """Nodes that may have less ahead than they asked for."""
-        self._asked_ahead: dict[JobId, int] = {}
-        """By how many nodes."""
+        self._asked_ahead: dict[JobId, list[NodeId]] = {}
+        """By whom, sorted: the order must follow from the state."""
         self._front: tuple[Node, list[tuple[tuple[int, int], int, Kind]]] | None = None
         """The heads of the lines that fit the gained node being looked at, best first."""
 
@@ -143,20 +143,24 @@ class Matching:
             if not kind.line:
                 self._woken[kind.demand] = kind
             kind.line.put(job.number, PRIORITY_MAX - job.spec.priority)
-            if self._asked_ahead.get(job.id):
-                self._hungry |= {node.id: node for node in self.nodes.values() if job.id in node.ahead}
+            self.stir(job)
+
+    def stir(self, job: Job) -> None:
+        """More of it can be held ahead."""
+        for node in self._asked_ahead.get(job.id, ()):
+            self._hungry[node] = self.nodes[node]
 
     # --- nodes
 
     def ask_ahead(self, node: Node, wanted: Iterable[tuple[JobId, int]]) -> None:
         """Of these jobs the node wants so many beyond its room, until it says otherwise or its session ends."""
         for job in node.ahead:
-            self._asked_ahead[job] -= 1
+            self._asked_ahead[job].remove(node.id)
             if not self._asked_ahead[job]:
                 del self._asked_ahead[job]
         node.ahead = {job: count for job, count in wanted if count}
         for job in node.ahead:
-            self._asked_ahead[job] = self._asked_ahead.get(job, 0) + 1
+            insort(self._asked_ahead.setdefault(job, []), node.id)
         if node.ahead:
             self._hungry[node.id] = node
 

@@ -315,33 +315,36 @@ class Queue:
         shares: dict[int, int] = {}
         while self._leases_left and (pair := matching.next_pair()) is not None:
             job, node = self._by_number[pair[0]], pair[1]
-            count = job.untouched()
+            task = job.ready.first()
+            count = job.untouched(task)
             if count:
                 # Where several nodes have room, each gets its part of an array.
                 share = shares.setdefault(job.number, -(-count // matching.places))
                 count = min(count, share, matching.room_for(node, job), _at_once_left(job))
-                self._lease_run(job, node, count, is_ahead=False)
+                self._lease_run(job, node, task, count, is_ahead=False)
             else:
-                self._lease_again(job, node)
+                self._lease_again(job, node, task, is_ahead=False)
         while self._leases_left and (node_ := matching.next_hungry()) is not None:
             self._feed(node_)
 
     def _feed(self, node: Node) -> None:
-        """Tasks of the jobs that it wants more of, if they were never leased."""
+        """Tasks of the jobs that it wants more of."""
         for job_id, wanted in node.ahead.items():
             job = self.jobs.get(job_id)
             missing = wanted - node.ahead_held.get(job_id, 0)
             if job is None or job.kind is None or missing <= 0 or not self._matching.suits(node, job.kind):
                 continue
-            while missing and self._leases_left and job.may_lease and (count := job.untouched()):
-                count = min(count, missing, _at_once_left(job))
-                self._lease_run(job, node, count, is_ahead=True)
-                missing -= count
+            while missing and self._leases_left and job.may_lease and (task := job.first_ahead()) is not None:
+                count = min(job.untouched(task), missing, _at_once_left(job))
+                if count:
+                    self._lease_run(job, node, task, count, is_ahead=True)
+                else:
+                    self._lease_again(job, node, task, is_ahead=True)
+                missing -= max(count, 1)
         if self._leases_left:
             self._matching.fed(node)
 
-    def _lease_run(self, job: Job, node: Node, count: int, *, is_ahead: bool) -> None:
-        start = job.ready.first()
+    def _lease_run(self, job: Job, node: Node, start: int, count: int, *, is_ahead: bool) -> None:
         first = self.fence + 1
         self.leases_made += count
         self._leases_left -= 1
@@ -353,8 +356,7 @@ class Queue:
         self._settle(job)
         self._moment.events.append(Leased(node.id, node.epoch, run.attempts(job.id)))
 
-    def _lease_again(self, job: Job, node: Node) -> None:
-        task = job.ready.first()
+    def _lease_again(self, job: Job, node: Node, task: int, *, is_ahead: bool) -> None:
         old = job.rows[task]
         self.leases_made += 1
         self._leases_left -= 1
@@ -367,8 +369,9 @@ class Queue:
             node=node.id,
             epoch=node.epoch,
             outcome=old.outcome,
+            is_ahead=is_ahead,
         )
-        self._matching.take(node, row.fence, job, task, is_ahead=False)
+        self._matching.take(node, row.fence, job, task, is_ahead=is_ahead)
         self._move(job, task, row)
         self._moment.events.append(Leased(node.id, node.epoch, AttemptRun(job.id, task, row.attempt, row.fence)))
 
@@ -677,6 +680,8 @@ class Queue:
             self._timers.put((job.number, task), row.due_ms)
         elif before is not None and before.due_ms is not None:
             self._timers.drop((job.number, task))
+        if row.state is TaskState.READY:
+            self._matching.stir(job)
         self._settle(job)
 
     def _settle(self, job: Job) -> None:

@@ -58,9 +58,10 @@ class Ranges(Struct, eq=False, gc=False):
         """The smallest number. The set must not be empty."""
         return self._bounds[0]
 
-    def first_range(self) -> tuple[int, int]:
-        """The range that begins with the smallest number. The set must not be empty."""
-        return self._bounds[0], self._bounds[1]
+    def bound_after(self, number: int) -> int | None:
+        """Where the range that it is in stops, or the next one starts."""
+        at = bisect_right(self._bounds, number)
+        return self._bounds[at] if at < len(self._bounds) else None
 
     def add(self, start: int, stop: int) -> None:
         self._replace(start, stop, keeps=0)
