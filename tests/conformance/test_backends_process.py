@@ -240,9 +240,12 @@ async def test_what_waited_in_a_killed_spawner_runs_in_the_next(tmp_path: Path) 
         assert {batch.outcome(task).reason for task in (2, 3)} == {EndReason.BACKEND}
 
 
-async def test_a_command_of_a_batch_finds_nothing_of_the_one_before_not_even_rights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "leave", ["true", "mkdir -p a/b; echo x > a/b/c; chmod $MESHD_ITEM a"], ids=["rights", "files"]
+)
+async def test_a_command_of_a_batch_finds_nothing_of_the_one_before_not_even_rights(tmp_path: Path, leave: str) -> None:
     async with serving(tmp_path) as bench:
-        shell = Program(("sh", "-c", 'ls -A; stat -c %a .; mkdir -p a/b; echo x > a/b/c; chmod "$MESHD_ITEM" a .'))
+        shell = Program(("sh", "-c", f"ls -A; stat -c %a .; {leave}; chmod $MESHD_ITEM ."))
         batch = bench.start(shell, ["000", "755", "700", "777"])
         await batch.wait(4)
         assert [batch.stdout(task) for task in range(4)] == [b"700\n"] * 4

@@ -214,6 +214,21 @@ async def test_what_waited_behind_an_attempt_that_took_its_runner_down_runs_else
         assert "SIGKILL" in batch.outcome(2).message
 
 
+async def test_what_was_given_back_or_stopped_in_a_runner_is_not_run_by_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(program("sleep", "{item}"), ["1", "0", "0", "0"])
+        assert isinstance(bench.backend, wasm.WasmBackend)
+        await wait_started(bench.backend)
+        assert sorted(await bench.backend.recall([2, 3])) == [2, 3]
+        bench.backend.stop(4)
+        await batch.wait(2)
+        before = runners(tmp_path)
+        await bench.start(program("exit", "0"), [""]).wait(1)
+        # An answer about a task that it does not have would have cost the runner.
+        assert runners(tmp_path) == before
+        assert sorted(batch.ends) == [0, 3]
+
+
 async def test_what_waited_behind_a_guest_that_cannot_be_interrupted_runs_elsewhere(tmp_path: Path) -> None:
     async with serving(tmp_path) as bench:
         batch = bench.start(program("sleep", "{item}"), ["60", "0", "0"], limits=Limits(run_s=0.3))
@@ -305,6 +320,13 @@ async def wait_busy(directory: Path) -> None:
             if found and _cpu_ticks(found[0]) > 30:  # starting takes some 15 ticks of 10 ms
                 return
             await trio.sleep(0.02)
+
+
+async def wait_started(backend: wasm.WasmBackend) -> None:
+    """Until an attempt has begun: its output can be read."""
+    with trio.fail_after(10):
+        while await backend.read_output(1, "stdout", 0, 1) is None:
+            await trio.sleep(0.01)
 
 
 def _is_dead(pid: int) -> bool:
