@@ -9,10 +9,8 @@ still takes their reports.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import random
-import secrets
 import socket
 import ssl
 import time
@@ -39,7 +37,6 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.serve import BlobServer
 from meshd.blobs.store import Store
-from meshd.certificates import Greeting
 from meshd.config import Config, split_address
 from meshd.directory import JOIN_PROTOCOL, Directory
 from meshd.drain import Drain
@@ -50,15 +47,16 @@ from meshd.executor import Executor
 from meshd.founding import JOIN_S, found_mesh, join_mesh
 from meshd.gossip.membership import State
 from meshd.gossip.service import GossipService
-from meshd.greetings import DOUBLE, Greetings
+from meshd.greetings import Greetings, on_hello, say_hello
 from meshd.history.archive import FETCH_S, Archive
 from meshd.history.keeping import lags_behind
-from meshd.home import Counters, Home, KnownPeer, MeshFile
+from meshd.home import Counters, Home, MeshFile
+from meshd.introduction import Introduction, advertised, multiaddr
 from meshd.invites import Invite
 from meshd.join import JoinDesk, JoinRequest
 from meshd.keeper import Applied, Keeper, PeerGone
 from meshd.logs import LogDesk, LogReader
-from meshd.model import BackendProbe, Certificate, Member, NodeId, Offer, Role
+from meshd.model import BackendProbe, Certificate, NodeId, Offer, Role
 from meshd.neighbours import LEADER_FACT, OFFER_FACT, Neighbours
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
@@ -72,7 +70,7 @@ from meshd.raft.messages import VoterId
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import Replica
 from meshd.raft.settings import RaftSettings
-from meshd.raft.state.commands import Event, Found, MembersChanged, RaiseFences, Restored, UpdateMember, adds_work
+from meshd.raft.state.commands import Event, Found, MembersChanged, RaiseFences, Restored, adds_work
 from meshd.raft.state.lineage import since
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.queue import FENCES_LOST_MAX
@@ -82,10 +80,6 @@ from meshd.upkeep import Upkeep, find_member
 from meshd.views import GetMembers, MembersView
 from meshd.worker import HandOver, Offering, Recovered, Worker
 
-GREETED_MAX = 16
-"""Members greeted at the start; the rest when there is something to say."""
-HELLO_S = 12.0
-"""How long a refusal as a double is tried again: a peer notices within 10 s that an older start of ours is gone."""
 FOLLOW_AFTER_S = 2.0
 """A worker that hears of a recovery listens so long for another one: between two it does not choose."""
 STOP_S = 5.0
@@ -184,7 +178,7 @@ async def _join(home: Home, key: KeyPair, name: str, config: Config, invite: Inv
         mesh=invite.mesh,
         secret=invite.secret,
         name=name,
-        addresses=tuple(_multiaddr(address) for address in config.advertise),
+        addresses=advertised(config),
         api_address=config.api,
         version=VERSION,
         wall_ms=wall_ms(),
@@ -224,12 +218,10 @@ class _Daemon:
         self.settings = settings
         self.has_log = Role.SERVER in mesh_file.certificate.roles
         self.is_worker = Role.WORKER in mesh_file.certificate.roles
-        self.start_random = secrets.token_bytes(16)
         self.counters = Counters()
         self.saving = trio.Lock()
         self.offer = Offer()
         self.is_draining = False
-        self.api_address = config.api
         self.work: trio.Nursery
         self.gossip: GossipService | None = None
         self.shell: Shell | None = None
@@ -267,7 +259,7 @@ class _Daemon:
         api_port = await self._start_api(stages)
         await stages.enter_async_context(_serving(self.upkeep.serve))
         return Started(
-            self.me, self.mesh_file.name, self.mesh, is_founded, tuple(self.addresses()), api_port, self.node
+            self.me, self.mesh_file.name, self.mesh, is_founded, self.introduction.addresses, api_port, self.node
         )
 
     # --- stages ------------------------------------------------------------------------------------------------------
@@ -276,56 +268,37 @@ class _Daemon:
         host, port = split_address(self.config.listen)
         self.transport = Libp2pTransport(
             self.key,
-            listen=[_multiaddr(f"{host}:{port}")],
+            listen=[multiaddr(f"{host}:{port}")],
             gate=self.directory.gate,
             book=self.directory.book,
             events=self,
         )
+        self.introduction = Introduction(
+            me=self.me,
+            config=self.config,
+            version=VERSION,
+            start=self.counters.starts,
+            mesh_file=lambda: self.mesh_file,
+            epoch=lambda: self.epochs.own,
+            keys=self.directory.keys,
+            listening=lambda: self.transport.addresses,
+            wall_ms=wall_ms,
+        )
         self.greetings = Greetings(
             directory=self.directory,
-            greeting=self._greeting,
+            greeting=self.introduction.greeting,
             hears=lambda peer: self.rpc.hears(peer),
             wall_ms=wall_ms,
             meet_epoch=self.epochs.meet,
         )
         self.rpc = StreamRpc(self.transport, greeting=self.greetings.ours, admit=self.greetings.admit)
-        self.rpc.register("mesh.hello", _hello)
+        self.rpc.register("mesh.hello", on_hello)
         await stages.enter_async_context(_serving(self.transport.serve))
         await stages.enter_async_context(_serving(self.rpc.serve))
         self.allegiance = Allegiance(self.home, self.epochs, holds_log=self._holds_log)
-        await self._say_hello()
+        await say_hello(self.rpc, self.directory.members)
         await self.allegiance.settle()
         self.is_settling = False
-
-    async def _say_hello(self) -> None:
-        """Greet who is known; learn at once whether this identity is running elsewhere, or was removed."""
-        refusals: list[MeshError] = []
-        welcomes: list[NodeId] = []
-
-        async def greet(peer: NodeId) -> None:
-            try:
-                await self.rpc.call(peer, "mesh.hello", b"", timeout_s=3)
-                welcomes.append(peer)
-            except (Conflict, NotAllowed) as error:
-                refusals.append(error)
-            except MeshError as error:
-                log.info("peer.unreached", peer=peer, error=str(error))
-
-        deadline = trio.current_time() + HELLO_S
-        while True:
-            refusals.clear()
-            with trio.move_on_after(4):
-                async with trio.open_nursery() as nursery:
-                    for peer in self.directory.members()[:GREETED_MAX]:
-                        nursery.start_soon(greet, peer)
-            doubles = [error for error in refusals if isinstance(error, Conflict) and DOUBLE in error.message]
-            if refusals and not doubles and not welcomes:
-                raise refusals[0]
-            if not doubles:
-                return
-            if trio.current_time() > deadline:
-                raise StartRefused(doubles[0].message, hint=doubles[0].hint)
-            await trio.sleep(1)
 
     async def _start_log(self, stages: AsyncExitStack, is_founded: bool) -> None:
         if self.has_log:
@@ -370,7 +343,7 @@ class _Daemon:
             ca_pem=self.mesh_file.ca_pem,
             propose=lambda command: self.log.propose(command, timeout_s=JOIN_S / 2),
             certify=self.authority.certify,
-            members=lambda: (self._myself_as_peer(), *self.directory.peers()),
+            members=lambda: (self.introduction.as_peer(), *self.directory.peers()),
             wall_ms=wall_ms,
             epoch=lambda: self.epochs.own,
             links=lambda: self.directory.keys.links,
@@ -388,15 +361,7 @@ class _Daemon:
         """The first command of a new mesh; on a later start the state has it already."""
         if self.machine.mesh:
             return
-        member = Member(
-            self.me,
-            self.mesh_file.name,
-            self.mesh_file.certificate.roles,
-            tuple(self.addresses()),
-            self.api_address,
-            wall_ms(),
-            zone=zone(self.config),
-        )
+        member = self.introduction.as_founder()
         with trio.move_on_after(10):
             try:
                 await self.log.propose(Found(self.mesh, member), timeout_s=10)
@@ -427,7 +392,7 @@ class _Daemon:
             gossip=self.gossip,
             mesh_log=self.log,
             authority=self.authority,
-            about_me=lambda: UpdateMember(self.mesh_file.name, self.addresses(), self.api_address, zone(self.config)),
+            about_me=self.introduction.update,
             members_known=self._members_known,
             is_server=self.has_log,
             certificate=lambda: self.mesh_file.certificate,
@@ -528,7 +493,7 @@ class _Daemon:
             logs=LogReader(self.me, self.rpc, self.log_desk, self.log, self.store, self.fetcher),
             drains=self.drains,
             authority=self.authority,
-            addresses=self.addresses,
+            addresses=lambda: self.introduction.addresses,
             clock_offset_ms=self.greetings.offset_ms,
             epochs=self.epochs,
         )
@@ -538,14 +503,14 @@ class _Daemon:
             _serving(api_server.serve, self.node, socket_path=self.home.socket, tcp=tcp, tls=context)
         )
         if tcp is not None:
-            host = tcp[0] if tcp[0] not in ("0.0.0.0", "::") else self._public_host()
-            self.api_address = f"{host}:{listening.tcp_port}"
+            host = tcp[0] if tcp[0] not in ("0.0.0.0", "::") else self.introduction.public_host
+            self.introduction.api_address = f"{host}:{listening.tcp_port}"
         port: int | None = listening.tcp_port
         return port
 
     async def _tls_context(self, host: str) -> ssl.SSLContext:
         key_file, certificate_file = self.home.path / "api.key", self.home.path / "api.pem"
-        hosts = (host, self._public_host(), socket.gethostname())
+        hosts = (host, self.introduction.public_host, socket.gethostname())
         request = await trio.to_thread.run_sync(tls.make_request, key_file, self.me, hosts)
         context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
         if context is None:
@@ -558,39 +523,10 @@ class _Daemon:
 
     # --- what others ask of this node --------------------------------------------------------------------------------
 
-    def addresses(self) -> tuple[str, ...]:
-        """Where this node can be found, as multiaddrs without /p2p."""
-        told = tuple(_multiaddr(address) for address in self.config.advertise)
-        return tuple(dict.fromkeys((*told, *self.transport.addresses)))[:8]
-
-    def _public_host(self) -> str:
-        for address in self.addresses():
-            host = address.split("/")[2]
-            if not host.startswith("127."):
-                return host
-        return "127.0.0.1"
-
-    def _greeting(self) -> Greeting:
-        return Greeting(
-            certificate=self.mesh_file.certificate,
-            start_counter=self.counters.starts,
-            start_random=self.start_random,
-            wall_ms=wall_ms(),
-            name=self.mesh_file.name,
-            addresses=self.addresses(),
-            api_address=self.api_address,
-            version=VERSION,
-            epoch=self.epochs.own,
-            links=self.directory.keys.shown(),
-        )
-
     async def _keep_certificate(self, certificate: Certificate) -> None:
         """With the keys that it is by: the next start has to know them."""
         self.mesh_file = replace(self.mesh_file, certificate=certificate, key_links=self.directory.keys.links)
         await trio.to_thread.run_sync(self.home.write_mesh, self.mesh_file)
-
-    def _myself_as_peer(self) -> KnownPeer:
-        return KnownPeer(self.me, self.mesh_file.name, self.addresses(), self.api_address, self.mesh_file.certificate)
 
     async def _propose_once(self, command: bytes) -> ProposeResult:
         return await self.log.propose_once(command, timeout_s=5)
@@ -764,19 +700,6 @@ class _Daemon:
             self._feed(Offering(0, self.offer))
             self._feed(HandOver())
             await self.shell.wait_empty()
-
-
-async def _hello(peer: NodeId, body: bytes) -> bytes:
-    return b""
-
-
-def _multiaddr(address: str) -> str:
-    host, port = split_address(address)
-    try:
-        parsed = ipaddress.ip_address(host)
-    except ValueError:
-        return f"/dns/{host}/tcp/{port}"
-    return f"/ip{parsed.version}/{host}/tcp/{port}"
 
 
 @asynccontextmanager

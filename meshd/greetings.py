@@ -6,20 +6,27 @@ data directory would otherwise answer in the original's name (protocol.md 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
+import trio
 
 from meshd import codec
 from meshd.certificates import Greeting
 from meshd.directory import Directory
-from meshd.errors import Conflict
+from meshd.errors import Conflict, MeshError, NotAllowed, StartRefused
 from meshd.model import EpochCertificate, NodeId
+from meshd.ports import Rpc
 
 CLOCK_OFF_MS = 5000
 DOUBLE = "this identity is running twice"
 """How the refusal begins; the double recognises it and stops."""
+
+GREETED_MAX = 16
+"""Members greeted at the start; the rest when there is something to say."""
+HELLO_S = 12.0
+"""How long a refusal as a double is tried again: a peer notices within 10 s that an older start of ours is gone."""
 
 log = structlog.get_logger()
 
@@ -75,3 +82,42 @@ class Greetings:
     def offset_ms(self, peer: NodeId) -> int | None:
         """The peer's clock less ours, as of its last greeting."""
         return self._offsets_ms.get(peer)
+
+
+async def say_hello(rpc: Rpc, members: Callable[[], Sequence[NodeId]]) -> None:
+    """Greet who is known; learn at once whether this identity is running elsewhere, or was removed.
+
+    Raises StartRefused for a double, else the refusal where nobody lets this node in.
+    """
+    refusals: list[MeshError] = []
+    welcomes: list[NodeId] = []
+
+    async def greet(peer: NodeId) -> None:
+        try:
+            await rpc.call(peer, "mesh.hello", b"", timeout_s=3)
+            welcomes.append(peer)
+        except (Conflict, NotAllowed) as error:
+            refusals.append(error)
+        except MeshError as error:
+            log.info("peer.unreached", peer=peer, error=str(error))
+
+    deadline = trio.current_time() + HELLO_S
+    while True:
+        refusals.clear()
+        with trio.move_on_after(4):
+            async with trio.open_nursery() as nursery:
+                for peer in members()[:GREETED_MAX]:
+                    nursery.start_soon(greet, peer)
+        doubles = [error for error in refusals if isinstance(error, Conflict) and DOUBLE in error.message]
+        if refusals and not doubles and not welcomes:
+            raise refusals[0]
+        if not doubles:
+            return
+        if trio.current_time() > deadline:
+            raise StartRefused(doubles[0].message, hint=doubles[0].hint)
+        await trio.sleep(1)
+
+
+async def on_hello(peer: NodeId, body: bytes) -> bytes:
+    """Answers `mesh.hello`: the greeting before it said everything."""
+    return b""
