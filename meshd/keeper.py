@@ -169,6 +169,7 @@ class Keeper:
     def handle(self, event: KeeperEvent, now_ms: int) -> list[KeeperEffect]:
         """What to do now. Send `LeaderTick` at `next_timer_ms`, or any time later."""
         self._effects = []
+        knows_term = True
         match event:
             case LeaderTick(term):
                 self._lead(term, now_ms)
@@ -181,17 +182,21 @@ class Keeper:
                 self._lead(term, now_ms)
                 self._effects.append(AnswerRenew(call, self._renew(node, renew, now_ms)))
             case NoticeEnded():
+                knows_term = False
                 self._notice_ended(event, now_ms)
             case PeerGone(node, is_gone):
+                knows_term = False
                 (self._gone.add if is_gone else self._gone.discard)(node)
             case EndProposed(command, answer):
+                knows_term = False
                 session = self._sessions.get(command.node)
                 if answer is None and session is not None and session.epoch == command.epoch:
                     session.end_is_proposed = False
             case _:
                 assert_never(event)
         if self._term is not None:
-            if now_ms >= self._sweep_ms:
+            # A leader that was paused wakes to such news of old, when it has long been replaced: it ends nothing by them.
+            if knows_term and now_ms >= self._sweep_ms:
                 self._sweep(now_ms)
             self._post(now_ms)
         return self._effects

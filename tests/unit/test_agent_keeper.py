@@ -123,6 +123,22 @@ def test_a_node_that_is_agreed_to_be_dead_is_ended_after_five_seconds() -> None:
     assert list(ticks(keeper, T0 + 5_000, T0 + 6_000).values()) == [END]
 
 
+def test_a_leader_that_was_paused_ends_nothing_before_it_knows_whether_it_still_leads() -> None:
+    keeper = Keeper(Leases(leased=[key(1)]))
+    [sent] = keeper.handle(LeaderTick(1), T0)
+    assert isinstance(sent, SendNotice)
+    woke_ms = T0 + 27_000
+
+    news = (
+        PeerGone(NODE, is_gone=True),
+        NoticeEnded(NODE, sent.notice, has_arrived=False),
+        EndProposed(EndSession(NODE, 3), None),
+    )
+
+    assert [keeper.handle(event, woke_ms) for event in news] == [[], [], []]
+    assert keeper.handle(LeaderTick(None), woke_ms) == []
+
+
 def test_nothing_is_granted_once_the_end_is_proposed_and_the_end_is_proposed_until_it_is_known() -> None:
     keeper = leading(Leases())
     ticks(keeper, T0, T0 + 12_600)
