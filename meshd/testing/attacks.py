@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from meshd import codec
 from meshd.model import JobId
+from meshd.raft.messages import node_of
+from meshd.raft.state.commands import OpenSession
 from meshd.testing.load import Client
 from meshd.testing.nodes import SimNode
 from meshd.testing.world import World
@@ -10,9 +13,18 @@ from meshd.testing.world import World
 COMMANDS = 12
 """On their way when the power goes, within about the time that they take."""
 WITHIN_MS = 60.0
+AGAIN_MS = 500.0
+"""Power that goes while nobody leads shows little."""
+BLACKOUT_MS = (50.0, 3_000.0)
 FOLLOWER_BACK_MS = (100.0, 500.0)
 LEADER_BACK_MS = (3_000.0, 5_000.0)
 """Longer than the others need to elect."""
+
+BLINK_MS = (5.0, 50.0)
+HANGS_MS = 700
+"""Longer than the one that blinked needs to be connected again, and not so long that the leader steps down."""
+KILLED_AFTER_SNAPSHOT = 0.4
+KILLED_WITHIN_MS = (1.0, 1_000.0)
 
 CHAIN = 0.6
 """How often the next leader is hit as well, and so on …"""
@@ -21,6 +33,8 @@ CHAIN_WITHIN_MS = 40.0
 ASKED_MS = 1_600
 """A leader that was hit is asked for so long: it should know that it leads no more."""
 ASKED_EVERY_MS = 40
+
+COPY_ASKS_MS = 1_000
 
 BLOCK = 4096
 ROT_DOWN_MS = (100.0, 3_000.0)
@@ -33,6 +47,7 @@ class Attacks:
         self._is_hunting = False
         self._rotten: SimNode | None = None
         world.elected = self._elected
+        world.got_snapshot = self._got_snapshot
 
     def _leader(self) -> SimNode | None:
         leading = [node for node in self.world.nodes.values() if node.leading_term() is not None]
@@ -44,19 +59,33 @@ class Attacks:
         """Each follower is off in the middle of a write, the leader right after; then the followers go on without it."""
         heap, leader = self.world.heap, self._leader()
         if leader is None:
+            heap.after(AGAIN_MS, self._cut_power_while_rough)
             return
         heap.note(f"power: goes at all servers, {leader.name} leads")
-        for _ in range(COMMANDS):
-            heap.after(heap.between(0, WITHIN_MS), lambda: self._client.pokes(leader))
+        self._pokes(leader)
         for node in self.world.nodes.values():
             if node.is_server and node.is_alive:
                 at_ms = heap.between(WITHIN_MS / 2, WITHIN_MS)
                 back_ms = LEADER_BACK_MS if node is leader else FOLLOWER_BACK_MS
-                node.after(at_ms, lambda node=node, back_ms=back_ms: self._off(node, back_ms))  # type: ignore[misc]
+                node.after(at_ms, lambda node=node, back_ms=back_ms: node.loses_power_in_a_write(back_ms))  # type: ignore[misc]
 
-    def _off(self, node: SimNode, back_ms: tuple[float, float]) -> None:
-        node.crash(loses_power=True)
-        node.comes_back(back_ms)
+    def _cut_power_while_rough(self) -> None:
+        if self.world.network.is_rough:
+            self.cut_power()
+
+    def black_out(self) -> None:
+        """The power of the whole room goes."""
+        heap, leader = self.world.heap, self._leader()
+        heap.note("blackout")
+        if leader is not None:
+            self._pokes(leader)
+        for node in self.world.nodes.values():
+            if node.is_alive:
+                node.after(WITHIN_MS / 2, lambda node=node: node.loses_power_in_a_write(BLACKOUT_MS))  # type: ignore[misc]
+
+    def _pokes(self, leader: SimNode) -> None:
+        for _ in range(COMMANDS):
+            self.world.heap.after(self.world.heap.between(0, WITHIN_MS), lambda: self._client.pokes(leader))
 
     # --- leaders ------------------------------------------------------------------------------------------------------
 
@@ -98,7 +127,7 @@ class Attacks:
             case 1:
                 leader.freeze(heap.between(1_000, 3_000), whole=False)
             case 2:
-                self._off(leader, FOLLOWER_BACK_MS)
+                leader.loses_power_in_a_write(FOLLOWER_BACK_MS)
             case _:
                 leader.crash()
                 leader.comes_back(FOLLOWER_BACK_MS)
@@ -114,13 +143,60 @@ class Attacks:
             for at_ms in range(0, ASKED_MS, ASKED_EVERY_MS):
                 heap.after(at_ms, lambda: self._client.reads_at(leader, heap.random.choice(jobs)))
 
+    # --- quick restarts -----------------------------------------------------------------------------------------------
+
+    def blink(self) -> None:
+        """A follower is killed with commands on their way, and is back before these are answered: followers' disks hang."""
+        heap, leader = self.world.heap, self._leader()
+        servers = [node for node in self.world.nodes.values() if node.has_replica and node is not leader]
+        if leader is None or not servers:
+            return
+        for node in servers:
+            node.disk_hangs_until_ms = heap.now_ms + HANGS_MS
+        blinks = heap.random.choice(servers)
+        self._pokes(blinks)
+        blinks.after(WITHIN_MS, lambda: self._blink(blinks))
+
+    def _blink(self, node: SimNode) -> None:
+        heap = self.world.heap
+        node.crash()
+        node.comes_back(BLINK_MS)
+        for _ in range(COMMANDS):
+            heap.after(heap.between(BLINK_MS[1], HANGS_MS), lambda: self._client.pokes(node))
+
+    def _got_snapshot(self, node: SimNode) -> None:
+        """What it got must be on its disk."""
+        heap = self.world.heap
+        if self.world.network.is_rough and heap.chance(KILLED_AFTER_SNAPSHOT):
+            node.after(heap.between(*KILLED_WITHIN_MS), lambda: self._killed(node))
+
+    def _killed(self, node: SimNode) -> None:
+        node.crash(loses_power=self.world.heap.chance(0.5))
+        node.comes_back(FOLLOWER_BACK_MS)
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def copy(self, node: SimNode) -> None:
+        """A copy of its machine asks to be let in: from another boot, with nothing that runs there, and to be drained."""
+        leader = self._leader()
+        if leader is None or leader.server is None or node.agent is None:
+            return
+        epoch = node.agent.worker.epoch
+        if (node.id, epoch) not in self.world.checks.oracle.sessions_live():
+            return  # who has been gone for long enough is taken for its copy: protocol.md 4 cannot tell them apart
+        self.world.heap.note(f"{node.name}: a copy of it asks to be let in")
+        command = OpenSession(epoch + 1, (), 0, node.offer, boot=f"{node.name} elsewhere")
+        leader.server.propose(node.id, codec.encode(command), lambda _: None, timeout_ms=COPY_ASKS_MS)
+
     # --- rot ----------------------------------------------------------------------------------------------------------
 
     def rot(self, node: SimNode) -> None:
-        """A server is killed, and bits of what it has written turn over: of one at a time, and never of a sole voter."""
-        if self._rotten is not None and not self._is_whole(self._rotten):
-            return
-        if not node.is_alive or node.is_gone or self._voters() < 3:
+        """A server is killed, and bits of what it has written turn over: of one at a time, and never of a sole voter.
+
+        Nor while a voter is gone for good: three, of which one is dead and one in doubt, stop (protocol.md 9).
+        """
+        voters = self._voters()
+        if self.has_rotten or not node.is_alive or len(voters) < 3 or any(voter.is_gone for voter in voters):
             return
         heap = self.world.heap
         self._rotten = node
@@ -157,10 +233,14 @@ class Attacks:
         node.segments.flip(name, heap.random.randrange(max(1, 8 * len(node.segments.read(name)))))
         heap.note(f"{node.name}: a bit of segment {name[:8]} turns over")
 
-    @staticmethod
-    def _is_whole(node: SimNode) -> bool:
-        return node.server is not None and not node.server.engine.is_in_doubt
+    @property
+    def has_rotten(self) -> bool:
+        """There is one that is not whole again."""
+        node = self._rotten
+        return node is not None and (node.server is None or node.server.engine.is_in_doubt)
 
-    def _voters(self) -> int:
+    def _voters(self) -> list[SimNode]:
         leader = self._leader()
-        return 0 if leader is None or leader.server is None else len(leader.server.engine.voters)
+        if leader is None or leader.server is None:
+            return []
+        return [self.world.nodes[node_of(voter)] for voter in leader.server.engine.voters]

@@ -60,14 +60,19 @@ FINGERPRINT_EVERY = 8
 
 
 class Breach(AssertionError):
-    """A rule of the protocol was broken; the message begins with its short name."""
+    """A rule of the protocol was broken."""
+
+    def __init__(self, check: str, what: str) -> None:
+        super().__init__(f"{check}: {what}")
+        self.check = check
+        """What should have held, in a few words."""
 
 
 @dataclass
 class TaskHistory:
     starts: int = 0
     own_failures: int = 0
-    successes: int = 0
+    has_succeeded: bool = False
     needs: Resources = Resources()
     running: dict[NodeId, AttemptKey] = field(default_factory=dict)
 
@@ -113,12 +118,8 @@ class Checks:
     def broken(self, name: str, what: str) -> Breach:
         """Whoever catches what it hears from below raises the first one again."""
         if self._first is None:
-            self._first = Breach(f"{name}: {what} (seed {self.heap_seed}, at {self.heap.now_ms / 1000:.3f} s)")
+            self._first = Breach(name, f"{what} (seed {self.world.seed}, at {self.heap.now_ms / 1000:.3f} s)")
         return self._first
-
-    @property
-    def heap_seed(self) -> int:
-        return self.world.seed
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
@@ -260,7 +261,7 @@ class Checks:
             if before is None or before == now:
                 continue
             name = f"task {job[-6:]}/{now.task}"
-            if before.state in FINAL_STATES:
+            if before.state in FINAL_STATES:  # so that none succeeds twice
                 self.breach("finished never moves", f"{name} went from {before.state} to {now.state}")
             if now.attempt < before.attempt or now.fence < before.fence:
                 self.breach("attempts and fences only rise", f"{name} from {before.fence} to {now.fence}")
@@ -272,10 +273,7 @@ class Checks:
                 self._done(name, before, now, commands)
 
     def _done(self, name: str, before: TaskView, now: TaskView, commands: list[tuple[NodeId, AnyCommand]]) -> None:
-        history = self.task(now.job, now.task)
-        history.successes += 1
-        if history.successes > 1:
-            self.breach("one success", f"{name} was completed twice")
+        self.task(now.job, now.task).has_succeeded = True
         for origin, command in commands:
             if isinstance(command, Report):
                 for ended in command.ended:

@@ -65,6 +65,8 @@ class Faults:
     """Bits of a server's log or snapshot turn over while it is down; of one server at a time."""
     hunts: int = 0
     """The leader of the moment hands over, is cut off, killed or frozen, under commands and reads; perhaps the next too."""
+    blinks: int = 0
+    """A follower is killed with commands on their way, and is back before they are answered."""
     freezes: int = 0
     freezes_then_cuts: int = 0
     clock_jumps: int = 0
@@ -78,7 +80,11 @@ class Faults:
     comes_back: float = 0
     """How many drained nodes are taken back into service."""
     grows: int = 0
-    """Servers that join while all this happens."""
+    """Servers that join while all this happens …"""
+    guests: int = 0
+    """… and nodes without the log."""
+    copies: int = 0
+    """Disks of a machine that is at work are copied, and the copy starts elsewhere."""
     dies_for_good: float = 0
 
 

@@ -9,6 +9,7 @@ from msgspec.structs import replace as changed
 
 from meshd.model import (
     Array,
+    Inline,
     Input,
     JobId,
     JobSpec,
@@ -21,8 +22,7 @@ from meshd.model import (
     Timeout,
 )
 from meshd.placement import Demand, permanent_lacks
-from meshd.raft.state.commands import AnyAnswer, AnyCommand, Cancel, Submit, Submitted
-from meshd.testing.checks import Breach
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, Cancel, Rejected, Submit, Submitted
 from meshd.testing.machines import output_of
 from meshd.testing.nodes import SimNode
 from meshd.testing.world import World
@@ -33,6 +33,8 @@ READS = 4
 READ_AFTER_MS = 30.0
 READ_LATER = 10
 JOBS_LISTED = 200
+POKED_RANGES = (0, 0, 150, 600)
+"""Some of the small commands are of several sectors, so that their frame can be torn."""
 
 PROCESS = ("process",)
 ONE_CORE = Needs()
@@ -70,7 +72,9 @@ class Client:
 
         def answered(answer: AnyAnswer) -> None:
             if not isinstance(answer, Submitted):
-                raise Breach(f"a good job is taken: {answer} (seed {self.world.seed})")
+                raise self.world.checks.broken("a good job is taken", str(answer))
+            if answer.job != job:
+                self.world.checks.breach("an answer is to what was asked", f"to submit {job}: {answer}")
             self.acknowledged[job] = spec
             self.reads(job, READ_AFTER_MS)
 
@@ -111,7 +115,13 @@ class Client:
     def pokes(self, first: SimNode | None = None) -> None:
         """A small command that changes nothing, for the sake of its answer: cancels what nobody has submitted."""
         job = uuid7(self.world.wall_ms(), self.world.heap.random)
-        self.send(Cancel(job), lambda answer: None, first=first)
+        tasks = ((0, 1),) * self.world.heap.random.choice(POKED_RANGES)
+
+        def answered(answer: AnyAnswer) -> None:
+            if not isinstance(answer, Rejected) or job not in answer.message:
+                self.world.checks.breach("an answer is to what was asked", f"to cancel {job}: {answer}")
+
+        self.send(Cancel(job, tasks or None), answered, first=first)
 
     def cancel(self, job: JobId) -> None:
         self.world.heap.note(f"client: cancels {job[-6:]}")
@@ -163,6 +173,8 @@ class Load:
     lost_after_ms: tuple[int | None, ...] = (None, None, 0, 5_000, 30_000, 40_000)
     lengths_ms: tuple[int, ...] = (20, 300, 2_000, 8_000, 25_000)
     counts: tuple[int, ...] = (1, 1, 2, 4)
+    stdin_bytes: tuple[int, ...] = (0,)
+    """A frame of many sectors can be torn."""
 
     def some_job(self, random: Random) -> JobSpec:
         on_lost = random.choice(self.on_lost)
@@ -170,7 +182,7 @@ class Load:
         length_ms, failures = random.choice(self.lengths_ms), random.choice((0, 0, 0, 1))
         return JobSpec(
             backend=("process",),
-            run=Run(args=("work", str(length_ms), str(failures))),
+            run=Run(args=("work", str(length_ms), str(failures)), stdin=self._some_stdin(random)),
             array=Array(count=random.choice(self.counts), at_once=random.choice((0, 0, 1))),
             retry=Retry(attempts=tries, backoff_min_ms=200, backoff_max_ms=2_000),
             timeout=Timeout(total_ms=90_000 if random.random() < 0.1 else 0),
@@ -178,6 +190,10 @@ class Load:
             lost_after_ms=random.choice(self.lost_after_ms),
             priority=random.choice((50, 50, 80)),
         )
+
+    def _some_stdin(self, random: Random) -> Inline | None:
+        size = random.choice(self.stdin_bytes)
+        return Inline(b"x" * size) if size else None
 
     def some_input(self, finished: list[tuple[JobId, int]], random: Random) -> tuple[Input, ...]:
         """What an earlier task has put out, for some."""

@@ -38,8 +38,11 @@ class Network:
     @property
     def weather(self) -> Faults:
         """What messages meet now."""
-        is_rough = not self._is_healed and self.began_ms <= self.heap.now_ms < self.began_ms + self.faults.lasts_ms
-        return self.faults if is_rough else CALM
+        return self.faults if self.is_rough else CALM
+
+    @property
+    def is_rough(self) -> bool:
+        return not self._is_healed and self.began_ms <= self.heap.now_ms < self.began_ms + self.faults.lasts_ms
 
     def hears(self, sender: NodeId, receiver: NodeId) -> bool:
         return (sender, receiver) not in self._cut

@@ -64,6 +64,10 @@ PROPOSE_TIMEOUT_MS = 5_000
 READ_TIMEOUT_MS = 5_000
 SUPERVISOR_MS = (500.0, 4_000.0)
 """Between the end of an agent and its next start, when nobody planned either."""
+WRITES_MAX = 3
+"""The power goes in the middle of one of the next operations of the disk …"""
+WRITES_WITHIN_MS = 100.0
+"""… or after so long, if there are none."""
 MEMBERS_EVERY_MS = 2_000
 """How often a node without a replica looks whether gossip announces a change of members."""
 CLOCK_DRIFT = 0.002
@@ -75,6 +79,7 @@ class SimNode:
 
     def __init__(self, world: World, name: str, *, is_server: bool, slots: int, is_founder: bool = False) -> None:
         self.world, self.name, self.id = world, name, NodeId(f"node-{name}")
+        self._heap = world.heap
         self.is_server, self.is_founder, self.slots = is_server, is_founder, slots
         self.offer = some_offer(world.heap.random, name, slots)
         self.cores = max(1, slots - 1)
@@ -88,6 +93,8 @@ class SimNode:
         """Bits on its disk have turned over at some time."""
         self.saved_epoch = 0
         self.starts = 0
+        self.boots = 1
+        """Of its kernel."""
         self.blobs: dict[str, None] = {}
         self.members: tuple[NodeId, ...] = ()
         self.is_alive = self.is_gone = False
@@ -97,6 +104,7 @@ class SimNode:
         self.disk_hangs_until_ms = 0
         self.agent_frozen_until_ms = 0
         self.machine_frozen_until_ms = 0
+        self._back_ms = SUPERVISOR_MS
         self.process = 0
         self.agent: Agent | None = None
         self.gossip: Gossiping | None = None
@@ -113,10 +121,10 @@ class SimNode:
 
     @property
     def is_awake(self) -> bool:
-        return self.is_alive and self.world.heap.now_ms >= self.agent_frozen_until_ms
+        return self.is_alive and self._heap.now_ms >= self.agent_frozen_until_ms
 
     def clock_ms(self) -> int:
-        return self._clock_offset_ms + int(self.world.heap.now_ms * self._clock_rate)
+        return self._clock_offset_ms + int(self._heap.now_ms * self._clock_rate)
 
     def clock_s(self) -> float:
         return self.clock_ms() / 1000
@@ -156,6 +164,7 @@ class SimNode:
         world = self.world
         self.is_alive = self.has_power = True
         self.agent_frozen_until_ms = self.machine_frozen_until_ms = 0
+        self._back_ms = SUPERVISOR_MS
         self.process += 1
         self._timer_ms = None
         self._announced = 0
@@ -166,7 +175,10 @@ class SimNode:
         if self.is_server and not self._start_server():
             return
         self.gossip = Gossiping(self, self.id, self.starts, Random(f"{world.seed} {self.name} {self.process}"))  # noqa: S311
-        self.agent = Agent(Worker(epoch=self.saved_epoch), Keeper(self.machine) if self.machine is not None else None)
+        self.agent = Agent(
+            Worker(epoch=self.saved_epoch, boot=f"{self.name} {self.boots}"),
+            Keeper(self.machine) if self.machine is not None else None,
+        )
         for key, value in self.said().items():
             self.gossip.publish(key, value)
         self.gossip.set_members(self.members)
@@ -205,6 +217,7 @@ class SimNode:
         self.world.heap.note(f"{self.name}: {'loses power' if loses_power else 'crashes'}")
         self.is_alive = False
         self.has_power = not loses_power
+        self.boots += loses_power
         server, self.server = self.server, None
         self.agent = self.gossip = None
         if self.has_power:
@@ -225,8 +238,19 @@ class SimNode:
         self.crash()
         self.comes_back()
 
-    def comes_back(self, within_ms: tuple[float, float] = SUPERVISOR_MS) -> None:
-        process = self.process
+    def loses_power_in_a_write(self, back_ms: tuple[float, float]) -> None:
+        """In one of the next, that is: what was written and not synced may be torn then."""
+        self._back_ms = back_ms
+        self.disk.cut_in(self.world.heap.random.randrange(WRITES_MAX))
+
+        def goes_anyway() -> None:
+            self.crash(loses_power=True)
+            self.comes_back()
+
+        self.after(WRITES_WITHIN_MS, goes_anyway, of_machine=True)
+
+    def comes_back(self, within_ms: tuple[float, float] | None = None) -> None:
+        process, within_ms = self.process, within_ms or self._back_ms
 
         def start() -> None:
             if not self.is_alive and self.process == process and not self.is_gone:
@@ -252,18 +276,18 @@ class SimNode:
 
     def after(self, delay_ms: float, action: Callable[[], None], *, of_machine: bool = False) -> None:
         """In this process: never once it has crashed, later when it is frozen. `of_machine`: what goes on without the agent."""
-        process = self.process
+        process, heap = self.process, self._heap
 
         def run() -> None:
             if not self.is_alive or self.process != process:
                 return
             until_ms = self.machine_frozen_until_ms if of_machine else self.agent_frozen_until_ms
-            if self.world.heap.now_ms < until_ms:
-                self.world.heap.after(until_ms - self.world.heap.now_ms, run)
+            if heap.now_ms < until_ms:
+                heap.after(until_ms - heap.now_ms, run)
             else:
                 action()
 
-        self.world.heap.after(delay_ms, run)
+        heap.after(delay_ms, run)
 
     # --- the shell ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from meshd.model import OnLost
 from meshd.testing.faults import CALM, Faults
 from meshd.testing.load import Load
 
-BUSY = Load(jobs=(10, 20), lengths_ms=(20, 300, 2_000, 8_000))
+BUSY = Load(jobs=(10, 20), lengths_ms=(20, 300, 2_000, 8_000), stdin_bytes=(0, 0, 1_000, 4_000))
 """So that there is always something on its way into the log."""
 
 
@@ -17,7 +17,7 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
     match seed % 16:
         case 0:
             return CALM, Load()
-        case 1:  # long absences from jobs that may run once at a time; a quorum stays, and gives them to others
+        case 1:  # long absences from jobs that may run once at a time, and copies of who runs them; a quorum stays, and gives them to others
             promised = Load(
                 jobs=(8, 11),
                 on_lost=(OnLost.RERUN, OnLost.WAIT),
@@ -25,7 +25,7 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
                 lengths_ms=(25_000, 90_000),
                 counts=(1,),
             )
-            return Faults(workers=(2, 3, 4), cuts=2, cut_ms=(60_000, 100_000)), promised
+            return Faults(workers=(2, 3, 4), cuts=2, cut_ms=(60_000, 100_000), copies=3), promised
         case 2:  # claims that change all the time, doubled and late
             return Faults(workers=(2, 3, 4), double=0.5, late=0.4, offers=40), Load(
                 jobs=(15, 25), lengths_ms=(20, 300), counts=(3, 6)
@@ -92,19 +92,21 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
                 crashes=4, power_loss=1, restart_ms=((100, 2_000),), blackouts=3, power_cuts=6, slow_disk=0.2, entries_at_once=2,
                 stream_break=0.002,
             ), BUSY  # fmt: skip
-        case 10:  # disks that hang, fail, fill up and rot
+        case 10:  # disks that hang, fail, fill up and rot; servers that are back before their commands are answered
             return Faults(
-                disk_hangs=3, failed_syncs=6, full_disks=3, crashes=5, power_loss=0.7, rots=2, slow_disk=0.2
+                disk_hangs=3, failed_syncs=6, full_disks=3, crashes=5, power_loss=0.7, rots=2, slow_disk=0.2, blinks=4
             ), BUSY
         case 11:  # servers that come and go
             return Faults(
                 servers=(3, 4, 5, 6), grows=3, drains=1, comes_back=0.7, dies_for_good=0.5, crashes=3, transfers=3,
                 lose=0.02, stream_break=0.002,
             ), BUSY  # fmt: skip
-        case 12:  # halves that do not hear each other, one-way cuts, leaders that come back late; clocks that lie
+        case (
+            12
+        ):  # halves that do not hear each other, one-way cuts, leaders that come back late; newcomers; clocks that lie
             return Faults(
                 servers=(3, 5), splits=6, cuts=4, cut_ms=(500, 12_000), clock_jumps=6, stream_stall=0.005,
-                stream_break=0.002, freezes=3,
+                stream_break=0.002, freezes=3, guests=2,
             ), BUSY  # fmt: skip
         case 13:  # leaders that are hunted, over slow networks and slow disks: many elections, votes that split
             return Faults(
@@ -144,4 +146,7 @@ def _mixed(random: Random) -> Faults:
         power_cuts=random.choice((0, 0, 2)),
         rots=random.choice((0, 0, 1)),
         hunts=random.choice((0, 0, 3)),
+        guests=random.choice((0, 0, 1)),
+        blinks=random.choice((0, 0, 2)),
+        copies=random.choice((0, 0, 1)),
     )

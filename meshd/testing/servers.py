@@ -8,6 +8,7 @@ reads that are tried again until their time is up. The order within a turn is tu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ RETRY_MS = RETRY_S * 1000
 SYNC_MS = (0.0, 6.0)
 BESIDE_MS = (5.0, 100.0)
 """Writing or reading a snapshot."""
+SNAPSHOT_ENTRIES = (20, 40, 60)
+"""Servers write their state down at different moments: what one still needs another has trimmed."""
 DYING_OPERATIONS = 4
 """A process that dies while the disk works has done up to so many operations of that."""
 
@@ -112,7 +115,7 @@ class SimServer:
             servers=self.machine.server_ids,
             draining=lambda: [each for each in self.machine.server_ids() if self.machine.is_draining(each)],
             zones=self.machine.zones,
-            settings=world.settings,
+            settings=replace(world.settings, snapshot_entries=random.choice(SNAPSHOT_ENTRIES)),
             clocks=Clocks(node.clock_s, node.wall_ms, lambda: False),
             random=random,
             packed=lambda: self.turns.packed(),
@@ -357,6 +360,8 @@ class SimServer:
             checks.breach("nothing raises while entries are applied", f"{self.node.name}: {fields}")
         if event == "raft.bad_message":
             checks.breach("servers speak as agreed", f"{self.node.name}: {fields}")
+        if event == "raft.snapshot_received":
+            self.node.world.got_snapshot(self.node)
         self.node.world.heap.note(f"raft: {self.node.name} {event.removeprefix('raft.')} {_short(fields)}")
 
 

@@ -2,7 +2,7 @@
 
 python -m meshd.testing.sim --seed 7 --trace
 python -m meshd.testing.sim --seeds 2000 --jobs 2
-python -m meshd.testing.sim --without 'the floor' --seeds 200
+python -m meshd.testing.sim --seeds 200 --without 'the floor' --find 'what starts is leased'
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec.structs import replace as changed
 
 from meshd.errors import MeshError
 from meshd.model import JobId, TaskState
-from meshd.raft.state.commands import AnyAnswer, Rejected, RemoveMember, SetDraining
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, Rejected, RemoveMember, SetDraining
 from meshd.raft.state.history import Tail
 from meshd.testing.archives import NotHere
 from meshd.testing.attacks import Attacks
@@ -37,8 +37,9 @@ OPERATIONS_MAX = 8
 """The power goes in the middle of one of the next disk operations …"""
 CUT_WITHIN_MS = 1_000
 """… if they come within a second."""
-BLACKOUT_MS = (50.0, 3_000.0)
 CLOCKS_WRONG_MS = (3_000, 20_000, 3_600_000, 400 * 86_400_000)
+
+ASKED_TWICE = 0.4
 
 HISTORY_MS = 60_000
 """… and every voter has the whole history within this."""
@@ -80,7 +81,7 @@ class Sim:
         heap = self.world.heap
         staying = [node.offer for node in self.world.nodes.values() if node not in (self._leaves, self._dies)]
         spec = placed(self.load.some_job(heap.random), staying, heap.random)
-        finished = [key for key, task in self.world.checks.tasks.items() if task.successes]
+        finished = [key for key, task in self.world.checks.tasks.items() if task.has_succeeded]
         job = self.client.submit(changed(spec, inputs=self.load.some_input(finished, heap.random)))
         if heap.chance(0.15):
             heap.after(heap.between(0, 15_000), lambda: self.client.cancel(job))
@@ -113,14 +114,20 @@ class Sim:
         plan(faults.rots, self.attacks.rot, servers)
         for _ in range(faults.power_cuts):
             heap.after(moment(), self.attacks.cut_power)
+        for _ in range(faults.blinks):
+            heap.after(moment(), self.attacks.blink)
         for _ in range(faults.hunts):
             heap.after(moment(), self.attacks.hunt)
         for _ in range(faults.blackouts):
-            heap.after(moment(), self._black_out)
+            heap.after(moment(), self.attacks.black_out)
         for _ in range(faults.splits):
             heap.after(moment(), self._split)
         for _ in range(faults.grows):
-            heap.after(moment(), self._grow)
+            heap.after(moment(), lambda: self._grow(is_server=True))
+        for _ in range(faults.guests):
+            heap.after(moment(), lambda: self._grow(is_server=False))
+        for _ in range(faults.copies):
+            heap.after(moment(), lambda: self.attacks.copy(heap.random.choice(nodes)))
         for _ in range(faults.freezes):
             node = heap.random.choice(nodes)
             whole = heap.chance(0.5)
@@ -176,15 +183,6 @@ class Sim:
         node.crash(loses_power=loses_power)
         node.comes_back(heap.random.choice(self.faults.restart_ms))
 
-    def _black_out(self) -> None:
-        """The power of the whole room goes."""
-        heap = self.world.heap
-        heap.note("blackout")
-        for node in self.world.nodes.values():
-            if node.is_alive:
-                node.crash(loses_power=True)
-                node.comes_back(BLACKOUT_MS)
-
     def _hang_disk(self, node: SimNode) -> None:
         for_ms = self.world.heap.between(*self.faults.hang_ms)
         self.world.heap.note(f"{node.name}: its disk hangs for {int(for_ms)} ms")
@@ -216,18 +214,24 @@ class Sim:
         middle = heap.random.randint(1, len(nodes) - 1)
         self.world.network.split(nodes[:middle], nodes[middle:], heap.between(*self.faults.split_ms))
 
-    def _grow(self) -> None:
-        """A server joins by the invite of the founding."""
-        node = self.world.stranger()
+    def _grow(self, *, is_server: bool) -> None:
+        """Somebody joins by the invite of the founding."""
+        node = self.world.stranger(is_server=is_server)
 
         def joined(answer: AnyAnswer) -> None:
             if isinstance(answer, Rejected):
-                raise Breach(f"a stranger with an invite may join: {answer} (seed {self.world.seed})")
-            self.world.heap.note(f"{node.name}: joins")
-            node.members = tuple(self.world.nodes)
-            node.start()
+                self.world.checks.breach("a stranger with an invite may join", str(answer))
+            if not node.starts:
+                self.world.heap.note(f"{node.name}: joins")
+                node.members = tuple(self.world.nodes)
+                node.start()
 
-        self.client.send(self.world.join(node), joined, at_servers=True)
+        self._ask(self.world.join(node), joined)
+
+    def _ask(self, command: AnyCommand, answered: Callable[[AnyAnswer], None]) -> None:
+        """A server, and perhaps once more, by somebody who does not wait for the answer."""
+        for _ in range(2 if self.world.heap.chance(ASKED_TWICE) else 1):
+            self.client.send(command, answered, at_servers=True)
 
     def _freeze(self, node: SimNode, for_ms: float, whole: bool) -> None:
         if node.is_awake:
@@ -270,7 +274,7 @@ class Sim:
     def _die(self, node: SimNode) -> None:
         """For good. Somebody sees it a while later, and says so. Not the last of the log: that is for `meshd recover`."""
         servers = [each.server for each in self.world.nodes.values() if each.server is not None]
-        if any(len(each.engine.voters) < 3 and each.engine.is_voter for each in servers):
+        if self.attacks.has_rotten or any(len(each.engine.voters) < 3 and each.engine.is_voter for each in servers):
             return
         if node.is_alive:
             node.crash(loses_power=self.world.heap.chance(self.faults.power_loss))
@@ -280,10 +284,10 @@ class Sim:
 
         def removed(answer: AnyAnswer) -> None:
             if isinstance(answer, Rejected):
-                raise Breach(f"a dead member can be removed: {answer} (seed {self.world.seed})")
+                self.world.checks.breach("a dead member can be removed", str(answer))
             self.is_removed = True
 
-        self.world.heap.after(30_000, lambda: self.client.send(RemoveMember(node.id), removed, at_servers=True))
+        self.world.heap.after(30_000, lambda: self._ask(RemoveMember(node.id), removed))
 
     def _is_over(self) -> bool:
         world = self.world
@@ -350,14 +354,18 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=cores(), help="processes; as many as there are cores by default")
     parser.add_argument("--without", help="take this rule out: see meshd.testing.ablations")
     parser.add_argument("--history", action="store_true", help="finished jobs leave the core for segments on disk")
+    parser.add_argument("--find", metavar="CHECK", help="end with the first seed in which this check fails")
     parser.add_argument("--trace", action="store_true", help="print what happened in --seed")
     arguments = parser.parse_args()
     if arguments.seed is not None:
         return _run_one(arguments.seed, arguments.without, has_trace=arguments.trace, has_history=arguments.history)
     began, cpu_s, failed = time.monotonic(), 0.0, []
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    for verdict in run_seeds(seeds, jobs=arguments.jobs, rule=arguments.without, has_history=arguments.history):
+    verdicts = run_seeds(seeds, jobs=arguments.jobs, rule=arguments.without, has_history=arguments.history)
+    for verdict in verdicts:
         cpu_s += verdict.cpu_s
+        if arguments.find is not None and verdict.check != arguments.find:
+            continue
         if verdict.breach:
             failed.append(verdict)
             print(
@@ -366,6 +374,9 @@ def main() -> int:
                 sep="\n",
                 flush=True,
             )
+        if verdict.breach and arguments.find is not None:
+            verdicts.close()
+            return 1
     took_s = time.monotonic() - began
     print(
         f"{len(seeds)} seeds from {arguments.first}: {len(failed)} failed; "

@@ -32,7 +32,6 @@ FOUNDING_MS = 10_000
 
 
 SETTINGS = RaftSettings(
-    snapshot_entries=40,
     retain_entries=8,
     apply_slice_s=0.0,
     checkpoint_entries=16,
@@ -53,6 +52,8 @@ class World:
         self.settings = replace(SETTINGS, append_entries=faults.entries_at_once)
         self.elected: Callable[[SimNode], None] = lambda node: None
         """Told of every new leader, in the turn in which it has become one."""
+        self.got_snapshot: Callable[[SimNode], None] = lambda node: None
+        """Told of every server that goes on from a leader's snapshot."""
 
     def wall_ms(self) -> int:
         return WALL_START_MS + self.heap.now_ms
@@ -84,11 +85,11 @@ class World:
         self.began_ms = self.network.began_ms = self.heap.now_ms
         self.heap.note("founded")
 
-    def stranger(self) -> SimNode:
-        """A server that is no member yet."""
+    def stranger(self, *, is_server: bool) -> SimNode:
+        """Who is no member yet."""
         name = f"n{len(self.nodes)}"
         node = self.nodes[NodeId(f"node-{name}")] = SimNode(
-            self, name, is_server=True, slots=self.heap.random.randint(1, 4)
+            self, name, is_server=is_server, slots=self.heap.random.randint(1, 4)
         )
         return node
 
