@@ -35,6 +35,7 @@ from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
 from meshd.testing.gossiping import Gossiping
 from meshd.testing.nodes import SimNode
+from meshd.testing.planted import PLANTED
 from meshd.testing.raft_ablations import RAFT_RULES, Patch, wrapped
 from meshd.worker import MoveLeash, RenewAnswered, State, Worker
 
@@ -391,6 +392,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "suspicion ends in death": ((membership, "SUSPICION_MS", 60_000),),
     "whose roots differ compare": (wrapped(Gossip, "ponged", _never_asks_what_differs),),
     **RAFT_RULES,
+    **PLANTED,
 }
 
 

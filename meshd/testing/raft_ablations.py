@@ -7,11 +7,12 @@ Most are holes that stock PySyncObj has (engine.py lists them) or that sketches 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from meshd.ports import Committed, Unknown
 from meshd.raft import server, turn
-from meshd.raft.arrival import Arrival
+from meshd.raft.arrival import Arrival, Arrived
 from meshd.raft.configurations import Configurations
 from meshd.raft.election import Elections
 from meshd.raft.feeding import Feeder
@@ -25,7 +26,7 @@ from meshd.raft.state.machine import Machine
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
 from meshd.raft.storage.journal import Journal
-from meshd.raft.storage.snapshot import Packed
+from meshd.raft.storage.snapshot import unpack_image
 from meshd.testing.servers import SimServer
 
 Patch = tuple[Any, str, Any]
@@ -60,8 +61,9 @@ def _goes_on_after_a_failed_sync(original: Callable[..., None]) -> Callable[...,
     return append
 
 
-def _installs_before_it_saves(self: turn.Turns, packed: Packed) -> int:
-    return 0
+def _installs_without_saving(self: turn.Turns, arrived: Arrived) -> None:
+    image = unpack_image(bytes(arrived.data), digest=arrived.digest, mesh=self._mesh)
+    self._finished = partial(self._received, image, self._machine.unpack(image.state), 0)
 
 
 def _captures_one_entry_less(original: Callable[..., Capture | None]) -> Callable[..., Capture | None]:
@@ -248,7 +250,7 @@ RAFT_RULES: dict[str, tuple[Patch, ...]] = {
     "the leader counts itself once it has synced": (wrapped(Leadership, "_stored", _counts_what_is_in_memory),),
     "a vote is durable before it is given": ((Journal, "setCurrentTerm", _keeps_votes_in_memory),),
     "a failed sync stops the server": (wrapped(Journal, "_append", _goes_on_after_a_failed_sync),),
-    "a snapshot is durable before it replaces anything": ((turn.Turns, "_saved_on_disk", _installs_before_it_saves),),
+    "a snapshot is durable before it replaces anything": ((turn.Turns, "_receive", _installs_without_saving),),
     "a snapshot says what it covers": (wrapped(Server, "capture", _captures_one_entry_less),),
     "a snapshot keeps the tail that agrees": (wrapped(Arrival, "install", _resets_the_term_with_the_log),),
     "who got a snapshot looks at the state anew": (wrapped(Machine, "unpack", _keeps_quiet_about_snapshots),),
