@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="tasks, for the question noop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
+    # Stopped in the middle it ends its contender first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [it for it in CONTENDERS if any(word.lower() in it.name.lower() for word in options.contenders)]
     names = list(QUESTIONS) if "all" in options.question else options.question
     plan = Plan(options.runs, len(os.sched_getaffinity(0)), tuple(options.sizes))

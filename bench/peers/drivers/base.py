@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -16,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 RESULT_S = 60.0
 """For one task, when latency is asked: something is wrong after that."""
@@ -120,7 +122,11 @@ def timed(act: Any) -> float:
 
 def main(kind: type[Driver]) -> None:
     # What a contender daemonises stays below this process, so that the harness can see and end it.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # A harness that is killed cannot end what it started: then this ends it, also in the middle of a measurement.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # contenders print
     cores, options = int(sys.argv[2]), json.loads(sys.argv[3])
