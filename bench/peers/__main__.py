@@ -59,6 +59,16 @@ def print_table(rows: list[Row]) -> None:
         print("".join([f"{row.contender:<26}", *cells]))
 
 
+def print_markdown(rows: list[Row]) -> None:
+    """As the page on performance has it."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.figures))
+    print("| | " + " | ".join(["durable", *columns]) + " |")
+    print("|" + "---|" * (len(columns) + 2))
+    for row in rows:
+        cells = [row.failure] if row.failure else [_short(row.figures.get(name)) for name in columns]
+        print(f"| {row.contender} | " + " | ".join([row.durable, *cells]) + " |")
+
+
 def _short(figure: float | None) -> str:
     if figure is None:
         return "-"
@@ -71,6 +81,7 @@ def main() -> int:
     parser.add_argument("--contenders", nargs="+", default=[""], metavar="WORD", help="only those whose names contain one of these")  # fmt: skip
     parser.add_argument("--runs", type=int, default=5, help="the median of so many; fewer where one takes long")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="tasks, for the question noop")
+    parser.add_argument("--markdown", action="store_true", help="tables as documents have them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     # Stopped in the middle it ends its contender first.
@@ -89,7 +100,7 @@ def main() -> int:
             if question.about in ("", contender.package):
                 print(f"  … {contender.name}", file=sys.stderr, flush=True)
                 rows.append(measure(question, contender, plan))
-        print_table(rows)
+        (print_markdown if options.markdown else print_table)(rows)
         print(f"{time.monotonic() - began:.0f} s; {load()}", flush=True)
         has_failed |= any(row.failure and row.failure != "has no such thing" for row in rows)
         found[name] = {

@@ -26,6 +26,8 @@ LINGER_S = 0.001
 LINGER_S_MAX = 0.02
 TAKE_MAX = 100_000
 """Calls taken at a time."""
+PACES_MAX = 1000
+"""Functions whose length is remembered. A program that makes a new one for each call must not grow by it."""
 SWEEP_S = 2.0
 """Every job is looked at so often, whatever was heard of it: news can be lost."""
 SWEEP_YOUNG_S = 0.1
@@ -169,7 +171,12 @@ class Board:
         return taken
 
     def pace(self, function: bytes) -> Pace:
-        return self._paces.setdefault(function, Pace())
+        with self._lock:
+            found = self._paces.pop(function, None) or Pace()
+            self._paces[function] = found  # at the end: the first is the one not asked for the longest
+            if len(self._paces) > PACES_MAX:
+                del self._paces[next(iter(self._paces))]
+            return found
 
     def sending(self, job: SentJob) -> None:
         """Before it is submitted: its end may be heard of sooner than the answer."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from meshd.client.board import Board, MeshFuture, SentJob, SentTask
+from meshd.client.board import PACES_MAX, Board, MeshFuture, SentJob, SentTask
 from meshd.model import JobId
 
 
@@ -99,6 +99,19 @@ def test_a_result_that_comes_after_cancel_is_not_taken_and_the_other_way_round()
     board.resolve(b, 3, None)
     assert a.cancelled() and b.result(0) == 2 and not b.cancel()
     assert (a.payload, b.payload) == (b"", b""), "arguments are not kept"
+
+
+def test_how_long_functions_take_is_remembered_of_the_latest_ones() -> None:
+    board = Board()
+    board.pace(b"often").learn(1, 2.0)
+    for number in range(PACES_MAX * 2):
+        board.pace(str(number).encode())
+        board.pace(b"often")
+    assert board.pace(b"often").call_s == 2.0
+    board.pace(b"0").learn(1, 1.0)
+    for number in range(PACES_MAX):
+        board.pace(f"other {number}".encode())
+    assert board.pace(b"0").call_s is None
 
 
 def test_news_of_other_jobs_wake_nobody() -> None:
