@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--contenders", nargs="+", default=[""], metavar="WORD", help="only those whose names contain one of these")  # fmt: skip
     parser.add_argument("--runs", type=int, default=5, help="the median of so many; fewer where one takes long")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="tasks, for the question noop")
+    parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="a size that would take longer once is left out")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="tables as documents have them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
@@ -88,7 +89,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [it for it in CONTENDERS if any(word.lower() in it.name.lower() for word in options.contenders)]
     names = list(QUESTIONS) if "all" in options.question else options.question
-    plan = Plan(options.runs, len(os.sched_getaffinity(0)), tuple(options.sizes))
+    plan = Plan(options.runs, len(os.sched_getaffinity(0)), tuple(options.sizes), options.patience)
     found: dict[str, object] = {"cores": plan.cores, "runs": plan.runs, "load before": load()}
     has_failed = False
     for name in names:

@@ -17,7 +17,7 @@ from bench.mesh import cpu_s, descendants, resident_bytes
 from bench.peers.contenders import Contender
 from bench.peers.setup import HOME, prepare
 
-START_S = 90.0
+START_S = 180.0
 STOP_S = 30.0
 DRIVERS = Path(__file__).with_name("drivers")
 

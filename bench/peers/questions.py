@@ -12,11 +12,9 @@ from typing import Any
 from bench.peers.contenders import Contender
 from bench.peers.driven import Driven, Failed, Missing
 
-CELL_S = 60.0
+CELL_S = 40.0
 """After so long no further run of a cell is begun, once there were RUNS_MIN."""
 RUNS_MIN = 3
-LARGE_S = 120.0
-"""A size that would take a peer longer, by its rate at the size before, is left out."""
 ASK_S = 300.0
 """Bound for one measurement."""
 TASK_S = 0.1
@@ -36,6 +34,8 @@ class Plan:
     runs: int
     cores: int
     sizes: tuple[int, ...]
+    patience_s: float
+    """A size that would take longer once, by the rate at the size before, is left out."""
 
 
 Figures = dict[str, float]
@@ -56,7 +56,7 @@ def noop(driven: Driven, contender: Contender, plan: Plan) -> Figures:
     rate = 0.0
     for size in plan.sizes:
         is_ours = contender.package == "meshd"
-        if size > contender.tasks_max or (rate and size / rate > (ASK_S if is_ours else LARGE_S)):
+        if size > contender.tasks_max or (rate and size / rate > plan.patience_s):
             continue
         runs = _repeat(plan.runs, lambda size=size: driven.ask("noop", count=size, within_s=ASK_S))  # type: ignore[misc]
         seconds = statistics.median(run["seconds"] for run in runs)
