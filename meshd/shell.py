@@ -377,7 +377,7 @@ class Shell:
     def _hand_on(self, effect: Start) -> None:
         self._handed_on.update((key.fence, key) for key in effect.keys)
         first = effect.keys[0]
-        log.info("attempts.started", job=first.job, attempts=len(effect.keys), fence=first.fence)
+        log.debug("attempts.started", job=first.job, attempts=len(effect.keys), fence=first.fence)
         leash_s = None if effect.leash_ms is None else effect.leash_ms / 1000
         self._runs.planned.start(next(self._lanes), effect.keys, effect.spec, leash_s, self._handed_on_ended)
 
@@ -393,7 +393,9 @@ class Shell:
             failed += not outcome.is_success
             told.append((key, outcome))
         first = ends[0][0]
-        log.info("attempts.ended", job=first.job, attempts=len(told), failed=failed, fence=first.fence)
+        # Two lines for each batch would be a tenth of what its attempts cost.
+        say = log.info if failed else log.debug
+        say("attempts.ended", job=first.job, attempts=len(told), failed=failed, fence=first.fence)
         self.feed(AttemptsEnded(tuple(told)))
         self._fed.set()
 

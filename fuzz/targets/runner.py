@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -17,7 +17,7 @@ from fuzz import world
 from fuzz.inputs import join, split
 from meshd import codec
 from meshd.backends.child import Link
-from meshd.backends.spawners import Spawner, Waiter
+from meshd.backends.spawners import Lane, Spawner, Waiter
 from meshd.backends.wasm_messages import BACK, ENDED, Ended
 from meshd.backends.wasm_runners import Runner, RunnerLost, lane_for
 from meshd.model import AttemptKey, JobId, Outcome
@@ -83,9 +83,20 @@ async def _hear_runner(stream: bytes) -> None:
     runner.close()
 
 
+class _Owner:
+    def __init__(self) -> None:
+        self.left: list[AttemptKey] = []
+
+    def remove(self, directory: str) -> None: ...
+
+    def run_elsewhere(self, lane: Lane, attempts: Sequence[Planned]) -> None:
+        self.left += [attempt.key for attempt in attempts]
+
+
 async def _hear_spawner(stream: bytes) -> None:
     async with trio.open_nursery() as nursery:
-        spawner = Spawner(_Child(), _link(stream), "token", nursery, lambda _: None)  # type: ignore[arg-type]
+        owner = _Owner()
+        spawner = Spawner(_Child(), _link(stream), "token", nursery, owner)  # type: ignore[arg-type]
         waiters = [Waiter(number) for number in range(1, 4)]
         spawner.waiting = {waiter.id: waiter for waiter in waiters}
         spawner._ids = 3
@@ -98,8 +109,7 @@ async def _hear_spawner(stream: bytes) -> None:
             _fits_log(await waiter.wait())
         for each in ended:
             _fits_log(each.outcome)
-        left = [attempt.key for _, attempts in spawner.left for attempt in attempts]
-        assert sorted([*(each.key for each in ended), *left]) == [attempt.key for attempt in attempts]
+        assert sorted([*(each.key for each in ended), *owner.left]) == [attempt.key for attempt in attempts]
 
 
 def _fits_log(outcome: Outcome) -> None:

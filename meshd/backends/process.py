@@ -22,7 +22,7 @@ import trio
 from meshd.backends import spawners
 from meshd.backends.limits import refuse_strings
 from meshd.backends.remains import remove
-from meshd.backends.spawners import Spawner
+from meshd.backends.spawners import Lane, Spawner
 from meshd.errors import TooLarge
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
 from meshd.ports import BackendSettings, Execution, Finished, Plan, Planned
@@ -91,10 +91,9 @@ class ProcessBackend:
             with trio.CancelScope(shield=True):
                 if self._spawner is not None:
                     await self._spawner.end()
-                    for lane, attempts in self._spawner.left:
-                        _tell_stopped(lane.ended, attempts)
+                stopping = Outcome(EndReason.BACKEND, message="the process backend is stopping")
                 for start in self._pending:
-                    _tell_stopped(start.ended, start.attempts)
+                    await _tell(start, stopping)
                 self._pending.clear()
                 await trio.to_thread.run_sync(remove, self._scratch)
 
@@ -188,29 +187,25 @@ class ProcessBackend:
         async with self._starting:
             if self._spawner is None or not self._spawner.is_alive:
                 self._spawner = await self._start_spawner(nursery)
-                nursery.start_soon(self._run_elsewhere, self._spawner)
             return self._spawner
 
     async def _start_spawner(self, nursery: trio.Nursery) -> Spawner:
-        return await Spawner.start(
-            self._token, self._term_grace_s, str(self._scratch), self._lock, nursery, self._leave_remains
-        )
+        return await Spawner.start(self._token, self._term_grace_s, str(self._scratch), self._lock, nursery, self)
 
-    async def _run_elsewhere(self, spawner: Spawner) -> None:
-        """What had not begun when it died."""
-        await spawner.buried.wait()
-        left, spawner.left = spawner.left, []
-        for lane, attempts in left:
-            if attempts:
-                log.info("process.run_elsewhere", job=lane.plan.job, attempts=len(attempts))
-                self.start(lane.plan, lane.number, attempts, lane.ended)
+    def run_elsewhere(self, lane: Lane, attempts: Sequence[Planned]) -> None:
+        if self._nursery is None:
+            stopping = Outcome(EndReason.BACKEND, message="the process backend is stopping")
+            lane.ended([Finished(each.key, stopping) for each in attempts])
+            return
+        log.info("process.run_elsewhere", job=lane.plan.job, attempts=len(attempts))
+        self.start(lane.plan, lane.number, attempts, lane.ended)
 
     async def _end_silent(self, before_s: float) -> None:
         if self._spawner is not None and self._spawner.is_alive and self._spawner.silent_since(before_s):
             log.warning("process.spawner_silent", pid=self._spawner.child.pid)
             await self._spawner.end(is_now=True)
 
-    def _leave_remains(self, directory: str) -> None:
+    def remove(self, directory: str) -> None:
         try:
             self._remains.send_nowait(directory)
         except trio.WouldBlock:
@@ -260,10 +255,5 @@ def _refuse(source: Execution | Plan) -> str | None:
 
 
 async def _tell(start: Start, outcome: Outcome) -> None:
-    start.ended([Finished(each.key, outcome) for each in start.attempts])
-
-
-def _tell_stopped(ended: Callable[[Sequence[Finished]], None], attempts: Sequence[Planned]) -> None:
-    if attempts:
-        stopping = Outcome(EndReason.BACKEND, message="the process backend is stopping")
-        ended([Finished(each.key, stopping) for each in attempts])
+    if start.attempts:
+        start.ended([Finished(each.key, outcome) for each in start.attempts])

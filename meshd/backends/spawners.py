@@ -6,18 +6,17 @@ behind it never began (spawner.py sees to it), and run in the next one.
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
 import trio
 from msgspec import Struct
 
-from meshd.backends.child import Child, Link
+from meshd.backends.child import Child, Gathering, Link
 from meshd.backends.limits import file_bytes_max
 from meshd.backends.outcomes import finished_with_output, outcome_of
 from meshd.backends.spawner import kill_strays
@@ -32,8 +31,8 @@ LATE_S = 15.0
 REPLY_S = 5.0
 """For what the spawner answers from memory; starting a command keeps it for milliseconds."""
 
-GATHER_S = 0.003
-"""Between two looks at what it has answered: waking up costs the loop as much as ten answers."""
+GATHER_S = 0.01
+"""Of its answers, at most: some ten of commands that do nothing."""
 
 FRAMES_MAX = 256
 OUTPUT_BYTES_MAX = 64 << 10
@@ -94,34 +93,40 @@ class Lane:
         self.tell: Callable[[float | None], None] | None = None
 
 
+class Owner(Protocol):
+    """Must not wait."""
+
+    def remove(self, directory: str) -> None:
+        """A command left something in it."""
+        ...
+
+    def run_elsewhere(self, lane: Lane, attempts: Sequence[Planned]) -> None:
+        """They had not begun when their spawner died."""
+        ...
+
+
 class Spawner:
     """The spawner process, and who waits for what in it."""
 
-    def __init__(
-        self, child: Child, link: Link, token: str, nursery: trio.Nursery, remove: Callable[[str], None]
-    ) -> None:
-        """`remove` takes directories that commands left something in."""
+    def __init__(self, child: Child, link: Link, token: str, nursery: trio.Nursery, owner: Owner) -> None:
         self.child = child
         self._token = token
         self.is_alive = True
         self.used_at_s = trio.current_time()
         self.waiting: dict[int, Waiter] = {}
         self.lanes: dict[int, Lane] = {}
-        self.left: list[tuple[Lane, list[Planned]]] = []
-        """After its death: what never began."""
-        self.buried = trio.Event()
         self._link = link
         self._nursery = nursery
-        self._remove = remove
+        self._owner = owner
         self._burying = trio.Lock()
         self._ids = 0
         self._lane_of: dict[int, Lane] = {}
+        self._stopped: set[int] = set()
         self._calls: dict[int, tuple[trio.Event, list[Answer]]] = {}
 
     @classmethod
     async def start(
-        cls, token: str, term_grace_s: float, scratch: str, lock: int | None, nursery: trio.Nursery,
-        remove: Callable[[str], None],
+        cls, token: str, term_grace_s: float, scratch: str, lock: int | None, nursery: trio.Nursery, owner: Owner,
     ) -> Spawner:  # fmt: skip
         """Raises OSError. Its reader runs in `nursery`."""
         ours, theirs = socket.socketpair()
@@ -130,7 +135,7 @@ class Spawner:
         except BaseException:
             ours.close()
             raise
-        spawner = cls(child, Link(ours), token, nursery, remove)
+        spawner = cls(child, Link(ours), token, nursery, owner)
         nursery.start_soon(spawner.read)
         log.info("process.spawner_started", pid=child.pid)
         return spawner
@@ -203,6 +208,7 @@ class Spawner:
 
     async def stop(self, number: int, term_grace_s: float) -> None:
         """It ends soon, or takes its spawner with it."""
+        self._stopped.add(number)
         self._post({"do": "cancel", "id": number})
         await trio.sleep(term_grace_s + LATE_S)
         if number in self._lane_of and self.is_alive:
@@ -256,16 +262,18 @@ class Spawner:
             await self._bury()
 
     async def read(self) -> None:
+        gathering = Gathering(GATHER_S)
         while frames := await self._link.receive_some(FRAMES_MAX):
             try:
-                for frame in frames:
-                    self._understand(frame)
+                heard = sum(self._understand(frame) for frame in frames)
             except ValueError as error:
                 log.warning("process.spawner_broken", pid=self.child.pid, why=str(error))
                 self.child.kill()
                 break
-            if self.lanes:
-                await trio.sleep(GATHER_S)
+            # All lanes share its answers.
+            left = min((len(lane.given) for lane in self.lanes.values()), default=0) * len(self.lanes)
+            if pause_s := gathering.pause_s(heard, left, trio.current_time()):
+                await trio.sleep(pause_s)
         # It has died, or `end` has closed our socket: then it cleans up and exits.
         with trio.CancelScope(shield=True):
             with trio.move_on_after(LATE_S):
@@ -283,25 +291,35 @@ class Spawner:
             self._fail_all(self.child.describe_end())
             self._link.close()
             self.child.close()
-            self.buried.set()
 
     def _fail_all(self, why: str) -> None:
         self.is_alive = False
         lost = Outcome(EndReason.BACKEND, message=f"the spawner {why}"[:2048])
         for waiter in self.waiting.values():
             waiter.resolve(lost)
+        cancelled = Outcome(EndReason.CANCELLED, message="cancelled")
         for lane in list(self.lanes.values()):
-            first, *rest = lane.given.values()
+            finished: list[Finished] = []
+            left: list[Planned] = []
+            for place, (number, attempt) in enumerate(lane.given.items()):
+                if number in self._stopped:
+                    finished.append(Finished(attempt.key, cancelled))
+                elif place == 0:
+                    finished.append(Finished(attempt.key, lost))
+                else:
+                    left.append(attempt)
             lane.given.clear()
             self._forget_if_over(lane)
-            self.left.append((lane, rest))
-            lane.ended([Finished(first.key, lost)])
+            if finished:
+                lane.ended(finished)
+            if left:
+                self._owner.run_elsewhere(lane, left)
         self._lane_of.clear()
 
     # --- what it says ------------------------------------------------------------------------------------------------
 
-    def _understand(self, frame: bytes) -> None:
-        """Raises ValueError: a command may have taken it over."""
+    def _understand(self, frame: bytes) -> int:
+        """How many ends it tells of. Raises ValueError: a command may have taken it over."""
         try:
             answer = msgspec.json.decode(frame, type=Answer)
         except (msgspec.MsgspecError, RecursionError) as error:
@@ -318,6 +336,7 @@ class Spawner:
             event, answers = self._calls[answer.call]
             answers.append(answer)
             event.set()
+        return len(answer.ended)
 
     def _ended(self, end: End, finished: dict[int, tuple[Lane, list[Finished]]]) -> None:
         outcome = outcome_of(reason=end.reason, exit_code=end.exit_code, message=end.message, run_ms=end.run_ms)
@@ -330,10 +349,11 @@ class Spawner:
         key = lane.given[end.id].key
         told = finished_with_output(key, outcome, stdout, stderr, str(lane.plan.spill))
         del lane.given[end.id], self._lane_of[end.id]
+        self._stopped.discard(end.id)
         lane.heard_s = self.used_at_s = trio.current_time()
         finished.setdefault(lane.number, (lane, []))[1].append(told)
         if end.left:
-            self._remove(end.left)
+            self._owner.remove(end.left)
 
     def _forget_if_over(self, lane: Lane) -> None:
         if not lane.given and self.lanes.get(lane.number) is lane:
@@ -343,7 +363,7 @@ class Spawner:
 
     def _post(self, request: dict[str, Any]) -> None:
         """Raises TooLarge."""
-        self._link.post(json.dumps(request).encode())
+        self._link.post(msgspec.json.encode(request))
         if self._link.is_pending:
             self._nursery.start_soon(self._link.flush)
 

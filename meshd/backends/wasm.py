@@ -19,7 +19,7 @@ import trio
 
 from meshd.backends.limits import refuse_strings
 from meshd.backends.remains import remove
-from meshd.backends.wasm_runners import CANCEL_S, GATHER_S, Lane, Runner, RunnerLost, lane_for
+from meshd.backends.wasm_runners import CANCEL_S, Lane, Runner, RunnerLost, lane_for
 from meshd.errors import TooLarge
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
 from meshd.ports import BackendSettings, Execution, Finished, Plan, Planned
@@ -292,9 +292,11 @@ class WasmBackend:
     async def _hear(self, runner: Runner) -> None:
         try:
             while True:
-                self._tell(runner, await runner.hear())
-                if runner.given:
-                    await trio.sleep(GATHER_S)
+                finished = await runner.hear()
+                self._tell(runner, finished)
+                pause_s = runner.gathering.pause_s(len(finished), len(runner.given), trio.current_time())
+                if pause_s:
+                    await trio.sleep(pause_s)
         except RunnerLost as lost:
             await self._bury(runner, str(lost))
 

@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from meshd import codec
-from meshd.backends.child import Child, Link
+from meshd.backends.child import Child, Gathering, Link
 from meshd.backends.limits import file_bytes_max
 from meshd.backends.outcomes import finished_with_output, outcome_of
 from meshd.backends.wasm_messages import (
@@ -46,8 +46,7 @@ FRAMES_MAX = 1024
 """Answers taken at a time: some 5 ms of the loop."""
 
 GATHER_S = 0.003
-"""Between two looks at what a busy runner has answered: waking up costs the loop as much as ten answers."""
-
+"""Of a runner's answers, at most: some fifty of guests that do nothing."""
 
 RUN_MS_MAX = 1 << 50
 """Longer than anything runs."""
@@ -117,6 +116,7 @@ class Runner:
         self.cancelled: set[int] = set()
         self._link = link
         self._orders = orders
+        self.gathering = Gathering(GATHER_S)
         self._plans = 0
         self._ids = 0
         self._calls: dict[int, tuple[trio.Event, list[Any]]] = {}
@@ -258,15 +258,15 @@ class Runner:
     def die(self, why: str) -> tuple[list[Finished], list[Planned]]:
         """What has ended with this runner, which is dead, and what never began and is to run elsewhere."""
         finished = self._understand(self._replies()[0])
-        if self.given and not self._has_said_last:
-            number, attempt = next(iter(self.given.items()))
-            del self.given[number]
+        left: list[Planned] = []
+        for place, (number, attempt) in enumerate(self.given.items()):
             if number in self.cancelled:
-                outcome = Outcome(EndReason.CANCELLED, message="cancelled")
+                finished.append(Finished(attempt.key, Outcome(EndReason.CANCELLED, message="cancelled")))
+            elif place == 0 and not self._has_said_last:
+                lost = Outcome(EndReason.BACKEND, message=f"the runner {why}"[:2048])
+                finished.append(Finished(attempt.key, lost))
             else:
-                outcome = Outcome(EndReason.BACKEND, message=f"the runner {why}"[:2048])
-            finished.append(Finished(attempt.key, outcome))
-        left = list(self.given.values())
+                left.append(attempt)
         self.given.clear()
         return finished, left
 

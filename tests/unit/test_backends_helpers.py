@@ -1,0 +1,102 @@
+"""What the agent makes of a helper that dies: who ran, who never began, and who was told to stop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from meshd.backends.child import Gathering, Link
+from meshd.backends.spawners import Lane, Spawner
+from meshd.backends.wasm_runners import Runner, lane_for
+from meshd.model import AttemptKey, EndReason, JobId
+from meshd.ports import Finished, Plan, Planned
+
+JOB = JobId("j")
+PLAN = Plan(JOB, ("true",), (), Path("spill"), module=Path("module"))
+THREE = [Planned(AttemptKey(JOB, task, 1, task), "") for task in (1, 2, 3)]
+
+
+class DeadChild:
+    pid = 0
+    is_running = False
+    has_exited_well = True
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def wait(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def describe_end(self) -> str:
+        return "was killed by SIGKILL"
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.left: list[int] = []
+
+    def remove(self, directory: str) -> None: ...
+
+    def run_elsewhere(self, lane: Lane, attempts: Sequence[Planned]) -> None:
+        self.left += [attempt.key.task for attempt in attempts]
+
+
+def reasons(finished: list[Finished]) -> dict[int, EndReason]:
+    return {each.key.task: each.outcome.reason for each in finished}
+
+
+def runner() -> tuple[Runner, socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    orders, orders_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    made = Runner(DeadChild(), Link(ours), orders, Path("scratch"))  # type: ignore[arg-type]
+    made.work_for(lane_for(PLAN, lambda _: None))
+    made.give(THREE)
+    return made, theirs, orders_theirs
+
+
+async def test_the_first_without_an_answer_died_with_its_runner_and_the_others_never_began() -> None:
+    dead, _tasks, _orders = runner()
+    finished, left = dead.die("was killed")
+    assert reasons(finished) == {1: EndReason.BACKEND}
+    assert [attempt.key.task for attempt in left] == [2, 3]
+
+
+async def test_what_was_told_to_stop_does_not_run_elsewhere() -> None:
+    dead, _tasks, _orders = runner()
+    dead.cancel(1)
+    dead.cancel(3)
+    finished, left = dead.die("was killed")
+    assert reasons(finished) == {1: EndReason.CANCELLED, 3: EndReason.CANCELLED}
+    assert [attempt.key.task for attempt in left] == [2]
+
+
+async def test_of_each_lane_the_first_died_with_its_spawner_and_what_was_told_to_stop_runs_nowhere() -> None:
+    ours, theirs = socket.socketpair()
+    ended: list[Finished] = []
+    async with trio.open_nursery() as nursery:
+        owner = Owner()
+        spawner = Spawner(DeadChild(), Link(ours), "token", nursery, owner)  # type: ignore[arg-type]
+        spawner.give(1, PLAN, THREE, ended.extend)
+        spawner.give(2, PLAN, [Planned(AttemptKey(JOB, 4, 1, 4), "")], ended.extend)
+        number = spawner.find(3)
+        assert number is not None
+        nursery.start_soon(spawner.stop, number, 0.0)
+        await trio.testing.wait_all_tasks_blocked()
+        theirs.close()
+        await spawner.read()
+        nursery.cancel_scope.cancel()
+    assert reasons(ended) == {1: EndReason.BACKEND, 3: EndReason.CANCELLED, 4: EndReason.BACKEND}
+    assert owner.left == [2]
+
+
+def test_a_helper_is_left_alone_only_while_it_answers_often_and_has_enough_to_do() -> None:
+    gathering = Gathering(0.003)
+    assert gathering.pause_s(heard=1, left=100, now_s=1.0) == 0.0, "nothing is known yet"
+    assert gathering.pause_s(heard=10, left=100, now_s=1.001) == 0.003
+    assert round(gathering.pause_s(heard=10, left=5, now_s=1.002), 6) == 0.0005, "until it has nothing left"
+    assert gathering.pause_s(heard=1, left=100, now_s=1.012) == 0.0, "its answers are few"
