@@ -222,17 +222,23 @@ class Figure:
     is_within: bool
 
 
-def measure(jobs: int) -> list[Figure]:
+def measure(jobs: int, kept: Path | None) -> list[Figure]:
+    """`kept`: filled the first time, and used again after that."""
     SCRATCH.mkdir(exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="history-", dir=SCRATCH))
     mesh = DevMesh(directory)
     try:
-        (directory / FULL).mkdir()
-        began = time.monotonic()
-        trio.run(fill, directory / FULL, jobs)
-        print(f"filled in {time.monotonic() - began:.0f} s; {_size_mb(directory / FULL)}", file=sys.stderr)
+        filled = directory / FULL if kept is None else kept
+        if not filled.exists():
+            filled.mkdir()
+            began = time.monotonic()
+            trio.run(fill, filled, jobs)
+            print(f"filled in {time.monotonic() - began:.0f} s; {_size_mb(filled)}", file=sys.stderr)
+        if kept is not None:
+            shutil.copytree(kept, directory / FULL)
         mesh.start(EMPTY)
         mesh.start(FULL)
+        time.sleep(SETTLE_S)
         for name in (EMPTY, FULL):
             mesh.kill(name)
         ready_s = {name: _timed(lambda name=name: mesh.start(name)) for name in (EMPTY, FULL)}  # type: ignore[misc]
@@ -304,9 +310,10 @@ def _size_mb(home: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1_000_000)
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="filled once, and used again by later runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
-    figures = measure(options.jobs)
+    figures = measure(options.jobs, options.keep)
     print(f"{options.jobs} finished jobs; {load()}")
     print(f"{'':<36} {'empty':>10} {'with them':>10}  bound")
     for figure in figures:

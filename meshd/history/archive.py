@@ -29,7 +29,7 @@ from meshd.ports import BlobStore, ProposeResult
 from meshd.raft.messages import VoterId
 from meshd.raft.state.commands import AnyCommand, Seal
 from meshd.raft.state.history import TAIL, Segment, Tail
-from meshd.raft.state.jobs import JobRecord, Row
+from meshd.raft.state.jobs import Job, JobRecord, Row
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.queries import choose_tasks, job_view, no_such_job, several_jobs
 from meshd.views import AnyQuery, Explain, GetJob, JobPage, ListJobs, ListTasks
@@ -141,6 +141,8 @@ class Archive:
             await self._propose(work.tell)
         if (drop := self._work().drop) is not None:
             await self._propose(drop)
+        while self._machine.history.large:
+            await trio.to_thread.run_sync(_free, self._machine.history.large.pop())
         if self._tail is not None and self._work().may_seal:
             await self._seal(self._tail)
 
@@ -393,6 +395,13 @@ class Archive:
             self._is_index_bad = True
             self._stored.set()
             raise Unavailable(f"{error}; it is made anew", hint="try again") from error
+
+
+def _free(job: Job) -> None:
+    """Row after row, so that other threads run between."""
+    job.record = None
+    while job.results:
+        job.results.popitem()
 
 
 async def _chunks(number: int, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:

@@ -66,6 +66,8 @@ TICK_MS_MAX = 60_000
 """One entry counts at most a minute, so while something is pending there is one each minute."""
 SLOWED_S = 0.5
 """While a peer that is far behind slows the log down there is a batch so often, of as much as may be written in that time."""
+SNAPSHOT_BYTES_MIN = 8 << 20
+"""A small state is written down after so many bytes of entries, so that a start has few to apply again."""
 DISPUTED = "the voters' states differ and none has a majority; see `mesh cluster status`"
 
 
@@ -145,6 +147,8 @@ class Server:
         self._written_s = float("-inf")
         self._saved_index = self.engine.applied
         self._bytes_since_saved = 0
+        self._snapshot_size = 0
+        """Of the newest one that was written or installed here; 0: not known since the start."""
         self._disputed = 0
 
     # --- a turn -------------------------------------------------------------------------------------------------------
@@ -401,7 +405,7 @@ class Server:
         index = self.engine.applied
         is_due = (
             index - self._saved_index >= self._settings.snapshot_entries
-            or self._bytes_since_saved >= self._settings.snapshot_bytes
+            or self._bytes_since_saved >= self._snapshot_bytes
         )
         if not is_due or index == self._saved_index:
             return None
@@ -413,8 +417,14 @@ class Server:
         self._saved_index = 0
         self._bytes_since_saved = self._settings.snapshot_bytes
 
-    def saved(self, index: int) -> None:
-        """A snapshot at `index` is durable."""
+    @property
+    def _snapshot_bytes(self) -> int:
+        """As much of the log as the state is large: writing it down costs no more than the log did."""
+        return min(max(self._snapshot_size, SNAPSHOT_BYTES_MIN), self._settings.snapshot_bytes)
+
+    def saved(self, index: int, size: int = 0) -> None:
+        """A snapshot of so many bytes at `index` is durable."""
+        self._snapshot_size = size
         self._saved_index = max(self._saved_index, index)
         self._trim()
 
@@ -427,4 +437,5 @@ class Server:
         """A leader's snapshot is verified and durable here; `restore` is what the machine unpacked it to."""
         self.engine.install(image, restore)
         self._saved_index = max(self._saved_index, image.index)
+        self._snapshot_size = len(image.state)
         self._bytes_since_saved = 0

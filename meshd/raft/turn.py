@@ -180,14 +180,15 @@ class Turns:
     def _save(self, capture: Capture) -> None:
         """Write the state down; the log behind it goes only then."""
         image = Image(self._mesh, capture.index, capture.term, capture.voters, capture.pack())
-        if (older := self._saved_on_disk(pack_image(image))) is not None:
-            self._finished = partial(self._saved, capture.index, older)
+        packed = pack_image(image)
+        if (older := self._saved_on_disk(packed)) is not None:
+            self._finished = partial(self._saved, capture.index, older, len(packed.data))
 
-    def _saved(self, index: int, older: int) -> None:
+    def _saved(self, index: int, older: int, size: int) -> None:
         self._server.report("raft.snapshot_saved", {"index": index})
         self._packed = None
         self._is_damaged = False
-        self._server.saved(index)
+        self._server.saved(index, size)
         self._release_to = older
 
     def _load(self) -> None:

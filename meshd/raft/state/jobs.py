@@ -119,6 +119,8 @@ class Job(Struct, eq=False, gc=False):
     held: int = 0
     hold: int = 0
     """The recovery that holds it until an operator releases it (protocol.md 10); 0 is none."""
+    outcome_bytes: int = 0
+    """Of the outcomes in its rows."""
     kind: Kind | None = None
     """Set while the job is live."""
     record: JobRecord | None = None

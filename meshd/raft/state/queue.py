@@ -598,7 +598,7 @@ class Queue:
             if not named:
                 del self.names[job.spec.name]
         self.finished_rows -= len(job.results)
-        self.outcome_bytes -= sum([_size(row) for row in job.results.values()])
+        self.outcome_bytes -= job.outcome_bytes
 
     # --- how a task moves
 
@@ -675,7 +675,9 @@ class Queue:
         job.put(task, row)
         self.totals[was] -= 1
         self.totals[row.state] += 1
-        self.outcome_bytes += _size(row) - (0 if before is None else _size(before))
+        change = _size(row) - (0 if before is None else _size(before))
+        self.outcome_bytes += change
+        job.outcome_bytes += change
         if row.due_ms is not None:
             self._timers.put((job.number, task), row.due_ms)
         elif before is not None and before.due_ms is not None:

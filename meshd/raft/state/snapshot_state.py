@@ -236,7 +236,8 @@ def _restore_job(record: JobRecord, matching: Matching, queue: Queue) -> None:
         if row.state is not TaskState.READY:
             totals[row.state] += 1
     totals[TaskState.LEASED] += sum(map(len, record.runs))
-    queue.outcome_bytes += sum(len(row.outcome or b"") for row in (*job.rows.values(), *job.results.values()))
+    job.outcome_bytes = sum(len(row.outcome or b"") for row in (*job.rows.values(), *job.results.values()))
+    queue.outcome_bytes += job.outcome_bytes
     if job.is_final:
         queue.finished_rows += len(job.results)
         return
