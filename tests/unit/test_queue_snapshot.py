@@ -86,3 +86,13 @@ def test_a_replica_that_did_something_else_is_told_by_its_digest():
     one.submit()
     other.submit(spec(count=2))
     assert one.machine.digest() != other.machine.digest()
+
+
+def test_a_lease_that_a_wrong_report_has_told_apart_is_the_same_in_a_snapshot():
+    scene = Scene(A, B)
+    job = scene.submit()
+    [key] = scene.leases(A)
+    scene.report(B, (key, TOLD))
+    copy = Machine()
+    copy.restore(scene.machine.capture()())
+    assert copy.digest() == scene.machine.digest() and scene.job(job).counts.leased == 1
