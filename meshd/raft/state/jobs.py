@@ -223,9 +223,8 @@ class Job(Struct, eq=False, gc=False):
         """One task of the run gets a row, which says the same."""
         self.runs.cut(run, task, task + 1)
         row = self.rows[task] = row_of(run, task)
-        self.record = (
-            None  # a snapshot has to say it the same way, or a replica restored from it would have another hash
-        )
+        # A snapshot has to say it in the same way, or the replica that begins with it has another hash.
+        self.record = None
         return row
 
     def put(self, task: int, row: Row) -> None:
