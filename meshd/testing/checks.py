@@ -346,7 +346,8 @@ class Checks:
             leases = self.oracle.leases_of(node, epoch)
             slots = max(self._claimed[node, epoch][1], before.get((node, epoch), (0, 0))[1])
             ahead = self._ahead[node].copy()
-            leases = tuple(key for key in leases if not _takes_one(ahead, key.job))
+            # The newest first: of a node that claims less than it holds, only what is ahead may be replaced.
+            leases = tuple(key for key in reversed(leases) if not _takes_one(ahead, key.job))
             if len(leases) > slots and any(key.fence in given for key in leases):
                 self.breach("leases fit the slots", f"{len(leases)} leases in {slots} slots of {node}")
             specs = [spec for key in leases if (spec := self.oracle.spec_of(key.job)) is not None]
