@@ -183,6 +183,9 @@ class Spawner:
 
     def _start(self, lane: Lane, task: list[Any]) -> None:
         number, fence = task[0], task[3]
+        if lane.leash_s is not None and time.clock_gettime(time.CLOCK_BOOTTIME) >= lane.leash_s:
+            self._end(number, "lost", None, "not begun: its node was cut off from the mesh for too long", 0)
+            return
         desk = ""
         try:
             desk = self._desks.take()

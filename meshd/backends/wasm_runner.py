@@ -184,7 +184,10 @@ class Runner:
             with self._lock:
                 # Relative to the epoch now: one rise interrupts this guest, and no earlier one does.
                 ffi.wasmtime_context_set_epoch_deadline(context, 1)
-                attempt.begin(guests.engine, time.monotonic())
+                now = time.monotonic()
+                attempt.begin(guests.engine, now)
+                if attempt.stop is None and self._is_leash_over():
+                    attempt.stop = _lost(now)
                 self._arm(attempt)
                 return attempt.stop is None
 
@@ -354,14 +357,17 @@ class Runner:
         self._reply(ENDED, *Ended(attempt.task.id, stop.reason, None, stop.message, run_ms, stdout, stderr, True))
         os._exit(0)
 
+    def _is_leash_over(self) -> bool:
+        leash_s = self._leash[1]
+        return leash_s is not None and time.clock_gettime(time.CLOCK_BOOTTIME) >= leash_s
+
     def _reason_to_stop(self, attempt: Attempt, now: float) -> Stop | None:
         plan = attempt.plan
         force_at = now + GRACE_S
         if attempt.is_cancelled:
             return Stop("cancelled", "cancelled", force_at)
-        leash_s = self._leash[1]
-        if leash_s is not None and time.clock_gettime(time.CLOCK_BOOTTIME) >= leash_s:
-            return Stop("lost", "stopped by its own node, which was cut off from the mesh for too long", force_at)
+        if self._is_leash_over():
+            return _lost(now)
         if now >= attempt.deadline_s:
             if attempt.engine is None:
                 return Stop("timeout", f"compiling the module took over {COMPILE_S_MAX:.0f} s", force_at)
@@ -369,6 +375,10 @@ class Runner:
         if (flooded := attempt.output.flooded()) is not None:
             return Stop("output_limit", flooded, force_at)
         return None
+
+
+def _lost(now: float) -> Stop:
+    return Stop("lost", "stopped by its own node, which was cut off from the mesh for too long", now + GRACE_S)
 
 
 def _empty(directory: str) -> None:

@@ -442,6 +442,12 @@ class BackendSuite:
             await batch.wait(3)
             assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.LOST}
 
+    async def test_nothing_of_a_batch_begins_past_its_leash(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("exit", "0"), ["a"] * 50, leash=Leash(boottime() - 1))
+            await batch.wait(50)
+            assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.LOST}
+
     @pytest.mark.parametrize("words", [("spin",), ("sleep", "60")], ids=["computing", "sleeping"])
     async def test_one_of_a_batch_is_stopped_whether_it_runs_or_waits(
         self, tmp_path: Path, words: tuple[str, ...]

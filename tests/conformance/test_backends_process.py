@@ -15,8 +15,8 @@ import trio
 
 from meshd.backends import process, spawners
 from meshd.model import EndReason, Resources
-from meshd.ports import Limits
-from meshd.testing.backend_suite import BackendSuite, Program, build, nothing_left, poll
+from meshd.ports import Leash, Limits
+from meshd.testing.backend_suite import BackendSuite, Program, boottime, build, nothing_left, poll
 from tests.conformance.test_backends_suite import GUEST
 
 
@@ -259,6 +259,13 @@ async def test_commands_of_a_batch_that_leave_nothing_share_a_directory(tmp_path
         batch = bench.start(Program(("sh", "-c", "pwd; touch x; rm x")), [""] * 5)
         await batch.wait(5)
         assert len({batch.stdout(task) for task in range(5)}) == 1
+
+
+async def test_not_even_the_quickest_command_of_a_batch_begins_past_its_leash(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        batch = bench.start(Program(("true",)), ["a"] * 50, leash=Leash(boottime() - 1))
+        await batch.wait(50)
+        assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.LOST}
 
 
 async def test_a_daemon_of_a_batch_does_not_outlive_its_command(tmp_path: Path) -> None:
