@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meshd.model import (
     Array,
+    AttemptRun,
     BackendOffer,
     EndReason,
     Inline,
@@ -15,6 +16,7 @@ from meshd.model import (
     runs_of,
 )
 from meshd.raft.state.commands import Claim, Ended, Reason, Report, Reported, SetDraining, Submit
+from meshd.raft.state.machine import Machine
 from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, job_id, spec
 
 
@@ -335,3 +337,19 @@ def test_one_entry_leases_a_bounded_number_and_the_next_ones_the_rest():
 
     assert leased == [1_000, 2_000, 2_500]
     assert [key.fence for key in scene.leases(A)] == list(range(1, kinds + 1))
+
+
+def test_nobody_gives_back_or_ends_what_is_anothers():
+    scene = Scene(A, B, slots=2, offer=TWO_CORES)
+    one, two = scene.submit(spec(count=2, needs=ONE_CORE)), scene.submit(spec(count=2, needs=ONE_CORE))
+    [mine, *_], [theirs, *_] = scene.leases(A), scene.leases(B)
+
+    forged = AttemptRun(two if mine.job == one else one, mine.task, 1, mine.fence)
+    scene.report_runs(A, returned=(AttemptRun(theirs.job, theirs.task, 1, theirs.fence), forged))
+    answer = scene.report_runs(A, done=(AttemptRun(theirs.job, theirs.task, 1, theirs.fence), forged))
+
+    assert [run.fence for run in answer.stale_runs] == [theirs.fence, mine.fence]
+    restored = Machine()
+    restored.restore(scene.machine.capture()())
+    assert restored.digest() == scene.machine.digest(), "a snapshot says how it is, not how it was"
+    assert [len(scene.leases(node)) for node in (A, B)] == [2, 2]

@@ -22,6 +22,7 @@ from meshd.model import JobId, NodeId, Offer
 from meshd.placement import Demand, amounts_of, rank
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.jobs import Job
+from meshd.raft.state.ranges import Ranges
 from meshd.raft.state.runs import Run
 
 KINDS_MAX = 10_000
@@ -47,8 +48,8 @@ class Node:
     offer: Offer | None = None
     leases: dict[int, tuple[Job, int]] = field(default_factory=dict)
     """By fence: the job and the task. Of what has a row; the rest is in `runs`."""
-    runs: dict[JobId, tuple[Job, int]] = field(default_factory=dict)
-    """How many tasks are leased to this session in runs of the job."""
+    runs: dict[JobId, tuple[Job, Ranges]] = field(default_factory=dict)
+    """The tasks that are leased to this session in runs of the job."""
     taken: int = 0
     """Slots: leases of both sorts that are not ahead."""
     ahead: dict[JobId, int] = field(default_factory=dict)
@@ -73,7 +74,15 @@ class Node:
 
     @property
     def held_in_all(self) -> int:
-        return len(self.leases) + sum(count for _, count in self.runs.values())
+        return len(self.leases) + sum([len(tasks) for _, tasks in self.runs.values()])
+
+    def each_run(self) -> list[tuple[Job, Run]]:
+        return [
+            (job, run)
+            for job, tasks in self.runs.values()
+            for start, stop in tasks
+            for run in job.runs.within(start, stop)
+        ]
 
 
 @dataclass(slots=True, eq=False)
@@ -193,29 +202,29 @@ class Matching:
         self._leased(node, fence)
 
     def take_run(self, node: Node, job: Job, run: Run) -> None:
-        _, count = node.runs.get(job.id, (job, 0))
-        node.runs[job.id] = (job, count + len(run))
+        if job.id not in node.runs:
+            node.runs[job.id] = (job, Ranges())
+        node.runs[job.id][1].add(run.start, run.stop)
         self._use(node, job, len(run), is_ahead=run.is_ahead)
         self._leased(node, run.fence_of(run.stop - 1))
 
     def lay_out(self, node: Node, fence: int, job: Job, task: int) -> None:
         """One attempt of a run has a row from now: nothing else changes."""
-        self._shorten(node, job, 1)
+        self._shorten(node, job, task, task + 1)
         node.leases[fence] = (job, task)
 
     def give_back(self, node: Node, fence: int, *, is_ahead: bool) -> None:
         job, _ = node.leases.pop(fence)
         self._unuse(node, job, 1, is_ahead=is_ahead)
 
-    def give_back_run(self, node: Node, job: Job, count: int, *, is_ahead: bool) -> None:
-        self._shorten(node, job, count)
-        self._unuse(node, job, count, is_ahead=is_ahead)
+    def give_back_run(self, node: Node, job: Job, run: Run) -> None:
+        self._shorten(node, job, run.start, run.stop)
+        self._unuse(node, job, len(run), is_ahead=run.is_ahead)
 
-    def _shorten(self, node: Node, job: Job, count: int) -> None:
-        left = node.runs[job.id][1] - count
-        if left:
-            node.runs[job.id] = (job, left)
-        else:
+    def _shorten(self, node: Node, job: Job, start: int, stop: int) -> None:
+        tasks = node.runs[job.id][1]
+        tasks.remove(start, stop)
+        if not tasks:
             del node.runs[job.id]
 
     def _use(self, node: Node, job: Job, count: int, *, is_ahead: bool) -> None:

@@ -303,10 +303,8 @@ def _members_view(state: State) -> MembersView:
 def _member_view(state: State, member: Member) -> MemberView:
     node = state.matching.nodes[member.node]
     keys = [job.key(task, job.rows[task]) for job, task in node.leases.values()]
-    for job, _ in node.runs.values():
-        for run in job.runs:
-            if run.node == node.id:
-                keys += run.attempts(job.id).each()
+    for job, run in node.each_run():
+        keys += run.attempts(job.id).each()
     keys.sort(key=lambda key: key.fence)
     return MemberView(
         member=member,

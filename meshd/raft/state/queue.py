@@ -382,12 +382,19 @@ class Queue:
             job.lay_out(run, task)
             self._matching.lay_out(self._matching.nodes[run.node], run.fence_of(task), job, task)
 
+    def _lay_out_own(self, node: Node, key: AttemptKey) -> None:
+        """The same, if this very attempt is the node's: nobody else's word makes a row."""
+        if key.job not in node.runs:
+            return
+        job = node.runs[key.job][0]
+        run = job.runs.find(key.task)
+        if run is not None and run.node == node.id and (run.fence_of(key.task), 1) == (key.fence, key.attempt):
+            self._lay_out(job, key.task)
+
     def _lay_out_all(self, node: Node) -> None:
-        for job, _ in list(node.runs.values()):
-            for run in job.runs.packed():
-                if run.node == node.id:
-                    for task in range(run.start, run.stop):
-                        self._lay_out(job, task)
+        for job, run in node.each_run():
+            for task in range(run.start, run.stop):
+                self._lay_out(job, task)
 
     def adopt(self, node: Node, key: AttemptKey) -> bool:
         """The attempt runs on under the node's new epoch, if it is still the node's (protocol.md 5, Coming back)."""
@@ -445,25 +452,20 @@ class Queue:
 
     def free_unheld(self, node: Node, fence_max: int, held: frozenset[int]) -> None:
         """Leases the node does not hold, and will refuse, were never started: ready again, nothing lost."""
-        for job, _ in list(node.runs.values()):
-            for run in job.runs.packed():
-                if run.node == node.id:
-                    for task in range(run.start, run.stop):
-                        if run.fence_of(task) <= fence_max and run.fence_of(task) not in held:
-                            self._lay_out(job, task)
+        for job, run in node.each_run():
+            for task in range(run.start, run.stop):
+                if run.fence_of(task) <= fence_max and run.fence_of(task) not in held:
+                    self._lay_out(job, task)
         for fence in sorted(node.leases):
             if fence <= fence_max and fence not in held:
                 self._free(node, fence)
 
     def take_back(self, node: Node, attempts: AttemptRun) -> None:
         """The node holds them, has not started them, and never will: ready again, nothing lost."""
-        job = self.jobs.get(attempts.job)
-        if job is None:
-            return
         for key in attempts.each():
-            self._lay_out(job, key.task)
+            self._lay_out_own(node, key)
             lease = node.leases.get(key.fence)
-            if lease is not None and job.key(lease[1], job.rows[lease[1]]) == key:
+            if lease is not None and lease[0].key(lease[1], lease[0].rows[lease[1]]) == key:
                 self._free(node, key.fence)
 
     def _free(self, node: Node, fence: int) -> None:
@@ -498,7 +500,7 @@ class Queue:
         whole = job.runs.find(run.start)
         assert whole is not None
         job.finish(whole, run.start, run.stop)
-        self._matching.give_back_run(node, job, len(run), is_ahead=run.is_ahead)
+        self._matching.give_back_run(node, job, run)
         self.totals[TaskState.LEASED] -= len(run)
         self.totals[TaskState.DONE] += len(run)
         self._settle(job)
@@ -514,9 +516,7 @@ class Queue:
         """The outcome of an attempt; False when it is not, or no longer, this session's."""
         if outcome.is_bare:
             return not self.finish_bare(node, AttemptRun(key.job, key.task, key.attempt, key.fence))
-        job = self.jobs.get(key.job)
-        if job is not None:
-            self._lay_out(job, key.task)
+        self._lay_out_own(node, key)
         return self._finish_row(node, key, outcome)
 
     def _finish_row(self, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
@@ -535,8 +535,7 @@ class Queue:
         return True
 
     def mark_running(self, node: Node, key: AttemptKey) -> None:
-        if (found := self.jobs.get(key.job)) is not None:
-            self._lay_out(found, key.task)
+        self._lay_out_own(node, key)
         lease = node.leases.get(key.fence)
         if lease is None:
             return

@@ -8,7 +8,7 @@ with something to tell) the task gets a row of its own, by `Queue.lay_out`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from msgspec import Struct
@@ -46,10 +46,14 @@ class Run(Struct, frozen=True, array_like=True, gc=False):
         return AttemptRun(job, self.start, 1, self.fence, len(self))
 
 
-class Runs(Struct, eq=False, gc=False):
-    """Disjoint runs in the order of their tasks. Few at a time: what one node holds of a job is nearly always in one piece."""
+TUPLE_RUNS_MAX = 16
+"""Few runs are a tuple, which the garbage collector need not look at; many, of a job at hundreds of nodes, a list."""
 
-    _runs: tuple[Run, ...] = ()
+
+class Runs(Struct, eq=False, gc=False):
+    """Disjoint runs in the order of their tasks: what one node holds of a job is nearly always in a few pieces."""
+
+    _runs: Sequence[Run] = ()
 
     @classmethod
     def of(cls, runs: Iterable[Run]) -> Runs:
@@ -76,20 +80,22 @@ class Runs(Struct, eq=False, gc=False):
         return tuple([run.within(start, stop) for run in runs[low:high]])
 
     def add(self, run: Run) -> None:
-        runs = self._runs
-        at = bisect_left(runs, run.start, key=_start)
-        self._runs = (*runs[:at], run, *runs[at:])
+        self._replace(bisect_left(self._runs, run.start, key=_start), 0, [run])
 
     def cut(self, run: Run, start: int, stop: int) -> None:
         """Take [start, stop) out of the run that it lies in."""
-        runs = self._runs
-        at = bisect_left(runs, run.start, key=_start)
+        at = bisect_left(self._runs, run.start, key=_start)
         rest = []
         if run.start < start:
             rest.append(run.within(run.start, start))
         if stop < run.stop:
             rest.append(run.within(stop, run.stop))
-        self._runs = (*runs[:at], *rest, *runs[at + 1 :])
+        self._replace(at, 1, rest)
 
     def packed(self) -> tuple[Run, ...]:
-        return self._runs
+        return tuple(self._runs)
+
+    def _replace(self, at: int, count: int, by: list[Run]) -> None:
+        runs = self._runs if isinstance(self._runs, list) else list(self._runs)
+        runs[at : at + count] = by
+        self._runs = runs if len(runs) > TUPLE_RUNS_MAX else tuple(runs)

@@ -158,10 +158,8 @@ class Sessions:
         if node is None or not node.is_live or node.epoch != epoch:
             return ()
         keys = [job.key(task, job.rows[task]) for job, task in node.leases.values()]
-        for job, _ in node.runs.values():
-            for run in job.runs:
-                if run.node == node_id:
-                    keys += run.attempts(job.id).each()
+        for job, run in node.each_run():
+            keys += run.attempts(job.id).each()
         return tuple(sorted(keys, key=_fence))
 
     def still_leased(self, node_id: NodeId, epoch: int, attempts: AttemptRun) -> tuple[AttemptRun, ...]:
@@ -188,8 +186,9 @@ class Sessions:
         lease = node.leases.get(key.fence)
         if lease is not None:
             return lease[0].key(lease[1], lease[0].rows[lease[1]]) == key
-        job, _ = node.runs.get(key.job, (None, 0))
-        run = None if job is None else job.runs.find(key.task)
+        if key.job not in node.runs:
+            return False
+        run = node.runs[key.job][0].runs.find(key.task)
         return run is not None and run.node == node.id and (run.fence_of(key.task), 1) == (key.fence, key.attempt)
 
     def _offers(self, node: Node, slots: int, offer: Offer) -> None:
