@@ -24,7 +24,7 @@ from pathlib import Path
 import trio
 from msgspec.structs import replace
 
-from bench.mesh import SCRATCH, SETTLE_S, client_of, load, resident_bytes
+from bench.mesh import SCRATCH, SETTLE_S, client_of, cpu_s, load, resident_bytes
 from meshd import codec
 from meshd.blobs.store import Store
 from meshd.dev import DevMesh
@@ -242,6 +242,7 @@ def measure(jobs: int, kept: Path | None) -> list[Figure]:
         for name in (EMPTY, FULL):
             mesh.kill(name)
         ready_s = {name: _timed(lambda name=name: mesh.start(name)) for name in (EMPTY, FULL)}  # type: ignore[misc]
+        ready_cpu_s = {name: cpu_s(mesh.agents[name].pid) for name in (EMPTY, FULL)}
         time.sleep(SETTLE_S)
         pages = _pages_ms(mesh, jobs)
         submits = _submits_ms(mesh)
@@ -253,6 +254,7 @@ def measure(jobs: int, kept: Path | None) -> list[Figure]:
     return [
         Figure("memory, MB", memory[EMPTY], memory[FULL], f"<= {MEMORY_MB_MAX:g} above", above <= MEMORY_MB_MAX),
         Figure("start to ready, s", ready_s[EMPTY], ready_s[FULL], f"< {READY_S_MAX:g}", ready_s[FULL] < READY_S_MAX),
+        Figure("… of CPU", ready_cpu_s[EMPTY], ready_cpu_s[FULL], "what it takes without others beside it", True),
         *(Figure(f"mesh ps {what}, ms", None, ms, f"< {PAGE_MS_MAX:g}", ms < PAGE_MS_MAX) for what, ms in pages.items()),
         Figure("submit, ms (median)", submits[EMPTY], submits[FULL], f"<= {SUBMIT_RATIO_MAX:g} x", ratio <= SUBMIT_RATIO_MAX),
     ]  # fmt: skip

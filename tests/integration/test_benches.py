@@ -40,3 +40,11 @@ def test_every_phase_of_the_bench_of_stalls_is_reached(tmp_path: Path) -> None:
         "started again, log replayed",
         "it catches up",
     ]
+
+
+def test_a_history_is_filled_and_measured(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "bench.history", "--jobs", "2000", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert file.exists(), done.stderr
+    assert any("-l batch=0" in figure["what"] for figure in json.loads(file.read_text()))
