@@ -344,6 +344,9 @@ class Checks:
                 self._ahead[origin] |= Counter(dict(command.ahead))
         for node, epoch in self.oracle.sessions_live():
             leases = self.oracle.leases_of(node, epoch)
+            standing, claimed = self.oracle._matching.nodes[node].slots, self._claimed[node, epoch][1]
+            if standing != claimed:
+                self.breach("leases fit the slots", f"{node} may hold {standing}, and claimed {claimed} last")
             slots = max(self._claimed[node, epoch][1], before.get((node, epoch), (0, 0))[1])
             ahead = self._ahead[node].copy()
             # The newest first: of a node that claims less than it holds, only what is ahead may be replaced.
