@@ -49,6 +49,7 @@ NODES = (A, B, C)
 numbers = st.integers(0, 30)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), numbers, numbers)))
 def test_ranges_are_a_set(changes: list[tuple[bool, int, int]]) -> None:
     ranges, model = Ranges(), set()
@@ -63,6 +64,7 @@ def test_ranges_are_a_set(changes: list[tuple[bool, int, int]]) -> None:
         assert all(low < high for low, high in ranges)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["put", "drop", "take"]), numbers, numbers)))
 def test_an_agenda_gives_the_smallest_rank_first(changes: list[tuple[str, int, int]]) -> None:
     agenda, model = Agenda[int](), dict[int, int]()
@@ -110,6 +112,7 @@ def test_random_bytes_are_answered_and_never_raise(bodies: list[tuple[str, bytes
     assert scene.machine.fence >= before
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_an_entry_that_is_none_changes_nothing(data: bytes) -> None:
     scene = Scene(A)

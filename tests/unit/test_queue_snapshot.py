@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from meshd.errors import Corrupt, NotFound
-from meshd.model import EndReason, Inline, Outcome, TaskState
+from meshd.model import EndReason, Inline, Needs, NodeId, Outcome, Resources, TaskState
 from meshd.raft.state import queue
-from meshd.raft.state.commands import Cancel
+from meshd.raft.state.commands import Cancel, Command, OpenSession, Report, Submit
 from meshd.raft.state.machine import Machine
-from tests.scene import BAD, GOOD, A, B, Scene, spec
+from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, job_id, spec
 
 TOLD = Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"said"))
 
@@ -96,3 +96,40 @@ def test_a_lease_that_a_wrong_report_has_told_apart_is_the_same_in_a_snapshot():
     copy = Machine()
     copy.restore(scene.machine.capture()())
     assert copy.digest() == scene.machine.digest() and scene.job(job).counts.leased == 1
+
+
+def test_a_replica_restored_between_two_entries_leases_what_was_left_as_the_others_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "LEASES_PER_ENTRY_MAX", 1)
+    scene = Scene(A, B, C, slots=0)
+    jobs = [scene.submit(spec(count=3, priority=priority)) for priority in (10, 30, 20)]
+    ahead = tuple((job, 1) for job in jobs)
+    commands: list[tuple[NodeId, Command]] = []
+    for node in (B, A, C):
+        commands += [(node, OpenSession(1, (), 2, OFFER)), (node, Report(1, 1, ahead=ahead))]
+    scene.batch(*commands)
+    entries = 0
+    while scene.machine.next_timer_ms() == 0:
+        copy = Machine()
+        copy.restore(scene.machine.capture()())
+        scene.batch()
+        copy.apply(scene.index, scene.entries[-1])
+        assert copy.digest() == scene.machine.digest()
+        assert [copy.leases_of(node, 1) for node in (A, B, C)] == [scene.leases(node) for node in (A, B, C)]
+        entries += 1
+    assert entries > 3 and sum(len(scene.leases(node)) for node in (A, B, C)) == 9
+
+
+def test_what_one_entry_brought_and_could_not_lease_comes_in_the_same_order_to_a_restored_replica(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(queue, "LEASES_PER_ENTRY_MAX", 1)
+    scene = Scene(A, B, C, slots=2)
+    kinds = [spec(priority=priority, needs=Needs(Resources(memory=priority))) for priority in (10, 40, 20, 50, 30)]
+    scene.batch(*[(A, Submit(job_id(number), kind)) for number, kind in enumerate(kinds, 1)])
+    while scene.machine.next_timer_ms() == 0:
+        copy = Machine()
+        copy.restore(scene.machine.capture()())
+        scene.batch()
+        copy.apply(scene.index, scene.entries[-1])
+        assert copy.digest() == scene.machine.digest()
+    assert [scene.task(job_id(number)).fence for number in (1, 4, 2, 5, 3)] == [1, 2, 3, 4, 5]
