@@ -53,3 +53,8 @@ def test_finished_jobs_are_read_anywhere_also_where_the_disk_was_lost(make_mesh)
     mesh.start(victim)
     eventually(lambda: indexed(mesh, victim) >= 500, within_s=60)
     eventually(lambda: reads_all(victim), within_s=30)
+    with mesh.client(mesh.leader()) as client:
+        invite = client.invite(uses=1)
+    mesh.start("node4", "--join", invite)
+    eventually(lambda: indexed(mesh, "node4") >= 500, within_s=60)
+    assert reads_all("node4")
