@@ -428,9 +428,10 @@ class Model:
         state, answer, notices = self.core.step(world.machine, origin, command, elapsed_ms)
         world = self._completed(world._replace(machine=state), look, self.core.look(state), command)
         for leased in notices:
-            if leased.key.fence <= look.fence:
-                raise Broken(f"(e) fence {leased.key.fence} came after {look.fence}")
-            world = _send(world, Message("notice", IDS.index(leased.node), leased.epoch, keys=(leased.key,)))
+            if leased.run.fence <= look.fence:
+                raise Broken(f"(e) fence {leased.run.fence} came after {look.fence}")
+            keys = tuple(leased.run.each())
+            world = _send(world, Message("notice", IDS.index(leased.node), leased.epoch, keys=keys))
         n = IDS.index(origin) if origin else 0
         match command:
             case OpenSession(epoch):
