@@ -1,7 +1,8 @@
 """What running an attempt costs, through the Backend port: `python -m bench.backends [SECONDS]`.
 
 No-op wasm and /bin/true, one after the other and some at once; and how long the first one takes. The rates
-include making the working directory and files of each attempt; the latencies do not.
+include making the working directory and files of each attempt; the latencies do not. Then in batches, as the agent
+hands on what needs no files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import trio
 
 from meshd.testing.backend_suite import Bench, Program, build
 from tests.guests import guest
+
+SCRATCH = Path(__file__).parents[1] / "build"
+"""On a disk, as an agent's directory is."""
 
 WASM = "meshd.backends.wasm:WasmBackend"
 PROCESS = "meshd.backends.process:ProcessBackend"
@@ -59,6 +63,23 @@ async def measure(label: str, factory: str, program: Program, at_once: int, seco
     )
 
 
+async def measure_batches(label: str, factory: str, program: Program, lanes: int, tasks: int) -> None:
+    """As the agent hands them on: many at a time to each lane. `agent us`: its own CPU for one of them."""
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+        backend = build(factory, Path(scratch, "backend"))
+        async with trio.open_nursery() as serving:
+            await serving.start(backend.serve)
+            bench = Bench(backend, Path(scratch))
+            await bench.start(program, ["0"] * lanes, lanes=lanes).wait(lanes)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            batch = bench.start(program, ["0"] * tasks, lanes=lanes)
+            await batch.wait(tasks, within_s=120)
+            elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+            assert all(end.outcome.is_success for end in batch.ends.values())
+            serving.cancel_scope.cancel()
+    print(f"{label:<22} {lanes:>7} {tasks / elapsed:>10,.0f} {cpu / tasks * 1e6:>20.1f} agent us", flush=True)
+
+
 async def main(seconds: float) -> None:
     print(f"{'':<22} {'at once':>7} {'runs/s':>10} {'p50 ms':>9} {'p99 ms':>9} {'first ms':>10}")
     for at_once in (1, 2, 8):
@@ -66,6 +87,10 @@ async def main(seconds: float) -> None:
     await measure("wasm, prints a line", WASM, Program(("say", "hello\n", ""), guest()), 1, seconds)
     for at_once in (1, 2, 8):
         await measure("process, /bin/true", PROCESS, Program(("/bin/true",)), at_once, seconds)
+    for lanes in (1, 2):
+        await measure_batches("wasm, in batches", WASM, Program((), guest("noop")), lanes, int(4000 * seconds))
+    for lanes in (2, 4):
+        await measure_batches("process, in batches", PROCESS, Program(("/bin/true",)), lanes, int(300 * seconds))
 
 
 if __name__ == "__main__":

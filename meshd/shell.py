@@ -379,13 +379,27 @@ class Shell:
         first = effect.keys[0]
         log.debug("attempts.started", job=first.job, attempts=len(effect.keys), fence=first.fence)
         leash_s = None if effect.leash_ms is None else effect.leash_ms / 1000
-        self._runs.planned.start(next(self._lanes), effect.keys, effect.spec, leash_s, self._handed_on_ended)
+        try:
+            self._runs.planned.start(next(self._lanes), effect.keys, effect.spec, leash_s, self._handed_on_ended)
+        except Exception as error:
+            # As for a single one: a defect costs these attempts, as a loss, and not the node.
+            log.exception("attempts.broke", job=first.job, attempts=len(effect.keys), fence=first.fence)
+            broke = f"the agent failed to run it: {type(error).__name__}: {error}"[:2000]
+            assert self._tasks is not None, "effects are performed while it serves"
+            self._tasks.start_soon(
+                self._tell_broken, [(key, Outcome(EndReason.BACKEND, message=broke)) for key in effect.keys]
+            )
+
+    async def _tell_broken(self, ends: Ends) -> None:
+        if left := [(key, outcome) for key, outcome in ends if key.fence in self._handed_on]:
+            self._handed_on_ended(left)
 
     def _handed_on_ended(self, ends: Ends) -> None:
         told = []
         failed = 0
         for key, outcome in ends:
-            del self._handed_on[key.fence]
+            if self._handed_on.pop(key.fence, None) is None:
+                continue
             if self._stopped_for:
                 reason = self._stopped_for.pop(key.fence, None)
                 if reason is not None and outcome.reason is EndReason.CANCELLED:

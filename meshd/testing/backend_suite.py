@@ -136,9 +136,9 @@ class Batch:
             self.ends[each.key.task] = each
         self._told.set()
 
-    async def wait(self, number: int) -> None:
+    async def wait(self, number: int, *, within_s: float = DEADLINE_S) -> None:
         """Until so many have ended."""
-        with trio.fail_after(DEADLINE_S):
+        with trio.fail_after(within_s):
             while len(self.ends) < number:
                 self._told = trio.Event()
                 await self._told.wait()

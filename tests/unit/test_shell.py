@@ -1,0 +1,118 @@
+"""The shell's own part in batches: whom it tells, and what a defect costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from meshd.model import AttemptKey, EndReason, JobId, JobSpec, NodeId, Outcome, Run
+from meshd.shell import Shell
+from meshd.worker import AttemptsEnded, Start, Stop
+
+KEYS = tuple(AttemptKey(JobId("j"), task, 1, task) for task in (1, 2))
+OK = Outcome(EndReason.EXIT, 0)
+CANCELLED = Outcome(EndReason.CANCELLED)
+
+
+class Cores:
+    """Decides what it is told to decide, and remembers what it hears."""
+
+    def __init__(self) -> None:
+        self.effects: list[Any] = []
+        self.heard: list[Any] = []
+
+    def handle(self, event: Any, now_ms: int) -> list[Any]:
+        self.heard.append(event)
+        effects, self.effects = self.effects, []
+        return effects
+
+    def next_timer_ms(self) -> int | None:
+        return None
+
+
+class Planned:
+    """Everything is taken; ends come when the test says so."""
+
+    def __init__(self, *, is_broken: bool = False) -> None:
+        self.is_broken = is_broken
+        self.told: Any = None
+        self.stopped: list[AttemptKey] = []
+
+    def takes(self, spec: JobSpec) -> bool:
+        return True
+
+    def start(self, lane: int, keys: Any, spec: JobSpec, leash_s: float | None, ended: Any) -> None:
+        if self.is_broken:
+            raise KeyError("a defect")
+        self.told = ended
+
+    def stop(self, key: AttemptKey) -> None:
+        self.stopped.append(key)
+
+
+class World:
+    def __init__(self, planned: Planned) -> None:
+        self.planned = planned
+
+    def register(self, method: str, handler: Any) -> None: ...
+
+    def now_ms(self) -> int:
+        return 0
+
+    def leading_term(self) -> int | None:
+        return None
+
+
+async def hand_on(planned: Planned, nursery: trio.Nursery) -> tuple[Shell, Cores]:
+    cores, world = Cores(), World(planned)
+    given: Any = {"agent": cores, "rpc": world, "world": world, "runs": world, "propose": None, "save_epoch": None}
+    shell = Shell(me=NodeId("me"), **given)
+    await nursery.start(shell.serve)
+    cores.effects = [Start(KEYS, JobSpec(backend=("x",), run=Run()), None)]
+    shell.feed(AttemptsEnded(()))
+    return shell, cores
+
+
+def ends(cores: Cores) -> dict[int, Outcome]:
+    return {
+        key.task: outcome for event in cores.heard if isinstance(event, AttemptsEnded) for key, outcome in event.ended
+    }
+
+
+async def test_ends_of_a_batch_are_told_together_and_a_stopped_one_says_why(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    planned = Planned()
+    async with trio.open_nursery() as nursery:
+        shell, cores = await hand_on(planned, nursery)
+        assert shell.attempts_running == 2
+        cores.effects = [Stop(KEYS[1], EndReason.LOST)]
+        shell.feed(AttemptsEnded(()))
+        await trio.testing.wait_all_tasks_blocked()
+        assert planned.stopped == [KEYS[1]]
+        planned.told([(KEYS[0], OK), (KEYS[1], CANCELLED)])
+        assert shell.attempts_running == 0
+        nursery.cancel_scope.cancel()
+    assert ends(cores) == {1: OK, 2: Outcome(EndReason.LOST, message="stopped by its node")}
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_defect_costs_the_attempts_of_its_batch_and_not_the_node() -> None:
+    async with trio.open_nursery() as nursery:
+        shell, cores = await hand_on(Planned(is_broken=True), nursery)
+        await trio.testing.wait_all_tasks_blocked()
+        assert shell.attempts_running == 0
+        nursery.cancel_scope.cancel()
+    assert {outcome.reason for outcome in ends(cores).values()} == {EndReason.BACKEND} and len(ends(cores)) == 2
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_when_the_shell_ends_what_it_handed_on_is_stopped_and_waited_for() -> None:
+    planned = Planned()
+    async with trio.open_nursery() as nursery:
+        await hand_on(planned, nursery)
+        nursery.cancel_scope.cancel()
+    assert planned.stopped == list(KEYS)
