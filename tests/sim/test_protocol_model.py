@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from meshd.model import AttemptKey, OnLost
+from meshd.model import AttemptKey, OnLost, runs_of
 from meshd.raft.state.commands import Leased, OpenSession
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.matching import Node
@@ -52,7 +52,7 @@ def adoption_sends_a_notice(machine: Machine) -> None:
     def adopt_and_tell(node: Node, key: AttemptKey) -> bool:
         is_adopted = adopt(node, key)
         if is_adopted:
-            machine._moment.events.append(Leased(node.id, node.epoch, key))
+            machine._moment.events.append(Leased(node.id, node.epoch, *runs_of([key])))
         return is_adopted
 
     machine._queue.adopt = adopt_and_tell  # type: ignore[method-assign]
