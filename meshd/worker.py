@@ -528,7 +528,7 @@ class Worker:
                     message = "this node no longer offers what the job needs"
                     attempts.end_unstarted(key, first.spec, Outcome(EndReason.BACKEND, message=message))
                 continue
-            free = places(need, [batch.spec.needs.resources for batch in attempts.batches.values()], self._room)
+            free = places(need, self._taken(), self._room)
             if not free:
                 return
             size = 1
@@ -538,6 +538,11 @@ class Worker:
             batch = attempts.start(size, now_ms)
             keys = tuple(each.key for each in batch.left.values())
             self._effects.append(Start(keys, batch.spec, self._leash_ms(batch.spec)))
+
+    def _taken(self) -> list[Resources]:
+        """What runs has the room of one each. Strays have none of their own: while one lives, nothing starts."""
+        batches = self.attempts.batches.values()
+        return [batch.spec.needs.resources for batch in batches if batch.front.phase is not Phase.STRAY]
 
     def _pace(self, job: JobId, spec: JobSpec) -> Pace | None:
         if not may_batch(spec):
@@ -587,7 +592,7 @@ class Worker:
     def _ahead(self, now_ms: int) -> tuple[tuple[JobId, int], ...] | None:
         """What to hold ahead of each job, if that is not what was told last. What is too much now is given back."""
         has_changed = False
-        taken = [batch.spec.needs.resources for batch in self.attempts.batches.values()]
+        taken = self._taken()
         left = AHEAD_MAX
         for job, pace in reversed(self._paces.items()):
             runs_ms = [now_ms - batch.front_ms for batch in self.attempts.batches.values() if batch.job == job]
