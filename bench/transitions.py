@@ -126,8 +126,8 @@ class Replica:
         return taken
 
 
-def job_id(number: int) -> JobId:
-    text = f"{(WALL_MS << 80) | (7 << 76) | (2 << 62) | number:032x}"
+def job_id(number: int, wall_ms: int = WALL_MS) -> JobId:
+    text = f"{(wall_ms << 80) | (7 << 76) | (2 << 62) | number:032x}"
     return JobId("-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])))
 
 
