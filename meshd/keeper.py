@@ -162,6 +162,8 @@ class Keeper:
         self._term: int | None = None
         self._sessions: dict[NodeId, Session] = {}
         self._outboxes: dict[NodeId, Outbox] = {}
+        self._unposted: dict[NodeId, None] = {}
+        """Whose outbox has nothing on its way. Few: in a large mesh that works, nearly all wait for their notice to arrive."""
         self._gone: set[NodeId] = set()
         self._sweep_ms = 0
         self._effects: list[KeeperEffect] = []
@@ -218,6 +220,7 @@ class Keeper:
         self._term = term
         self._sessions.clear()
         self._outboxes.clear()
+        self._unposted.clear()
         if term is None:
             return True
         self._sweep_ms = now_ms + SWEEP_EVERY_MS
@@ -238,6 +241,7 @@ class Keeper:
                 if session is not None and session.epoch == epoch:
                     del self._sessions[node]
                     self._outboxes.pop(node, None)
+                    self._unposted.pop(node, None)
             case Leased(node, epoch, run):
                 self._outbox(node, epoch).leases[run.fence] = run
             case StopWanted(node, epoch, key):
@@ -279,18 +283,22 @@ class Keeper:
         box = self._outboxes.get(node)
         if box is None or box.epoch != epoch:
             box = self._outboxes[node] = Outbox(epoch)
+        if box.on_its_way is None:
+            self._unposted[node] = None
         return box
 
     def _post(self, now_ms: int) -> None:
-        for node, box in list(self._outboxes.items()):
-            if box.on_its_way is not None or now_ms < box.again_ms:
+        for node in list(self._unposted):
+            box = self._outboxes[node]
+            if now_ms < box.again_ms:
                 continue
+            del self._unposted[node]
             notice = self._notice(node, box)
             if notice.leases or notice.stops:
                 box.on_its_way = notice
                 self._effects.append(SendNotice(node, notice))
             else:
-                del self._outboxes[node]  # only nodes with something to hear have one, so that this loop stays short
+                del self._outboxes[node]
 
     def _notice(self, node: NodeId, box: Outbox) -> Notice:
         """The oldest of what is still true, as much as fits."""
@@ -321,6 +329,7 @@ class Keeper:
         if box is None or box.on_its_way is not event.notice:
             return
         box.on_its_way = None
+        self._unposted[event.node] = None
         if not event.has_arrived:
             box.again_ms = now_ms + NOTICE_AGAIN_MS
             return

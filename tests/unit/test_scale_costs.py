@@ -1,0 +1,78 @@
+"""What control costs does not grow with the nodes that take part (python -m bench.scale; docs/performance.md, How it grows).
+
+Ratios of CPU time of this thread, both sides in the same test: how fast the machine is and what else it does cancels out.
+"""
+
+from __future__ import annotations
+
+import time
+
+from bench.scale import grow
+from meshd.keeper import Applied, Keeper, NoticeEnded, SendNotice
+from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, Run
+from meshd.raft.state.commands import Leased
+
+JOB = JobId("018f0000-0000-7000-8000-000000000001")
+SPEC = JobSpec(backend=("process",), run=Run(args=("true",)))
+ROUNDS = 2_000
+TASKS = 4_000
+
+
+class Leases:
+    """Every lease stands, whoever has it."""
+
+    fence = 1
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = [NodeId(f"node-{number}") for number in range(nodes)]
+
+    def sessions_live(self) -> list[tuple[NodeId, int]]:
+        return [(node, 1) for node in self._nodes]
+
+    def leases_of(self, node: NodeId, epoch: int) -> list[AttemptKey]:
+        return []
+
+    def stops_of(self, node: NodeId, epoch: int) -> list[AttemptKey]:
+        return []
+
+    def still_leased(self, node: NodeId, epoch: int, attempts: AttemptRun) -> tuple[AttemptRun, ...]:
+        return (attempts,)
+
+    def spec_of(self, job: JobId) -> JobSpec | None:
+        return SPEC
+
+
+def lease(keeper: Keeper, number: int, fence: int) -> SendNotice:
+    leased = Leased(NodeId(f"node-{number}"), 1, AttemptRun(JOB, fence, 1, fence))
+    [notice] = keeper.handle(Applied([leased], term=1), 0)
+    assert isinstance(notice, SendNotice)
+    return notice
+
+
+def notices_s(waiting: int) -> float:
+    """Of telling one node of leases, one by one, while so many others have a notice on its way."""
+    keeper = Keeper(Leases(waiting + 1))
+    keeper.handle(Applied([], term=1), 0)
+    for number in range(1, waiting + 1):
+        lease(keeper, number, number)
+    best = float("inf")
+    for _ in range(3):
+        start = time.thread_time()
+        for fence in range(waiting + 1, waiting + 1 + ROUNDS):
+            sent = lease(keeper, 0, fence)
+            keeper.handle(NoticeEnded(sent.node, sent.notice, has_arrived=True), 0)
+        best = min(best, time.thread_time() - start)
+    return best
+
+
+def test_telling_a_node_of_a_lease_costs_the_same_while_a_thousand_others_are_being_told() -> None:
+    assert notices_s(1_000) < 2 * notices_s(10)
+
+
+def test_a_task_costs_the_leader_and_the_log_no_more_among_100_nodes_than_among_ten() -> None:
+    ten, hundred = (grow(nodes, TASKS, arrays=4) for nodes in (10, 100))
+
+    assert hundred.leader_us < 2 * ten.leader_us
+    assert hundred.apply_us < 2 * ten.apply_us
+    assert hundred.entries_per_task < 2 * ten.entries_per_task
+    assert hundred.bytes_per_task < 2 * ten.bytes_per_task
