@@ -22,6 +22,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "raft": ("--seconds", "2"),
     "stalls": ("--jobs", "20000", "--seconds", "3"),
     "machine": (),
+    "transitions": (),
     "sync": (),
     "rpc": (),
     "backends": ("2",),

@@ -23,9 +23,9 @@ def units(measured: Callable[[], float]) -> float:
 @pytest.mark.parametrize(
     ("measured", "most"),
     [
-        (lambda: runs_to_the_end(TASKS, 1), 2 * 1.75),
-        (lambda: runs_to_the_end(TASKS, 10), 2 * 1.75),
-        (lambda: singles_to_the_end(TASKS, 1), 2 * 80.0),
+        (lambda: runs_to_the_end(TASKS, 1), 2 * 2.1),
+        (lambda: runs_to_the_end(TASKS, 10), 2 * 1.8),
+        (lambda: singles_to_the_end(TASKS, 1), 2 * 92.0),
     ],
     ids=["in runs", "in runs on ten nodes", "each with its outcome"],
 )

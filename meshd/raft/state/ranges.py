@@ -96,17 +96,22 @@ class Ranges(Struct, eq=False, gc=False):
         if start >= stop:
             return
         bounds = self._bounds
-        inside = sum(high - low for low, high in self.within(start, stop))
         low, high = bisect_left(bounds, start), bisect_right(bounds, stop)
-        patch = array("q")
+        if low == high:  # no bound in between: all of it is in one range, or in one gap
+            inside = stop - start if low & 1 else 0
+        else:
+            inside = sum([high - low for low, high in self.within(start, stop)])
+        patch: tuple[int, ...] = ()
         if low & 1 == keeps:
-            patch.append(start)
+            patch = (start,)
         if high & 1 == keeps:
-            patch.append(stop)
-        if not isinstance(bounds, array):
-            bounds = array("q", bounds)
-        bounds[low:high] = patch
-        self._bounds = _kept(bounds)
+            patch += (stop,)
+        if isinstance(bounds, array):
+            bounds[low:high] = array("q", patch)
+            self._bounds = _kept(bounds)
+        else:
+            bounds = (*bounds[:low], *patch, *bounds[high:])
+            self._bounds = bounds if len(bounds) <= TUPLE_BOUNDS_MAX else array("q", bounds)
         self._size += -inside if keeps else stop - start - inside
 
 
