@@ -353,3 +353,15 @@ def test_nobody_gives_back_or_ends_what_is_anothers():
     restored.restore(scene.machine.capture()())
     assert restored.digest() == scene.machine.digest(), "a snapshot says how it is, not how it was"
     assert [len(scene.leases(node)) for node in (A, B)] == [2, 2]
+
+
+def test_a_node_that_drains_no_more_gets_what_it_asked_for_ahead():
+    scene = Scene(A, slots=1, offer=TWO_CORES)
+    job = scene.submit(spec(count=100, needs=ONE_CORE))
+    scene.do(A, SetDraining(A, is_draining=True))
+    scene.report_runs(A, ahead=((job, 10),))
+    assert len(scene.leases(A)) == 1
+
+    scene.do(A, SetDraining(A, is_draining=False))
+
+    assert len(scene.leases(A)) == 11

@@ -133,3 +133,13 @@ def test_what_one_entry_brought_and_could_not_lease_comes_in_the_same_order_to_a
         copy.apply(scene.index, scene.entries[-1])
         assert copy.digest() == scene.machine.digest()
     assert [scene.task(job_id(number)).fence for number in (1, 4, 2, 5, 3)] == [1, 2, 3, 4, 5]
+
+
+def test_an_entry_that_leased_just_as_much_as_it_may_has_nothing_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "LEASES_PER_ENTRY_MAX", 2)
+    scene = Scene(A, B, C)
+    scene.submit(spec(count=2))
+    assert scene.machine.next_timer_ms() is None
+    copy = Machine()
+    copy.restore(scene.machine.capture()())
+    assert copy.digest() == scene.machine.digest()

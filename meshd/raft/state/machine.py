@@ -108,6 +108,7 @@ class Machine:
         for stamped in entry.commands:
             answers.append(self._answer_to(stamped.origin, bytes(stamped.body)))
             queue.fill()
+        queue.end()
         self._conclude(answers, before)
         return answers
 

@@ -186,6 +186,8 @@ class Matching:
         self._place(node)
         if node.has_room:
             self._gained[node.id] = node
+        if node.ahead:
+            self._hungry[node.id] = node
 
     def removed(self, node: Node) -> None:
         node.is_live = False
@@ -286,6 +288,10 @@ class Matching:
         self._gained = {node: self.nodes[node] for node in gained}
         self._hungry = {node: self.nodes[node] for node in hungry}
         self._woken = {job.kind.demand: job.kind for job in woken if job.kind is not None}
+
+    def tidy(self) -> None:
+        """Where an entry had to stop: what woke and has nothing in line any more need not be looked at."""
+        self._woken = {demand: kind for demand, kind in self._woken.items() if kind.line.first() is not None}
 
     @property
     def has_more(self) -> bool:

@@ -547,8 +547,13 @@ class Queue:
     # --- time
 
     def begin(self) -> None:
-        """An entry."""
+        """The beginning of an entry."""
         self._leases_left = LEASES_PER_ENTRY_MAX
+
+    def end(self) -> None:
+        """The end of it."""
+        if not self._leases_left:
+            self._matching.tidy()
 
     def next_timer_ms(self) -> int | None:
         """When the next timer is due, on the state's clock; at once, if this entry could not lease all that fits."""
