@@ -164,8 +164,9 @@ class Matching:
     def ask_ahead(self, node: Node, wanted: Iterable[tuple[JobId, int]]) -> None:
         """Of these jobs the node wants so many beyond its room, until it says otherwise or its session ends."""
         for job in node.ahead:
-            self._asked_ahead[job].remove(node.id)
-            if not self._asked_ahead[job]:
+            asked = self._asked_ahead[job]
+            del asked[bisect_left(asked, node.id)]
+            if not asked:
                 del self._asked_ahead[job]
         node.ahead = {job: count for job, count in wanted if count}
         for job in node.ahead:
