@@ -45,6 +45,8 @@ class Directory:
         """As the replicated state says; certificates say the same, and are known sooner of some and later of others."""
         self._draining: frozenset[NodeId] = frozenset()
         self._revoked: frozenset[NodeId] = frozenset()
+        self._servers: tuple[NodeId, ...] | None = None
+        """As `servers` said last; None when that may have changed. Every call by way of a voter asks, and members are many."""
         self.position = 0
         """Log position of the newest list of members that was learned."""
         self.on_change: Callable[[], None] = lambda: None
@@ -86,7 +88,9 @@ class Directory:
 
     def servers(self) -> tuple[NodeId, ...]:
         """Everybody else that may hold the log."""
-        return tuple(node for node in self.members() if self.has_role(node, Role.SERVER))
+        if self._servers is None:
+            self._servers = tuple(node for node in self.members() if self.has_role(node, Role.SERVER))
+        return self._servers
 
     def has_role(self, node: NodeId, role: Role) -> bool:
         return role in self.roles(node)
@@ -145,6 +149,7 @@ class Directory:
             if node in self._revoked or self._peers[node].certificate is None:
                 del self._peers[node]
                 self.on_change()
+        self._servers = None
 
     def _key_changed(self) -> None:
         self._drop_old_certificates()
@@ -156,11 +161,13 @@ class Directory:
         for node, peer in self._peers.items():
             if peer.certificate is not None and (node in self._roles or not self.keys.is_newest(peer.certificate)):
                 self._peers[node] = replace(peer, certificate=None)
+        self._servers = None
 
     def begin_epoch(self) -> None:
         """Log positions begin anew, below some that were seen before; who was removed may be a member again."""
         self.position = 0
         self._revoked = frozenset()
+        self._servers = None
 
     def is_draining(self, node: NodeId) -> bool:
         return node in self._draining
@@ -174,4 +181,5 @@ class Directory:
     def _store(self, peer: KnownPeer) -> None:
         if self._peers.get(peer.node) != peer:
             self._peers[peer.node] = peer
+            self._servers = None
             self.on_change()

@@ -44,8 +44,14 @@ class Neighbours:
 
     def voters(self) -> list[NodeId]:
         """Other servers, the likely leader first and the dead last: any voter will do, some answer sooner."""
-        terms = self.told_numbers(LEADER_FACT)
-        return sorted(self._directory.servers(), key=lambda node: (self._is_dead(node), -terms.get(node, -1)))
+        return sorted(self._directory.servers(), key=lambda node: (self._is_dead(node), -self._term_of(node)))
+
+    def _term_of(self, node: NodeId) -> int:
+        """Of the newest term that it says it has led in."""
+        value = self.gossip.fact(node, LEADER_FACT) if self.gossip else None
+        with suppress(InvalidRequest):
+            return codec.decode(value, int) if value is not None else -1
+        return -1
 
     def takers(self) -> Sequence[NodeId]:
         """Who may take copies of blobs: everybody that is thought alive and stays."""

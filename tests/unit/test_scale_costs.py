@@ -6,11 +6,18 @@ Ratios of CPU time of this thread, both sides in the same test: how fast the mac
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import cast
 
 from bench.scale import grow
+from meshd.directory import Directory
+from meshd.gossip.service import GossipService
 from meshd.keeper import Applied, Keeper, NoticeEnded, SendNotice
-from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, Run
+from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, Member, NodeId, Resources, Role, Run
+from meshd.neighbours import Neighbours
 from meshd.raft.state.commands import Leased
+from meshd.raft.state.matching import Matching, Node
+from meshd.views import MembersView, MemberView
 
 JOB = JobId("018f0000-0000-7000-8000-000000000001")
 SPEC = JobSpec(backend=("process",), run=Run(args=("true",)))
@@ -49,24 +56,82 @@ def lease(keeper: Keeper, number: int, fence: int) -> SendNotice:
     return notice
 
 
+def best_s(act: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(3):
+        start = time.thread_time()
+        act()
+        best = min(best, time.thread_time() - start)
+    return best
+
+
 def notices_s(waiting: int) -> float:
     """Of telling one node of leases, one by one, while so many others have a notice on its way."""
     keeper = Keeper(Leases(waiting + 1))
     keeper.handle(Applied([], term=1), 0)
     for number in range(1, waiting + 1):
         lease(keeper, number, number)
-    best = float("inf")
-    for _ in range(3):
-        start = time.thread_time()
+
+    def tell() -> None:
         for fence in range(waiting + 1, waiting + 1 + ROUNDS):
             sent = lease(keeper, 0, fence)
             keeper.handle(NoticeEnded(sent.node, sent.notice, has_arrived=True), 0)
-        best = min(best, time.thread_time() - start)
-    return best
+
+    return best_s(tell)
+
+
+def asking_ahead_s(others: int) -> float:
+    """Of a node that asks for more of a job, and for less, among so many that ask for it too."""
+    matching = Matching()
+    nodes = [Node(NodeId(f"node-{number:06d}"), may_work=True) for number in range(others + 1)]
+    for node in nodes:
+        matching.nodes[node.id] = node
+        matching.ask_ahead(node, [(JOB, 8)])
+
+    def ask() -> None:
+        for count in range(ROUNDS):
+            matching.ask_ahead(nodes[-1], [(JOB, 8 + count % 2)])
+
+    return best_s(ask)
+
+
+def finding_voters_s(workers: int) -> float:
+    """Of a worker's calls by way of a voter, before each."""
+    me, servers = NodeId("me"), [NodeId(f"server-{number}") for number in range(3)]
+    ids = [*servers, *(NodeId(f"worker-{number}") for number in range(workers))]
+    directory = Directory(me, "mesh", b"", lambda key, payload, signature: True, ())
+    rows = [member_row(node, is_server=node in servers) for node in ids]
+    directory.learn_members(MembersView("mesh", tuple(rows), (), position=1, wall_ms=0))
+    neighbours = Neighbours(me, directory, cast(GossipService, Silence()))
+    assert set(neighbours.voters()) == set(servers)
+    return best_s(lambda: [neighbours.voters() for _ in range(ROUNDS)])
+
+
+def member_row(node: NodeId, *, is_server: bool) -> MemberView:
+    member = Member(node, node, (Role.SERVER,) if is_server else (Role.WORKER,))
+    return MemberView(member, session="live", epoch=1, slots=1, offer=None, used=Resources(), leased=())
+
+
+class Silence:
+    """A gossip in which nobody says anything."""
+
+    def health(self, node: NodeId) -> None:
+        return None
+
+    def fact(self, node: NodeId, key: str) -> None:
+        return None
 
 
 def test_telling_a_node_of_a_lease_costs_the_same_while_a_thousand_others_are_being_told() -> None:
     assert notices_s(1_000) < 2 * notices_s(10)
+
+
+def test_asking_for_more_ahead_costs_the_same_among_a_thousand_that_ask() -> None:
+    assert asking_ahead_s(1_000) < 2 * asking_ahead_s(10)
+
+
+def test_a_worker_finds_the_voters_among_a_thousand_members_as_among_ten() -> None:
+    assert finding_voters_s(1_000) < 2 * finding_voters_s(10)
 
 
 def test_a_task_costs_the_leader_and_the_log_no_more_among_100_nodes_than_among_ten() -> None:
