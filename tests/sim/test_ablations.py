@@ -44,7 +44,7 @@ FAILS = {
     "a late answer opens nothing": (5, "a session outlives its views"),
     "digests are compared": (148, "everything finishes"),
     "only the current lease completes": (87, "only the current lease finishes"),
-    "the listed are adopted before on_lost": (133, "who comes back keeps its work"),
+    "the listed are adopted before on_lost": (21, "who comes back keeps its work"),
     "a cut-off node stops what was promised": (49, "one at a time"),
     "cut off counts from the last view": (49, "one at a time"),
     "what it stopped stays held as lost": (21, "fail starts once"),
