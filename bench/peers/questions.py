@@ -116,8 +116,12 @@ def idle(driven: Driven, contender: Contender, plan: Plan) -> Figures:
 
 def growth(driven: Driven, contender: Contender, plan: Plan) -> Figures:
     found: Figures = {}
-    for size in [size for size in GROWTH if size <= contender.tasks_max]:
+    rate = 0.0
+    for size in GROWTH:
+        if size > contender.tasks_max or (rate and size / rate > plan.patience_s):
+            break
         answer = driven.ask("noop", count=size, within_s=ASK_S)
+        rate = size / answer["seconds"]
         found[f"{size:,}: agents' CPU us a task"] = answer["agents_cpu_s"] / size * 1e6
     return found
 
