@@ -159,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, nargs="+", default=NODES)
     parser.add_argument("--tasks", type=int, default=TASKS)
+    parser.add_argument("--task-ms", type=float, default=TASK_MS, help="how long each takes")
     parser.add_argument("--profile", type=int, metavar="N", help="where the time goes with N nodes, instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> int:
     rows: list[Growth] = []
     print("  ".join(COLUMNS.values()), flush=True)
     for nodes in options.nodes:
-        rows.append(grow(nodes, options.tasks))
+        rows.append(grow(nodes, options.tasks, task_ms=options.task_ms))
         figures = asdict(rows[-1])
         print("  ".join(f"{figures[name]:>{len(title)}.4g}" for name, title in COLUMNS.items()), flush=True)
     print(f"CPU of one thread; {load()}")
