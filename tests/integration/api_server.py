@@ -7,7 +7,7 @@ import ssl
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class Served:
             raise self._failure
 
     def stop(self) -> None:
-        self.do(self._scope.cancel)
+        with suppress(trio.RunFinishedError):  # a test has stopped it already
+            self.do(self._scope.cancel)
         self._thread.join(30)
         assert not self._thread.is_alive()
 

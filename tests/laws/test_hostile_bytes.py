@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import time
@@ -25,11 +24,10 @@ from meshd import join as joining
 from meshd import spec as specs
 from meshd.api.endpoint import Call
 from meshd.api.http1 import Connection
-from meshd.backends import process
+from meshd.backends import spawners
 from meshd.blobs import messages as blob_messages
 from meshd.gossip import facts
 from meshd.history import segment
-from meshd.model import EndReason, Outcome
 from meshd.net import frames as call_frames
 from meshd.net.libp2p.stream import MuxedStream
 from meshd.raft import following, remote, replica, wire
@@ -101,11 +99,6 @@ async def _refuse_nobody(self: Connection, status: int) -> None:
     raise ValueError(status)
 
 
-def _trusting(frame: bytes) -> tuple[int, Outcome]:
-    answer = json.loads(frame)
-    return answer["id"], Outcome(EndReason(answer["reason"]), answer["exit_code"], answer["message"])
-
-
 def _one_value(command: bytes) -> bool:
     try:
         codec.decode(command, msgspec.Raw)
@@ -131,7 +124,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "http": (Connection, "_refuse", _refuse_nobody),
     "api": (Call, "task", lambda self: int(self.path("task"))),
     "spec": (specs, "_cpu", lambda value, path: round(float(value) * 1000)),
-    "runner": (process, "_parse", _trusting),
+    "runner": (spawners, "msgspec", SimpleNamespace(json=msgspec.json, MsgspecError=KeyError)),
     "history": (segment, "codec", _unconverted()),
 }
 """What each decoder would be with a mistake that is easily made."""
