@@ -28,6 +28,7 @@ from meshd.backends import spawners
 from meshd.blobs import messages as blob_messages
 from meshd.gossip import facts
 from meshd.history import segment
+from meshd.model import EndReason, Outcome
 from meshd.net import frames as call_frames
 from meshd.net.libp2p.stream import MuxedStream
 from meshd.raft import following, remote, replica, wire
@@ -99,6 +100,10 @@ async def _refuse_nobody(self: Connection, status: int) -> None:
     raise ValueError(status)
 
 
+def _trusting(*, reason: str, exit_code: int | None, message: str, run_ms: int) -> Outcome:
+    return Outcome(EndReason(reason), exit_code, message, run_ms=run_ms)
+
+
 def _one_value(command: bytes) -> bool:
     try:
         codec.decode(command, msgspec.Raw)
@@ -124,7 +129,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "http": (Connection, "_refuse", _refuse_nobody),
     "api": (Call, "task", lambda self: int(self.path("task"))),
     "spec": (specs, "_cpu", lambda value, path: round(float(value) * 1000)),
-    "runner": (spawners, "msgspec", SimpleNamespace(json=msgspec.json, MsgspecError=KeyError)),
+    "runner": (spawners, "outcome_of", _trusting),
     "history": (segment, "codec", _unconverted()),
 }
 """What each decoder would be with a mistake that is easily made."""
