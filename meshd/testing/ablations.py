@@ -219,6 +219,13 @@ def _never_compares(original: Callable[..., RenewAnswer]) -> Callable[..., Renew
     return renew
 
 
+def _tells_once(original: Callable[..., None]) -> Callable[..., None]:
+    def notice_ended(self: Keeper, event: keeper.NoticeEnded, now_ms: int) -> None:
+        original(self, replace(event, has_arrived=True), now_ms)
+
+    return notice_ended
+
+
 # --- the state --------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +358,11 @@ RULES: dict[str, tuple[Patch, ...]] = {
     "grants only while leading": (wrapped(Keeper, "_lead", _leads_for_ever),),
     "no grant after the end is proposed": (wrapped(Keeper, "_renew", _grants_while_ending),),
     "a new leader waits before it ends": (wrapped(Keeper, "_lead", _ends_at_once_in_a_new_term),),
-    "digests are compared": (wrapped(Keeper, "_renew", _never_compares),),
+    # A notice that is lost is told again, and what is given back is reported: a lease is forgotten only where both fail.
+    "digests are compared": (
+        wrapped(Keeper, "_renew", _never_compares),
+        wrapped(Keeper, "_notice_ended", _tells_once),
+    ),
     "the floor": ((Attempts, "raise_floor", lambda self, fence: None),),
     "Reconcile frees up to F only": (wrapped(Queue, "free_unheld", _frees_whatever_is_not_listed),),
     # protocol.md 5
