@@ -78,9 +78,9 @@ def _takes_the_attempt_back(original: Callable[..., None]) -> Callable[..., None
 
 
 def _uses_the_newest_fence_again(original: Callable[..., None]) -> Callable[..., None]:
-    def lease_again(self: Queue, job: Job, node: Node) -> None:
+    def lease_again(self: Queue, job: Job, node: Node, task: int, *, is_ahead: bool) -> None:
         self.leases_made -= 1
-        original(self, job, node)
+        original(self, job, node, task, is_ahead=is_ahead)
 
     return lease_again
 
