@@ -40,6 +40,9 @@ class Faults:
     entries_at_once: int = 512
     """That a leader puts into one message: with few, a follower is often between two that belong together."""
 
+    snapshot_entries: tuple[int, ...] = (20, 40, 60)
+    """Servers write their state down at different moments, one of these apart: what one still needs another has trimmed."""
+
     # disks
     slow_disk: float = 0.05
     """How often a sync takes up to `slow_ms` instead of six."""

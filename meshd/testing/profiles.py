@@ -111,7 +111,7 @@ def profile_of(seed: int) -> tuple[Faults, Load]:
         case 13:  # leaders that are hunted, over slow networks and slow disks: many elections, votes that split
             return Faults(
                 servers=(3, 5, 5), hunts=12, latency_ms=(5.0, 60.0), slow_disk=0.3, slow_ms=150, stream_break=0.01,
-                entries_at_once=1,
+                entries_at_once=1, snapshot_entries=(6, 12, 40),
             ), BUSY  # fmt: skip
         case _:
             return _mixed(Random(f"profile {seed}")), Load()  # noqa: S311 - a simulation

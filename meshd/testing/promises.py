@@ -31,6 +31,8 @@ class _Promise:
     """The term in which it led a turn ago, and up to where it took entries for committed."""
     agreed: int = 0
     """Up to here its disk held what is committed."""
+    tail: int = 0
+    """The last entry of its log, which a snapshot was about to replace in part."""
 
 
 class Promises:
@@ -109,6 +111,17 @@ class Promises:
         promise.agreed = max(promise.agreed, min(first, durable))
         while promise.agreed < durable and self._agrees(server, promise.agreed + 1):
             promise.agreed += 1
+
+    def gets_snapshot(self, server: SimServer, index: int) -> None:
+        """It is about to go on from a leader's snapshot. What follows it in a log that agrees with it may have been acknowledged."""
+        first, last = server.engine.first, server.engine.last
+        agrees = first < index <= last and self._committed.get(index) == server.engine.log[index - first]
+        self._promises[server.voter].tail = last if agrees else 0
+
+    def restored(self, server: SimServer) -> None:
+        promise = self._promises.get(server.voter)
+        if promise is not None and server.engine.last < promise.tail:
+            self._breach("a snapshot takes nothing back", f"{server.node.name} had entry {promise.tail}")
 
     def _majorities_overlap(self, leader: SimServer) -> None:
         """Of those who vote by what is committed, whoever knows of it, and by whatever may be committed next."""

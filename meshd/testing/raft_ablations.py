@@ -20,6 +20,7 @@ from meshd.raft.following import Following
 from meshd.raft.leading import Leadership
 from meshd.raft.messages import Append, Vote, VoterId
 from meshd.raft.proposals import Proposal
+from meshd.raft.pysyncobj_state import RaftState
 from meshd.raft.server import Capture, Server
 from meshd.raft.state.commands import Cancel, Restored
 from meshd.raft.state.machine import Machine
@@ -172,14 +173,12 @@ def _keeps_quiet_about_snapshots(original: Callable[..., Any]) -> Callable[..., 
     return unpack
 
 
-def _resets_the_term_with_the_log(original: Callable[..., bool]) -> Callable[..., bool]:
-    def install(self: Arrival, image: Any, restore: Callable[[], None]) -> bool:
-        is_news = original(self, image, restore)
-        if is_news:
-            self._raft.log.reset(image.index, image.term)
-        return is_news
+def _begins_anew(original: Callable[..., None]) -> Callable[..., None]:
+    def begin_at(self: RaftState, index: int, term: int, voters: Any) -> None:
+        self.log.reset(index, term)
+        original(self, index, term, voters)
 
-    return install
+    return begin_at
 
 
 def _takes_all_it_has_for_committed(original: Callable[..., None]) -> Callable[..., None]:
@@ -252,7 +251,7 @@ RAFT_RULES: dict[str, tuple[Patch, ...]] = {
     "a failed sync stops the server": (wrapped(Journal, "_append", _goes_on_after_a_failed_sync),),
     "a snapshot is durable before it replaces anything": ((turn.Turns, "_receive", _installs_without_saving),),
     "a snapshot says what it covers": (wrapped(Server, "capture", _captures_one_entry_less),),
-    "a snapshot keeps the tail that agrees": (wrapped(Arrival, "install", _resets_the_term_with_the_log),),
+    "a snapshot keeps the tail that agrees": (wrapped(RaftState, "begin_at", _begins_anew),),
     "who got a snapshot looks at the state anew": (wrapped(Machine, "unpack", _keeps_quiet_about_snapshots),),
     "a leader commits by its own term": ((Leadership, "advance_commit", _commits_what_older_leaders_wrote),),
     "a log is cut only where it contradicts": (wrapped(Following, "_merge", _always_cuts),),

@@ -42,8 +42,6 @@ RETRY_MS = RETRY_S * 1000
 SYNC_MS = (0.0, 6.0)
 BESIDE_MS = (5.0, 100.0)
 """Writing or reading a snapshot."""
-SNAPSHOT_ENTRIES = (20, 40, 60)
-"""Servers write their state down at different moments: what one still needs another has trimmed."""
 DYING_OPERATIONS = 4
 """A process that dies while the disk works has done up to so many operations of that."""
 
@@ -73,6 +71,8 @@ class CheckedMachine(Machine):
             take_apart = replace()
             self._checks, self._server = checks, server
             checks.replica_restored(self)
+            if server.node.server is server:  # else it is only starting
+                checks.promises.restored(server)
             return take_apart
 
         return restored
@@ -115,7 +115,7 @@ class SimServer:
             servers=self.machine.server_ids,
             draining=lambda: [each for each in self.machine.server_ids() if self.machine.is_draining(each)],
             zones=self.machine.zones,
-            settings=replace(world.settings, snapshot_entries=random.choice(SNAPSHOT_ENTRIES)),
+            settings=replace(world.settings, snapshot_entries=random.choice(world.faults.snapshot_entries)),
             clocks=Clocks(node.clock_s, node.wall_ms, lambda: False),
             random=random,
             packed=lambda: self.turns.packed(),
@@ -361,6 +361,9 @@ class SimServer:
         if event == "raft.bad_message":
             checks.breach("servers speak as agreed", f"{self.node.name}: {fields}")
         if event == "raft.snapshot_received":
+            index = fields["index"]
+            assert isinstance(index, int)
+            checks.promises.gets_snapshot(self, index)
             self.node.world.got_snapshot(self.node)
         self.node.world.heap.note(f"raft: {self.node.name} {event.removeprefix('raft.')} {_short(fields)}")
 
