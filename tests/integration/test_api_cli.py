@@ -60,6 +60,8 @@ def as_process(api: Served, *args: str, stdin: object = subprocess.DEVNULL) -> s
     return subprocess.Popen(
         [sys.executable, "-m", "mesh_cli.main", *args],
         env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests that run in the background of a script ignore it, and so would who they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # type: ignore[call-overload, no-any-return]  # fmt: skip
 
 

@@ -59,10 +59,18 @@ def test_a_power_cut_loses_nothing_that_was_acknowledged(seed: int) -> None:
 
 def test_the_check_sees_what_is_lost_when_frames_leave_before_the_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Server, "may_send_early", True)
-    world = formed(0, delay_s=(0.0005, 0.003))
-    power_cuts(world, 20)
-    with pytest.raises(Violation, match="is there 0 times"):
-        world.settle()
+
+    def lost(seed: int) -> bool:
+        world = formed(seed, delay_s=(0.0005, 0.003))
+        power_cuts(world, 20)
+        try:
+            world.settle()
+        except Violation as found:
+            return "is there 0 times" in str(found)
+        return False
+
+    # Every other seed sees it, which ones moves with the log's timing.
+    assert any(lost(seed) for seed in range(12))
 
 
 def test_three_fresh_servers_form_in_under_three_seconds() -> None:
