@@ -16,7 +16,7 @@ from meshd.api.face import LogStream
 from meshd.api.references import collect_refs, outputs_tree, resolve
 from meshd.api.streams import ByteStream, EventStream, format_event, format_output
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
-from meshd.ids import new_job_id
+from meshd.ids import is_job_id, new_job_id
 from meshd.model import Count, JobId, TaskState, TreeRef
 from meshd.raft.state.commands import RETRY_RANGES_MAX, Cancel, ReleaseJob, RetryJob, Submit, Submitted
 from meshd.spec import parse_job
@@ -25,6 +25,7 @@ from meshd.views import (
     EventView,
     Explain,
     Explanation,
+    GetJob,
     JobPage,
     JobView,
     ListJobs,
@@ -109,9 +110,25 @@ async def submit(call: Call) -> SubmitAnswer:
             hint="put long lists and texts into files: array.each_line, inputs",
         )
     await call.face.ensure_blobs(await collect_refs(call.face, spec), replicas=spec.replicas)
-    answer = await call.face.propose(command, timeout_s=PROPOSE_S)
+    try:
+        answer = await call.face.propose(command, timeout_s=PROPOSE_S)
+    except InvalidRequest:
+        # The core remembers ids for an hour, the history its jobs for longer: a late resend finds its job there.
+        if body.id is None or not await _is_submitted(call, body.id):
+            raise
+        return SubmitAnswer(body.id, is_new=False)
     assert isinstance(answer, Submitted)
     return SubmitAnswer(answer.job, answer.is_new)
+
+
+async def _is_submitted(call: Call, job: JobId) -> bool:
+    if not is_job_id(job):
+        return False
+    try:
+        found = await call.face.query(GetJob(job), JobView, timeout_s=QUERY_S)
+    except NotFound:
+        return False
+    return found.id == job
 
 
 async def list_jobs(call: Call) -> JobPage:

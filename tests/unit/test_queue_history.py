@@ -120,7 +120,10 @@ def test_old_segments_are_forgotten_by_age_count_and_size(monkeypatch: pytest.Mo
     assert list(scene.machine.history.segments) == [2, 3]
     drop_all(scene, jobs[5:])
     assert list(scene.machine.history.segments) == [3, 4]
-    scene.batch(wall_ms=WALL_MS + history.HISTORY_AGE_MS + 10_000)
+    monkeypatch.setattr(history, "HISTORY_AGE_MS", 600_000)
+    scene.batch(wall_ms=WALL_MS + 10 * 365 * 86_400_000)
+    assert list(scene.machine.history.segments) == [3, 4], "a date is no age"
+    scene.tick(660_000)
     assert not scene.machine.history.segments and scene.machine.history.oldest == 5
     assert scene.machine.answer(GetSummary()).jobs == 0
 

@@ -53,6 +53,7 @@ TAIL = Tail()
 HISTORY_JOBS_MAX = 2_000_000
 """About 1 KB each on the disk of every voter, and as much again in its index."""
 HISTORY_AGE_MS = 90 * 86_400_000
+"""Since it was sealed, as long as the mesh was at work: a silence counts for a minute."""
 HISTORY_BYTES_MAX = 16 << 30
 SEGMENTS_MAX = 20_000
 """A listed segment takes 200 bytes of every snapshot."""
@@ -66,8 +67,8 @@ class Segment(Struct, frozen=True, array_like=True, gc=False):
     size: int
     jobs: int
     last: JobId
-    ended_wall_ms: int
-    """When the newest of its jobs ended."""
+    sealed_ms: int
+    """On the state's clock, which no wrong date moves: a clock set ten years ahead forgets nothing."""
     counts: tuple[int, ...]
     """Tasks by state, in the order of TaskState."""
 
@@ -118,7 +119,7 @@ class History:
             size=command.size,
             jobs=command.jobs,
             last=command.last,
-            ended_wall_ms=max(job.ended_wall_ms or 0 for job in jobs),
+            sealed_ms=self._moment.now_ms,
             counts=tuple([sum([job.count(state) for job in jobs]) for state in TaskState]),
         )
         self._list(segment)
@@ -164,7 +165,7 @@ class History:
         """The oldest segments beyond the bounds go, for everybody. At the end of every entry."""
         while (first := next(iter(self.segments), self.last + 1)) <= self.dropped:
             segment = self.segments[first]
-            is_old = self._moment.wall_ms - segment.ended_wall_ms > HISTORY_AGE_MS
+            is_old = self._moment.now_ms - segment.sealed_ms > HISTORY_AGE_MS
             if not (
                 is_old
                 or self._queue.archived_jobs > HISTORY_JOBS_MAX
