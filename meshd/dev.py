@@ -96,6 +96,7 @@ def run_dev(nodes: int, data_dir: Path | None) -> None:
     mesh = DevMesh(directory)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started it in the background
+    is_kept = True  # what went wrong can be read there
     try:
         mesh.start("node1")
         for number in range(2, nodes + 1):
@@ -110,12 +111,14 @@ def run_dev(nodes: int, data_dir: Path | None) -> None:
             click.echo(f"  node{number}  mesh --node {mesh.socket(f'node{number}')} ps")
         click.echo(f"\n  export MESH_NODE={mesh.socket('node1')}\n  mesh run -- echo hello\n")
         sys.stdout.flush()
-        while all(agent.poll() is None for agent in mesh.agents.values()):
+        while not (ended := [name for name, agent in mesh.agents.items() if agent.poll() is not None]):
             time.sleep(0.5)
-        raise MeshError("an agent ended", hint=f"see {directory}/*/agent.log")
+        code = mesh.agents[ended[0]].returncode
+        raise MeshError(f"agent {ended[0]} ended with code {code}", hint=f"see {directory / ended[0]}/agent.log")
     except KeyboardInterrupt:
         click.echo("stopping")
+        is_kept = data_dir is not None
     finally:
         mesh.stop()
-        if data_dir is None:
+        if not is_kept:
             shutil.rmtree(directory, ignore_errors=True)
