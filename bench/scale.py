@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.mesh import load
-from bench.scale_mesh import ScaleMesh, array
+from bench.scale_mesh import SERVERS, ScaleMesh, array
 from bench.transitions import calibrate, job_id
 from meshd.raft.state.machine import Machine
 from meshd.views import GetJob
@@ -163,6 +163,8 @@ def main() -> int:
     parser.add_argument("--profile", type=int, metavar="N", help="where the time goes with N nodes, instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
+    if min(*options.nodes, options.profile or SERVERS) < SERVERS or options.tasks < 1:
+        parser.error(f"a mesh has at least {SERVERS} nodes here, and a task")
     if options.profile:
         profile(options.profile, options.tasks)
         return 0
