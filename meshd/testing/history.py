@@ -30,7 +30,7 @@ class History:
         self._breach = breach
         self._states: dict[JobId, list[JobView]] = {}
         self._told = 0
-        self.writes = self.reads = 0
+        self.reads = 0
 
     def changed(self, view: JobView) -> None:
         """The log has made this of a job."""
@@ -41,7 +41,6 @@ class History:
 
     def written(self, operation: Operation, position: int) -> None:
         """Whatever was sent after something else was answered comes after it."""
-        self.writes += 1
         if position <= operation.floor:
             self._breach(
                 "writes come after what was told before",
