@@ -30,7 +30,6 @@ class History:
         self._breach = breach
         self._states: dict[JobId, list[JobView]] = {}
         self._told = 0
-        self.reads = 0
 
     def changed(self, view: JobView) -> None:
         """The log has made this of a job."""
@@ -49,7 +48,6 @@ class History:
         self._told = max(self._told, position)
 
     def read(self, operation: Operation, job: JobId, view: JobView | None, position: int) -> None:
-        self.reads += 1
         if position < operation.floor:
             self._breach(
                 "reads see what was told before",
