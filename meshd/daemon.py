@@ -73,7 +73,7 @@ from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import Event, Found, MembersChanged, RaiseFences, Restored, adds_work
 from meshd.raft.state.lineage import since
 from meshd.raft.state.machine import Machine
-from meshd.raft.state.queue import FENCES_LOST_MAX
+from meshd.raft.state.recovery import FENCES_LOST_MAX
 from meshd.shell import Shell
 from meshd.tally import Tally
 from meshd.upkeep import Upkeep, find_member

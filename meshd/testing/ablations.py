@@ -27,10 +27,11 @@ from meshd.placement import Demand
 from meshd.raft.state import matching
 from meshd.raft.state.commands import Claim, OpenSession, Report, SessionOpened, Submit
 from meshd.raft.state.ids import number_of
+from meshd.raft.state.leases import Leases
 from meshd.raft.state.matching import Kind, Matching, Node
-from meshd.raft.state.queue import Queue
 from meshd.raft.state.ranges import Ranges
 from meshd.raft.state.sessions import Sessions
+from meshd.raft.state.submissions import Submissions
 from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
 from meshd.testing.gossiping import Gossiping
@@ -229,12 +230,12 @@ def _tells_once(original: Callable[..., None]) -> Callable[..., None]:
 # --- the state --------------------------------------------------------------------------------------------------------
 
 
-def _adopts_nothing(self: Queue, node: Node, key: AttemptKey) -> bool:
+def _adopts_nothing(self: Leases, node: Node, key: AttemptKey) -> bool:
     return False
 
 
 def _loses_before_it_adopts(original: Callable[..., None]) -> Callable[..., None]:
-    def hold_leases(self: Queue, node: Node) -> None:
+    def hold_leases(self: Leases, node: Node) -> None:
         original(self, node)
         self.lose_due(node)
 
@@ -268,8 +269,8 @@ def _opens_any_epoch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _believes_any_attempt(original: Callable[..., bool]) -> Callable[..., bool]:
-    def finish(self: Queue, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
-        job = self.jobs.get(key.job)
+    def finish(self: Leases, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
+        job = self._queue.jobs.get(key.job)
         row = job.row(key.task) if job is not None else None
         if job is None or row is None or row.node is None or not row.epoch:
             return original(self, node, key, outcome)
@@ -280,18 +281,19 @@ def _believes_any_attempt(original: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _frees_whatever_is_not_listed(original: Callable[..., None]) -> Callable[..., None]:
-    def free_unheld(self: Queue, node: Node, fence_max: int, held: frozenset[int]) -> None:
+    def free_unheld(self: Leases, node: Node, fence_max: int, held: frozenset[int]) -> None:
         original(self, node, 2**53, held)
 
     return free_unheld
 
 
 def _forgets_ids_with_their_jobs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def submit(self: Queue, command: Submit) -> Any:
-        job = self.jobs.get(command.id)
+    def submit(self: Submissions, command: Submit) -> Any:
+        queue = self._queue
+        job = queue.jobs.get(command.id)
         if job is not None and job.is_final:
-            self.seen._seen.discard(number_of(command.id))
-            del self.jobs[command.id], self.finished[command.id]
+            queue.seen._seen.discard(number_of(command.id))
+            del queue.jobs[command.id], queue.finished[command.id]
         return original(self, command)
 
     return submit
@@ -364,7 +366,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
         wrapped(Keeper, "_notice_ended", _tells_once),
     ),
     "the floor": ((Attempts, "raise_floor", lambda self, fence: None),),
-    "Reconcile frees up to F only": (wrapped(Queue, "free_unheld", _frees_whatever_is_not_listed),),
+    "Reconcile frees up to F only": (wrapped(Leases, "free_unheld", _frees_whatever_is_not_listed),),
     # protocol.md 5
     "what has ended stays listed": (wrapped(Attempts, "listing", _listing_of_live_ones),),
     "once per attempt": ((Attempts, "obey", _obey_again),),
@@ -373,11 +375,11 @@ RULES: dict[str, tuple[Patch, ...]] = {
         wrapped(Attempts, "obey", _obey_unless_held),
     ),
     "only the current lease completes": (
-        wrapped(Queue, "finish", _believes_any_attempt),
+        wrapped(Leases, "finish", _believes_any_attempt),
         wrapped(Sessions, "numbered", _takes_reports_of_any_session),
     ),
-    "who comes back is adopted": ((Queue, "adopt", _adopts_nothing),),
-    "the listed are adopted before on_lost": (wrapped(Queue, "hold_leases", _loses_before_it_adopts),),
+    "who comes back is adopted": ((Leases, "adopt", _adopts_nothing),),
+    "the listed are adopted before on_lost": (wrapped(Leases, "hold_leases", _loses_before_it_adopts),),
     "a cut-off node stops what was promised": (
         (worker, "cut_off_allowance_ms", _never_by_itself),
         (attempts, "cut_off_allowance_ms", _never_by_itself),
@@ -396,7 +398,7 @@ RULES: dict[str, tuple[Patch, ...]] = {
     # protocol.md 6
     "who thinks all others dead is cut off": ((machines, "takers_of", _takes_all_to_be_dead),),
     # protocol.md 7
-    "ids outlive their jobs": (wrapped(Queue, "submit", _forgets_ids_with_their_jobs),),
+    "ids outlive their jobs": (wrapped(Submissions, "submit", _forgets_ids_with_their_jobs),),
     # gossip
     "the accused objects": ((Membership, "_on_claim_about_me", _bears_any_accusation),),
     "an incarnation rises with every start": (wrapped(Gossiping, "__init__", _always_the_first_life),),

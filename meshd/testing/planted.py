@@ -22,11 +22,13 @@ from meshd.raft.progress import Progress
 from meshd.raft.state import queries
 from meshd.raft.state.commands import Cancel, Join, OpenSession, Submit
 from meshd.raft.state.jobs import Job
+from meshd.raft.state.leases import Leases
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.matching import Node
 from meshd.raft.state.members import Members
 from meshd.raft.state.queue import Queue
 from meshd.raft.state.sessions import Sessions
+from meshd.raft.state.submissions import Submissions
 from meshd.raft.storage import replay
 from meshd.raft.storage.frames import End
 from meshd.raft.storage.frames import Ended as SegmentEnded
@@ -68,7 +70,7 @@ def _never_lets_another_boot_in(original: Callable[..., bool]) -> Callable[..., 
 
 
 def _takes_the_attempt_back(original: Callable[..., None]) -> Callable[..., None]:
-    def free(self: Queue, node: Node, fence: int) -> None:
+    def free(self: Leases, node: Node, fence: int) -> None:
         job, task = node.leases[fence]
         original(self, node, fence)
         if (row := job.rows.get(task)) is not None:
@@ -78,16 +80,16 @@ def _takes_the_attempt_back(original: Callable[..., None]) -> Callable[..., None
 
 
 def _uses_the_newest_fence_again(original: Callable[..., None]) -> Callable[..., None]:
-    def lease_again(self: Queue, job: Job, node: Node, task: int, *, is_ahead: bool) -> None:
-        self.leases_made -= 1
+    def lease_again(self: Leases, job: Job, node: Node, task: int, *, is_ahead: bool) -> None:
+        self._queue.leases_made -= 1
         original(self, job, node, task, is_ahead=is_ahead)
 
     return lease_again
 
 
 def _takes_no_job_twice(original: Callable[..., Any]) -> Callable[..., Any]:
-    def submit(self: Queue, command: Submit) -> Any:
-        if command.id in self.jobs:
+    def submit(self: Submissions, command: Submit) -> Any:
+        if command.id in self._queue.jobs:
             raise Conflict(f"there is a job {command.id} already")
         return original(self, command)
 
@@ -107,7 +109,7 @@ def _cancels_what_has_finished_too(original: Callable[..., Any]) -> Callable[...
 
 
 def _remembers_one_holder(original: Callable[..., bool]) -> Callable[..., bool]:
-    def finish(self: Queue, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
+    def finish(self: Leases, node: Node, key: AttemptKey, outcome: Outcome) -> bool:
         return original(self, node, key, changed(outcome, holders=outcome.holders[:1]))
 
     return finish
@@ -173,13 +175,13 @@ PLANTED: dict[str, tuple[Patch, ...]] = {
     "as many vote as shall": ((steering, "decide", lambda view: None),),
     "to join twice is to join once": (wrapped(Members, "join", _joins_once),),
     "to remove twice is to remove once": (wrapped(Machine, "_remove", _knows_only_members),),
-    "to submit twice is to submit once": (wrapped(Queue, "submit", _takes_no_job_twice),),
+    "to submit twice is to submit once": (wrapped(Submissions, "submit", _takes_no_job_twice),),
     "another boot waits": ((Sessions, "_may_run_elsewhere", lambda self, node, command: False),),
     "another boot is let in after a while": (wrapped(Sessions, "_may_run_elsewhere", _never_lets_another_boot_in),),
-    "a lease that was never started counts": (wrapped(Queue, "_free", _takes_the_attempt_back),),
-    "a second attempt has a fence of its own": (wrapped(Queue, "_lease_again", _uses_the_newest_fence_again),),
+    "a lease that was never started counts": (wrapped(Leases, "_free", _takes_the_attempt_back),),
+    "a second attempt has a fence of its own": (wrapped(Leases, "_lease_again", _uses_the_newest_fence_again),),
     "what has finished is not cancelled": (wrapped(Queue, "cancel", _cancels_what_has_finished_too),),
-    "the log remembers who holds what": (wrapped(Queue, "finish", _remembers_one_holder),),
+    "the log remembers who holds what": (wrapped(Leases, "finish", _remembers_one_holder),),
     "why a job waits is said": ((queries, "permanent_lacks", lambda demand, offer: ()),),
     "what is held is not begun again": ((Attempts, "obey", _begins_again),),
     "what does not fit now waits": (wrapped(Worker, "_start", _refuses_what_has_to_wait),),

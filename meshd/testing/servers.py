@@ -24,7 +24,7 @@ from meshd.raft.pysyncobj_state import CANDIDATE
 from meshd.raft.server import Server
 from meshd.raft.state.commands import RaiseFences, adds_work
 from meshd.raft.state.machine import Machine
-from meshd.raft.state.queue import FENCES_LOST_MAX
+from meshd.raft.state.recovery import FENCES_LOST_MAX
 from meshd.raft.storage.opening import open_log
 from meshd.raft.surroundings import Clocks
 from meshd.raft.turn import Turns, Work

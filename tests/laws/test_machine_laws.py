@@ -23,7 +23,7 @@ from meshd.model import (
     Timeout,
     runs_of,
 )
-from meshd.raft.state import jobs, queue
+from meshd.raft.state import jobs, leases
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import (
     Accepted,
@@ -359,12 +359,12 @@ class SmallEntries(MachineLaws):
     """
 
     def __init__(self) -> None:
-        self.were = queue.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX
-        queue.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = 2, 1
+        self.were = leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX
+        leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = 2, 1
         super().__init__()
 
     def teardown(self) -> None:
-        queue.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = self.were
+        leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = self.were
 
     @rule()
     def go_on(self):

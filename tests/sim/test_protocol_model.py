@@ -43,11 +43,11 @@ def test_two_tasks_share_the_slots(policies: tuple[str, ...], nodes: int) -> Non
 
 
 def adopts_nothing(machine: Machine) -> None:
-    machine._queue.adopt = lambda node, key: False  # type: ignore[method-assign]
+    machine._leases.adopt = lambda node, key: False  # type: ignore[method-assign]
 
 
 def adoption_sends_a_notice(machine: Machine) -> None:
-    adopt = machine._queue.adopt
+    adopt = machine._leases.adopt
 
     def adopt_and_tell(node: Node, key: AttemptKey) -> bool:
         is_adopted = adopt(node, key)
@@ -55,33 +55,33 @@ def adoption_sends_a_notice(machine: Machine) -> None:
             machine._moment.events.append(Leased(node.id, node.epoch, *runs_of([key])))
         return is_adopted
 
-    machine._queue.adopt = adopt_and_tell  # type: ignore[method-assign]
+    machine._leases.adopt = adopt_and_tell  # type: ignore[method-assign]
 
 
 def loses_before_it_adopts(machine: Machine) -> None:
-    hold = machine._queue.hold_leases
+    hold = machine._leases.hold_leases
 
     def hold_and_lose(node: Node) -> None:
         hold(node)
-        machine._queue.lose_held(node, "")
+        machine._leases.lose_held(node, "")
 
-    machine._queue.hold_leases = hold_and_lose  # type: ignore[method-assign]
+    machine._leases.hold_leases = hold_and_lose  # type: ignore[method-assign]
 
 
 def fills_before_it_adopts(machine: Machine) -> None:
-    hold = machine._queue.hold_leases
+    hold = machine._leases.hold_leases
 
     def hold_and_fill(node: Node) -> None:
         hold(node)
-        machine._sessions._offers = lambda *a: (offers(*a), machine._queue.fill())  # type: ignore[method-assign, func-returns-value, assignment]
+        machine._sessions._offers = lambda *a: (offers(*a), machine._leases.fill())  # type: ignore[method-assign, func-returns-value, assignment]
 
     offers = machine._sessions._offers
-    machine._queue.hold_leases = hold_and_fill  # type: ignore[method-assign]
+    machine._leases.hold_leases = hold_and_fill  # type: ignore[method-assign]
 
 
 def frees_also_newer_leases(machine: Machine) -> None:
-    free = machine._queue.free_unheld
-    machine._queue.free_unheld = lambda node, fence, held: free(node, 1 << 60, held)  # type: ignore[method-assign]
+    free = machine._leases.free_unheld
+    machine._leases.free_unheld = lambda node, fence, held: free(node, 1 << 60, held)  # type: ignore[method-assign]
 
 
 def opens_any_epoch(machine: Machine) -> None:
@@ -94,11 +94,11 @@ def opens_any_epoch(machine: Machine) -> None:
 
 
 def opening_leaves_old_leases(machine: Machine) -> None:
-    machine._queue.hold_leases = lambda node: None  # type: ignore[method-assign]
+    machine._leases.hold_leases = lambda node: None  # type: ignore[method-assign]
 
 
 def reconcile_frees_nothing(machine: Machine) -> None:
-    machine._queue.free_unheld = lambda node, fence, held: None  # type: ignore[method-assign]
+    machine._leases.free_unheld = lambda node, fence, held: None  # type: ignore[method-assign]
 
 
 def treats_all_as_rerun(machine: Machine) -> None:

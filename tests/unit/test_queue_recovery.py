@@ -18,7 +18,7 @@ from meshd.raft.state.commands import (
 )
 from meshd.raft.state.lineage import NUMBER_BITS, RECOVERIES_MAX
 from meshd.raft.state.machine import Machine
-from meshd.raft.state.queue import FENCES_LOST_MAX, RECOVERED_AHEAD_MS_MAX
+from meshd.raft.state.recovery import FENCES_LOST_MAX, RECOVERED_AHEAD_MS_MAX
 from meshd.views import ListJobs, ListTasks
 from tests.scene import BAD, GOOD, WALL_MS, A, B, Scene, job_id, spec
 

@@ -6,7 +6,7 @@ import pytest
 
 from meshd.errors import Corrupt, NotFound
 from meshd.model import EndReason, Inline, Needs, NodeId, Outcome, Resources, TaskState
-from meshd.raft.state import queue
+from meshd.raft.state import leases, queue
 from meshd.raft.state.commands import Cancel, Command, OpenSession, Report, Submit
 from meshd.raft.state.machine import Machine
 from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, job_id, spec
@@ -99,7 +99,7 @@ def test_a_lease_that_a_wrong_report_has_told_apart_is_the_same_in_a_snapshot():
 
 
 def test_a_replica_restored_between_two_entries_leases_what_was_left_as_the_others_do(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(queue, "LEASES_PER_ENTRY_MAX", 1)
+    monkeypatch.setattr(leases, "LEASES_PER_ENTRY_MAX", 1)
     scene = Scene(A, B, C, slots=0)
     jobs = [scene.submit(spec(count=3, priority=priority)) for priority in (10, 30, 20)]
     ahead = tuple((job, 1) for job in jobs)
@@ -122,7 +122,7 @@ def test_a_replica_restored_between_two_entries_leases_what_was_left_as_the_othe
 def test_what_one_entry_brought_and_could_not_lease_comes_in_the_same_order_to_a_restored_replica(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(queue, "LEASES_PER_ENTRY_MAX", 1)
+    monkeypatch.setattr(leases, "LEASES_PER_ENTRY_MAX", 1)
     scene = Scene(A, B, C, slots=2)
     kinds = [spec(priority=priority, needs=Needs(Resources(memory=priority))) for priority in (10, 40, 20, 50, 30)]
     scene.batch(*[(A, Submit(job_id(number), kind)) for number, kind in enumerate(kinds, 1)])
@@ -136,7 +136,7 @@ def test_what_one_entry_brought_and_could_not_lease_comes_in_the_same_order_to_a
 
 
 def test_an_entry_that_leased_just_as_much_as_it_may_has_nothing_left(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(queue, "LEASES_PER_ENTRY_MAX", 2)
+    monkeypatch.setattr(leases, "LEASES_PER_ENTRY_MAX", 2)
     scene = Scene(A, B, C)
     scene.submit(spec(count=2))
     assert scene.machine.next_timer_ms() is None

@@ -418,6 +418,12 @@ def after_loss(spec: JobSpec, row: Row, why: str, due_ms: int | None) -> Row:
     return replace(lost, state=TaskState.READY)
 
 
+def after_recovery(row: Row, recovery: int) -> Row:
+    """Held until an operator releases it: what its node says does not count any more."""
+    why = f"recovery {recovery} holds it: attempt {row.attempt} was at {row.node or 'a lost node'}"
+    return replace(row, state=TaskState.HELD, node=None, due_ms=None, reason=why)
+
+
 def lost_after_ms(spec: JobSpec, row: Row, now_ms: int) -> int | None:
     """How long a lost node may take to come back to this attempt; None is for ever."""
     if spec.on_lost is OnLost.WAIT:

@@ -59,12 +59,15 @@ from meshd.raft.state.commands import (
 from meshd.raft.state.fingerprint import fingerprint
 from meshd.raft.state.history import History
 from meshd.raft.state.jobs import Job
+from meshd.raft.state.leases import Leases
 from meshd.raft.state.lineage import Lineage
 from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.members import Members
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
+from meshd.raft.state.recovery import Recovery
 from meshd.raft.state.sessions import Sessions
+from meshd.raft.state.submissions import Submissions
 from meshd.views import AnyQuery
 
 BATCH_BYTES_MAX = BATCH_COMMANDS_MAX * codec.COMMAND_BYTES_MAX
@@ -83,7 +86,10 @@ class Machine:
         self._matching = Matching()
         self._members = Members(self._moment)
         self._queue = Queue(self._moment, self._matching)
-        self._sessions = Sessions(self._moment, self._matching, self._queue)
+        self._submissions = Submissions(self._moment, self._matching, self._queue)
+        self._leases = Leases(self._moment, self._matching, self._queue)
+        self._sessions = Sessions(self._moment, self._matching, self._queue, self._leases)
+        self._recovery = Recovery(self._moment, self._matching, self._queue)
         self._history = History(self._moment, self._queue)
         self._digest = b""
         self.faults = 0
@@ -97,18 +103,18 @@ class Machine:
             entry = codec.decode(batch, Batch, bytes_max=BATCH_BYTES_MAX)
         except InvalidRequest:
             return []
-        moment, queue = self._moment, self._queue
+        moment, queue, leases = self._moment, self._queue, self._leases
         before = len(moment.events)
         moment.advance(index, entry.elapsed_ms, entry.wall_ms)
-        queue.begin()
+        leases.begin()
         queue.seen.forget_before(moment.wall_ms)
         queue.fire_due()
-        queue.fill()
+        leases.fill()
         answers = []
         for stamped in entry.commands:
             answers.append(self._answer_to(stamped.origin, bytes(stamped.body)))
-            queue.fill()
-        queue.end()
+            leases.fill()
+        leases.end()
         self._conclude(answers, before)
         return answers
 
@@ -284,19 +290,19 @@ class Machine:
             case RevokeToken():
                 return members.revoke_token(origin, command)
             case Submit():
-                return self._queue.submit(command)
+                return self._submissions.submit(command)
             case Cancel():
                 return self._queue.cancel(command)
             case RetryJob():
-                return self._queue.retry(command)
+                return self._submissions.retry(command)
             case ReleaseJob():
-                return self._queue.release(command)
+                return self._recovery.release(command)
             case Recovered():
                 return self._recover(me, command)
             case RaiseFences(above):
                 if not me.is_server:
                     raise NotAllowed("only a server raises fences")
-                return self._queue.raise_fences(above)
+                return self._recovery.raise_fences(above)
             case ClockSet():
                 return self._set_clock(origin, command)
             case Seal():
@@ -343,7 +349,7 @@ class Machine:
         node = self._matching.nodes[node_id]
         if node.is_live:
             self._sessions.lapse(node)
-        self._queue.lose_held(node, "its node was removed from the mesh")
+        self._leases.lose_held(node, "its node was removed from the mesh")
         self._matching.removed(node)
         return Accepted()
 
@@ -352,7 +358,7 @@ class Machine:
         if not me.is_server:
             raise NotAllowed("only a server recovers a mesh")
         before = self._queue.lineage
-        accepted = self._queue.recover(command)
+        accepted = self._recovery.recover(command)
         if self._queue.lineage != before:
             for node in self._matching.nodes.values():
                 if node.is_live:
@@ -365,7 +371,7 @@ class Machine:
         before_ms = self._moment.wall_ms
         if self._moment.set_wall(origin, command):
             self._members.clock_moved(before_ms)
-            self._queue.clock_moved()
+            self._submissions.clock_moved()
         return Accepted()
 
     def _conclude(self, answers: list[bytes], events_before: int) -> None:

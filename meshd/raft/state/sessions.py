@@ -25,6 +25,7 @@ from meshd.raft.state.commands import (
     SessionChanged,
     SessionOpened,
 )
+from meshd.raft.state.leases import Leases
 from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
@@ -40,10 +41,11 @@ OFFER_BACKENDS_MAX = 64
 
 
 class Sessions:
-    def __init__(self, moment: Moment, matching: Matching, queue: Queue) -> None:
+    def __init__(self, moment: Moment, matching: Matching, queue: Queue, leases: Leases) -> None:
         self._moment = moment
         self._matching = matching
         self._queue = queue
+        self._leases = leases
 
     def open(self, node: Node, command: OpenSession) -> AnyAnswer:
         if command.epoch < node.epoch or (command.epoch == node.epoch and not node.is_live):
@@ -69,10 +71,10 @@ class Sessions:
 
     def _begin(self, node: Node, command: OpenSession) -> None:
         """The order matters, and is protocol.md's: otherwise listed work is thrown away, or slots are given twice."""
-        queue = self._queue
+        leases = self._leases
         if node.is_live:
             self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))
-        queue.hold_leases(node)
+        leases.hold_leases(node)
         node.epoch = command.epoch
         node.boot = command.boot
         node.is_live = True
@@ -85,16 +87,16 @@ class Sessions:
         held = [key for key in command.held if key.fence in node.held]
         lost = [key for key in command.held if key.fence not in node.held]
         for key in held:
-            queue.adopt(node, key)
-        queue.lose_held(node, "its node came back without it")
+            leases.adopt(node, key)
+        leases.lose_held(node, "its node came back without it")
         for key in lost:
-            queue.adopt(node, key)
+            leases.adopt(node, key)
 
     def end(self, node: Node, command: EndSession) -> Accepted:
         """Idempotent: an end of a session that has ended, or was followed by another, changes nothing."""
         if node.is_live and node.epoch == command.epoch:
             self.lapse(node)
-            self._queue.lose_due(node)
+            self._leases.lose_due(node)
         return Accepted()
 
     def lapse(self, node: Node) -> None:
@@ -105,7 +107,7 @@ class Sessions:
         self._matching.ask_ahead(node, ())
         self._matching.changed(node)
         self._moment.events.append(SessionChanged(node.id, node.epoch, is_live=False))
-        self._queue.hold_leases(node)
+        self._leases.hold_leases(node)
 
     def numbered(self, node: Node, command: Claim | Report) -> bytes:
         """Apply exactly the next command of the session; returns the encoded answer."""
@@ -133,23 +135,23 @@ class Sessions:
     def _report(self, node: Node, command: Report) -> AnyAnswer:
         if sum([run.count for run in (*command.done, *command.returned)]) > 2 * SLOTS_MAX:
             return Rejected(Reason.INVALID_REQUEST, f"a report names at most {2 * SLOTS_MAX} attempts")
+        leases = self._leases
         for key in command.running:
-            self._queue.mark_running(node, key)
-        queue = self._queue
+            leases.mark_running(node, key)
         if command.ahead is not None:
             most = SLOTS_MAX // len(command.ahead) if command.ahead else 0
             self._matching.ask_ahead(node, [(job, min(count, most)) for job, count in command.ahead])
         for attempts in command.returned:
-            queue.take_back(node, attempts)
-        stale = [ended.key for ended in command.ended if not queue.finish(node, ended.key, ended.outcome)]
-        stale_runs = [run for attempts in command.done for run in queue.finish_bare(node, attempts)]
+            leases.take_back(node, attempts)
+        stale = [ended.key for ended in command.ended if not leases.finish(node, ended.key, ended.outcome)]
+        stale_runs = [run for attempts in command.done for run in leases.finish_bare(node, attempts)]
         return Reported(tuple(stale), tuple(stale_runs))
 
     def reconcile(self, node: Node, command: Reconcile) -> AnyAnswer:
         """Compared here and not by the leader: its list may be older than a lease (protocol.md 4)."""
         if not node.is_live or command.epoch != node.epoch:
             return _wrong_epoch(node, command.epoch)
-        self._queue.free_unheld(node, command.fence, frozenset(key.fence for key in command.held))
+        self._leases.free_unheld(node, command.fence, frozenset(key.fence for key in command.held))
         return Reconciled(tuple(key for key in command.held if not self._is_leased(node, key)))
 
     def leases_of(self, node_id: NodeId, epoch: int) -> tuple[AttemptKey, ...]:
