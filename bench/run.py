@@ -21,7 +21,6 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "latency": ("--jobs", "100"),
     "raft": ("--seconds", "2"),
     "stalls": ("--jobs", "20000", "--seconds", "3"),
-    "machine": (),
     "transitions": (),
     "sync": (),
     "rpc": (),

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.mesh import load
-from bench.scale_mesh import SERVERS, ScaleMesh, array
-from bench.transitions import calibrate, job_id
+from bench.replica import array, job_id
+from bench.scale_mesh import SERVERS, ScaleMesh
+from bench.transitions import calibrate
 from meshd.raft.state.machine import Machine
 from meshd.views import GetJob
 

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
+from bench.replica import SECRET
 from meshd.agent import Agent
 from meshd.keeper import Keeper, KeeperEffect, KeeperEvent
 from meshd.model import (
-    Array,
     AttemptKey,
     BackendOffer,
     EndReason,
@@ -30,7 +30,6 @@ from meshd.model import (
     Outcome,
     Resources,
     Role,
-    Run,
 )
 from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import AnyAnswer, AnyCommand, CreateInvite, Found, Join, Submit, Submitted
@@ -47,7 +46,6 @@ from meshd.worker import AttemptsEnded, Worker, WorkerEffect, WorkerEvent
 
 SERVERS = 3
 CORES = 2
-SECRET = "b" * 64
 SYNC_MS = (1.0, 4.0)
 """Of a disk that is no bottleneck."""
 FORM_MS = 60_000
@@ -259,7 +257,3 @@ class ScaleMesh(World):
             self.run(10)
             if self.heap.now_ms >= until_ms:
                 raise Breach(f"not within {FORM_MS} ms: {what}")
-
-
-def array(tasks: int) -> JobSpec:
-    return JobSpec(backend=("wasm",), run=Run(args=("noop",)), array=Array(count=tasks))

@@ -16,8 +16,8 @@ from typing import Any
 import structlog
 import trio
 
-from bench.machine import SECRET
 from bench.raft_server import transport_of
+from bench.replica import SECRET
 from bench.turns import Steps
 from meshd import codec, interpreter
 from meshd.errors import Unavailable

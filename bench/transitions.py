@@ -1,69 +1,45 @@
-"""What one step of the agreed state costs every voter: `python -m bench.transitions [--json FILE]`.
+"""What the agreed state costs every voter, step by step: `python -m bench.transitions [--json FILE]`.
 
-One replica, driven by entries as the log would, without log, network or disk. Of arrays whose tasks end well with
-nothing to tell: how long `apply` takes for one lease and one end, when a node reports hundreds at a time and when it
-reports each by itself, from 10³ to 10⁶ tasks and for one and more nodes. Then what a job of a million tasks costs as a
-whole. Figures are also given in units of a fixed piece of pure Python that runs beside them, which is what a test
-compares (tests/unit/test_transition_costs.py): that ratio is about the same on a fast machine and on a slow one.
+One replica (replica.py), one thread. How long `apply` takes for one lease and one end: of arrays whose tasks end well
+with nothing to tell, reported hundreds at a time and each by itself, from 10³ to 10⁶ tasks and for one and more nodes;
+and of jobs of one task that leave output. Then what a job of a million tasks costs as a whole, and what a snapshot of
+many live jobs takes from the loop and from a thread. Figures are also given in units of a fixed piece of pure Python
+that runs beside them, which is what a test compares (tests/unit/test_transition_costs.py): that ratio is about the
+same on a fast machine and on a slow one.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
-
 from bench.mesh import load
-from meshd import codec
-from meshd.model import (
-    Array,
-    AttemptKey,
-    AttemptRun,
-    BackendOffer,
-    EndReason,
-    JobId,
-    JobSpec,
-    Member,
-    NodeId,
-    Offer,
-    Outcome,
-    Resources,
-    Role,
-    Run,
-)
-from meshd.raft.state.commands import (
-    Batch,
-    Cancel,
-    Command,
-    CreateInvite,
-    Ended,
-    Found,
-    Join,
-    Leased,
-    OpenSession,
-    Report,
-    Stamped,
-    Submit,
-)
+from bench.replica import Replica, array, job_id
+from meshd.model import AttemptKey, EndReason, Inline, Outcome
+from meshd.raft.state.commands import Cancel, Ended, Submit
 from meshd.raft.state.machine import Machine
-from meshd.views import GetJob, ListJobs, ListTasks
+from meshd.views import GetJob, GetSummary, ListJobs, ListTasks
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 NODES = (1, 3, 10)
+JOBS = 20_000
+"""Of one task, submitted and run to the end."""
+LIVE = 100_000
+"""Jobs in a snapshot."""
+SUBMITS = 100
+"""In one entry."""
 REPORT = 250
 """Ends in one report."""
 AHEAD = 1_000
-SECRET = "5" * 64
-WALL_MS = 1_800_000_000_000
 GOOD = Outcome(EndReason.EXIT, exit_code=0)
-OFFER = Offer(backends=(BackendOffer("wasm"),), resources=Resources(cpu_milli=2_000))
+TOLD = Outcome(EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * 100), run_ms=12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,62 +53,10 @@ class Cost:
     """The same in pieces of calibration."""
 
 
-class Replica:
-    """A machine and the nodes that work for it."""
-
-    def __init__(self, nodes: int) -> None:
-        self.machine = Machine()
-        self.index = 0
-        self.cpu_s = 0.0
-        self.nodes = [NodeId(f"node-{number}") for number in range(nodes)]
-        self.seqs = dict.fromkeys(self.nodes, 0)
-        self.leased: dict[NodeId, list[AttemptRun]] = {node: [] for node in self.nodes}
-        roles = (Role.SERVER, Role.WORKER)
-        first = self.nodes[0]
-        self.do(first, Found("mesh", Member(first, "a", roles)))
-        self.do(first, CreateInvite(SECRET, roles, 1000, 3_600_000))
-        for node in self.nodes[1:]:
-            self.do(first, Join(SECRET, Member(node, str(node), roles)))
-        for node in self.nodes:
-            self.do(node, OpenSession(1, (), 8, OFFER))
-
-    def do(self, origin: NodeId, command: Command) -> None:
-        """One entry with one command; only `apply` is timed."""
-        body = msgspec.Raw(codec.encode(command))
-        entry = codec.encode(Batch(1, WALL_MS, (Stamped(origin, body),)))
-        self.index += 1
-        start = time.thread_time()
-        self.machine.apply(self.index, entry)
-        self.cpu_s += time.thread_time() - start
-        for event in self.machine.take_events():
-            if isinstance(event, Leased):
-                self.leased[event.node].append(event.run)
-
-    def report(self, node: NodeId, **what: object) -> None:
-        self.seqs[node] += 1
-        self.do(node, Report(1, self.seqs[node], **what))  # type: ignore[arg-type]
-
-    def take(self, node: NodeId, count: int) -> list[AttemptRun]:
-        """The oldest of what it holds."""
-        taken: list[AttemptRun] = []
-        held = self.leased[node]
-        while held and count:
-            run = held.pop(0)
-            if run.count > count:
-                held.insert(0, run.part(count, run.count))
-                run = run.part(0, count)
-            taken.append(run)
-            count -= run.count
-        return taken
-
-
-def job_id(number: int, wall_ms: int = WALL_MS) -> JobId:
-    text = f"{(wall_ms << 80) | (7 << 76) | (2 << 62) | number:032x}"
-    return JobId("-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])))
-
-
-def array(count: int) -> JobSpec:
-    return JobSpec(backend=("wasm",), run=Run(args=("noop",)), array=Array(count=count))
+@dataclass(frozen=True, slots=True)
+class Memory:
+    of: str
+    bytes: int
 
 
 def calibrate() -> float:
@@ -184,57 +108,112 @@ def singles_to_the_end(tasks: int, nodes: int) -> float:
     return replica.cpu_s / tasks
 
 
+def jobs_to_the_end(jobs: int, nodes: int) -> tuple[float, float]:
+    """Seconds of `apply` for one job of one task: its submission, nearly always with no slot free; its lease and its end."""
+    replica = Replica(nodes)
+    replica.cpu_s = 0.0
+    replica.submit(jobs, entry=SUBMITS)
+    submitted_s, replica.cpu_s = replica.cpu_s, 0.0
+    while any(replica.leased.values()):
+        for node in replica.nodes:
+            if held := replica.take(node, REPORT):
+                replica.report(node, ended=tuple(Ended(run.key(), TOLD) for run in held))
+    assert not replica.machine.answer(GetSummary()).live_jobs
+    return submitted_s / jobs, replica.cpu_s / jobs
+
+
 def as_a_whole(tasks: int) -> list[tuple[str, float]]:
     """Submitting, asking for and cancelling one job, half of it leased and some of it done, in seconds."""
     replica = Replica(1)
     [node] = replica.nodes
-    steps: list[tuple[str, float]] = []
-
-    def timed(step: str, act: Callable[[], object]) -> None:
-        start = time.thread_time()
-        act()
-        steps.append((step, time.thread_time() - start))
-
-    timed("submit", lambda: replica.do(node, Submit(job_id(1), array(tasks))))
+    submit_s = seconds(lambda: replica.do(node, Submit(job_id(1), array(tasks))))
     replica.report(node, ahead=((job_id(1), AHEAD),))
     for _ in range(5):
         replica.report(node, done=tuple(replica.take(node, REPORT)))
-    timed("status", lambda: replica.machine.answer(GetJob(job_id(1))))
-    timed("list jobs", lambda: replica.machine.answer(ListJobs()))
-    timed("list 100 tasks", lambda: replica.machine.answer(ListTasks(job_id(1), limit=100)))
-    timed("cancel", lambda: replica.do(node, Cancel(job_id(1))))
-    return steps
+    return [
+        ("submit", submit_s),
+        ("status", seconds(lambda: replica.machine.answer(GetJob(job_id(1))))),
+        ("list jobs", seconds(lambda: replica.machine.answer(ListJobs()))),
+        ("list 100 tasks", seconds(lambda: replica.machine.answer(ListTasks(job_id(1), limit=100)))),
+        ("cancel", seconds(lambda: replica.do(node, Cancel(job_id(1))))),
+    ]
 
 
-def measure(sizes: Sequence[int] = SIZES) -> list[Cost]:
+def array_bytes(tasks: int) -> int:
+    replica = Replica(1)
+    return grown(lambda: replica.do(replica.nodes[0], Submit(job_id(1), array(tasks))))
+
+
+def of_live_jobs(jobs: int) -> tuple[int, list[tuple[str, float]]]:
+    """Bytes for one of them. Seconds of their snapshot: of the loop, then of any thread, there and where it is restored."""
+    replica = Replica(1)
+    held_bytes = grown(lambda: replica.submit(jobs, entry=SUBMITS)) // jobs
+    packs: list[Callable[[], bytes]] = []
+    packed: list[bytes] = []
+    return held_bytes, [
+        ("capture all live jobs, in the loop", seconds(lambda: packs.append(replica.machine.capture()))),
+        ("pack them, in a thread", seconds(lambda: packed.append(packs[0]()))),
+        ("restore them, in a thread", seconds(lambda: Machine().restore(packed[0]))),
+    ]
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """CPU of this thread."""
+    start = time.thread_time()
+    act()
+    return time.thread_time() - start
+
+
+def grown(fill: Callable[[], object]) -> int:
+    """Bytes that Python has allocated and not freed meanwhile."""
+    tracemalloc.start()
+    fill()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return held
+
+
+def measure(sizes: Sequence[int] = SIZES, jobs: int = JOBS, live: int = LIVE) -> tuple[list[Cost], list[Memory]]:
     unit_s = calibrate()
-    rows = []
+    costs: list[Cost] = []
+
+    def cost(step: str, tasks: int, nodes: int, took_s: float) -> None:
+        costs.append(Cost(step, tasks, nodes, took_s * 1e6, took_s / unit_s))
+
+    most = max(sizes)
+    memory = [Memory(f"one job of {most:,} tasks", array_bytes(most))]
+    job_bytes, snapshot = of_live_jobs(live)
+    memory.append(Memory(f"each of {live:,} live jobs", job_bytes))
+    for step, took_s in snapshot:
+        cost(step, live, 1, took_s)
     for nodes in NODES:
         for tasks in sizes:
-            took_s = runs_to_the_end(tasks, nodes)
-            rows.append(Cost("lease and end, in runs", tasks, nodes, took_s * 1e6, took_s / unit_s))
+            cost("lease and end, in runs", tasks, nodes, runs_to_the_end(tasks, nodes))
     for tasks in sizes[:3]:
-        took_s = singles_to_the_end(tasks, 1)
-        rows.append(Cost("lease and end, each with its outcome", tasks, 1, took_s * 1e6, took_s / unit_s))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for step, took_s in as_a_whole(max(sizes)):
-        rows.append(Cost(step, max(sizes), 1, took_s * 1e6, took_s / unit_s))
-    grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    rows.append(Cost("memory of that job, KB", max(sizes), 1, float(grown_kb), 0.0))
-    return rows
+        cost("lease and end, each with its outcome", tasks, 1, singles_to_the_end(tasks, 1))
+    submit_s, end_s = jobs_to_the_end(jobs, max(NODES))
+    cost("submit a job of one task, no slot free", jobs, max(NODES), submit_s)
+    cost("lease and end of that job, with output", jobs, max(NODES), end_s)
+    for step, took_s in as_a_whole(most):
+        cost(step, most, 1, took_s)
+    return costs, memory
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
-    rows = measure()
-    print(f"{'step':<40} {'tasks':>9} {'nodes':>6} {'µs':>10} {'units':>10}")
-    for row in rows:
-        print(f"{row.step:<40} {row.tasks:>9} {row.nodes:>6} {row.us:>10.2f} {row.units:>10.2f}")
+    gc.disable()  # what the collector costs depends on the process around it
+    costs, memory = measure()
+    print(f"{'step':<40} {'tasks':>9} {'nodes':>6} {'µs':>12} {'units':>12}")
+    for row in costs:
+        print(f"{row.step:<40} {row.tasks:>9} {row.nodes:>6} {row.us:>12,.2f} {row.units:>12,.2f}")
+    for held in memory:
+        print(f"memory of {held.of}: {held.bytes:,} bytes")
     print(f"CPU of one replica's thread; a unit is {calibrate() * 1e6:.2f} µs; {load()}")
     if options.json:
-        options.json.write_text(json.dumps({"load": load(), "costs": [asdict(row) for row in rows]}, indent=2) + "\n")
+        figures = {"load": load(), "costs": [asdict(row) for row in costs], "memory": [asdict(row) for row in memory]}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.transitions import as_a_whole, calibrate, runs_to_the_end, singles_to_the_end
+from bench.transitions import as_a_whole, calibrate, jobs_to_the_end, runs_to_the_end, singles_to_the_end
 
 TASKS = 5_000
+JOBS = 2_000
 RUNS = 5
 
 
@@ -26,11 +27,16 @@ def units(measured: Callable[[], float]) -> float:
         (lambda: runs_to_the_end(TASKS, 1), 2 * 2.1),
         (lambda: runs_to_the_end(TASKS, 10), 2 * 1.8),
         (lambda: singles_to_the_end(TASKS, 1), 2 * 92.0),
+        (lambda: jobs_to_the_end(JOBS, 10)[1], 2 * 480.0),
     ],
-    ids=["in runs", "in runs on ten nodes", "each with its outcome"],
+    ids=["in runs", "in runs on ten nodes", "each with its outcome", "each a job with output"],
 )
 def test_a_lease_and_its_end_cost_what_they_did(measured: Callable[[], float], most: float) -> None:
     assert units(measured) < most
+
+
+def test_a_submission_costs_what_it_did() -> None:
+    assert units(lambda: jobs_to_the_end(JOBS, 10)[0]) < 2 * 120.0
 
 
 def test_a_task_of_a_large_array_costs_what_one_of_a_small_array_does() -> None:
