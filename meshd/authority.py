@@ -9,6 +9,7 @@ APIs stays as it is, since tokens name it.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import trio
 from msgspec import Struct
 
 from meshd import certificates, codec, tls
-from meshd.errors import InvalidRequest, MeshError, NotAllowed, Unavailable
+from meshd.durable import replace_file
+from meshd.errors import InvalidRequest, MeshError, NotAllowed, StartRefused, Unavailable
 from meshd.home import Home
 from meshd.keyring import KeyRing, make_link
 from meshd.model import Certificate, Count, KeyLink, Member, NodeId, Role
@@ -83,6 +85,19 @@ class Authority:
             return await self._certify(key, node, version)
         body = await self._ask_servers("mesh.certify", codec.encode(CertifyCall(node, version)))
         return codec.decode(body, Certificate)
+
+    async def api_context(self, hosts: tuple[str, ...]) -> ssl.SSLContext:
+        """For this node's API under these names; its certificate is got once, and kept. Raises what a call does, StartRefused."""
+        key_file, certificate_file = self._home.path / "api.key", self._home.path / "api.pem"
+        request = await trio.to_thread.run_sync(tls.make_request, key_file, self._me, hosts)
+        context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
+        if context is None:
+            pem = await self.api_certificate(request)
+            await trio.to_thread.run_sync(replace_file, certificate_file, pem.encode())
+            context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
+        if context is None:
+            raise StartRefused(f"{certificate_file} is not of the key {key_file}", hint="remove both, then start again")
+        return context
 
     async def api_certificate(self, request_pem: str) -> str:
         """This node's API certificate, PEM, for its signing request."""

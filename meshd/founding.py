@@ -1,14 +1,18 @@
-"""How a data directory comes to belong to a mesh: by founding one, or by knocking at a member's door.
+"""How a data directory comes to belong to a mesh: by founding one, or by knocking at a member's door; or it does already.
 
 mesh.json is the last file that either writes: a start that was cut short begins again from the same keys.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import structlog
 import trio
 
 from meshd import certificates, tls
+from meshd.allegiance import REJOIN_HINT
 from meshd.epochs import EpochFile, check_epoch
 from meshd.errors import NotAllowed, StartRefused
 from meshd.greetings import CLOCK_OFF_MS
@@ -23,6 +27,47 @@ from meshd.ports import Transport
 JOIN_S = 20.0
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Founding: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    by: Invite
+
+
+@dataclass(frozen=True, slots=True)
+class Resuming:
+    mesh_file: MeshFile
+
+
+def how_to_begin(
+    home: Path, mesh_file: MeshFile | None, invite: Invite | None, *, may_found: bool, has_journal: bool
+) -> Founding | Joining | Resuming:
+    """What a start does with its directory, by what is in it and what it was asked. Raises StartRefused."""
+    if mesh_file is None:
+        if invite is not None:
+            return Joining(invite)
+        if may_found:
+            return Founding()
+        raise StartRefused(
+            f"{home} belongs to no mesh yet", hint="found one with `meshd up`, or join: `meshd up --join INVITE`"
+        )
+    if invite is not None and invite.mesh != mesh_file.mesh:
+        raise StartRefused(
+            f"{home} belongs to mesh {mesh_file.mesh}, the invite is for {invite.mesh}",
+            hint="join with another --data-dir",
+        )
+    if mesh_file.has_journal and not has_journal:
+        raise StartRefused(
+            f"this identity has lost its journal: {home / 'raft'} is empty",
+            hint="`meshd rejoin` lets it join again with a new one; or restore the directory",
+        )
+    if mesh_file.refused:
+        raise StartRefused(mesh_file.refused, hint=REJOIN_HINT)
+    return Resuming(mesh_file)
 
 
 def found_mesh(home: Home, key: KeyPair, name: str, roles: tuple[Role, ...]) -> MeshFile:

@@ -26,7 +26,6 @@ from meshd import codec
 from meshd.authority import CertifyCall
 from meshd.blobs.messages import Name, Want
 from meshd.certificates import Greeting, certify
-from meshd.daemon import wall_ms
 from meshd.directory import BLOB_PROTOCOL, JOIN_PROTOCOL, RAFT_PROTOCOL, RPC_PROTOCOL
 from meshd.errors import InvalidRequest, MeshError, NotAllowed, NotFound, PeerFault, Unavailable
 from meshd.gossip.messages import (
@@ -61,6 +60,7 @@ from meshd.net.identity_key import KeyPair
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
 from meshd.ports import Stream
+from meshd.raft.clocks import wall_clock_ms
 from meshd.raft.replica import EventsCall, ProposeCall, ProposeReply, ReadCall, WaitCall
 from meshd.raft.state import commands
 from meshd.raft.state.commands import (
@@ -196,7 +196,7 @@ def member(joined: tuple[KeyPair, Welcome]) -> Identity:
     identity = Identity(key, doors, lambda: b"")
 
     def greeting() -> bytes:
-        said = Greeting(welcome.certificate, identity.starts, b"r" * 16, wall_ms(), "rogue", (), "", "0")
+        said = Greeting(welcome.certificate, identity.starts, b"r" * 16, wall_clock_ms(), "rogue", (), "", "0")
         return codec.encode(said)
 
     identity.greeting = greeting
@@ -204,7 +204,7 @@ def member(joined: tuple[KeyPair, Welcome]) -> Identity:
 
 
 def join_request(invite: Invite, **changed: object) -> JoinRequest:
-    return replace(JoinRequest(invite.mesh, invite.secret, "rogue", (), "", "0", wall_ms()), **changed)
+    return replace(JoinRequest(invite.mesh, invite.secret, "rogue", (), "", "0", wall_clock_ms()), **changed)
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +256,7 @@ async def test_a_stranger_gets_no_further_than_the_door(mesh3, ids, member, join
     forged = certify(KeyPair.generate().sign, mesh_id, key.node_id, (Role.SERVER, Role.WORKER), 1)
 
     def greeting(certificate):
-        return lambda: codec.encode(Greeting(certificate, 1, b"r" * 16, wall_ms(), "x", (), "", "0"))
+        return lambda: codec.encode(Greeting(certificate, 1, b"r" * 16, wall_clock_ms(), "x", (), "", "0"))
 
     for wrong in (
         greeting(forged),  # signed by a key of its own
