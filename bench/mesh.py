@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,11 +25,11 @@ TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def standing_mesh() -> Generator[DevMesh, None, None]:
-    """One that says it survives the loss of a node."""
+def standing_mesh(environment: Mapping[str, str] | None = None) -> Generator[DevMesh, None, None]:
+    """One that says it survives the loss of a node. `environment` is what its agents have besides our own."""
     SCRATCH.mkdir(exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="mesh-", dir=SCRATCH))
-    mesh = DevMesh(directory)
+    mesh = DevMesh(directory, environment=dict(environment or {}))
     try:
         mesh.start(NODES[0])
         with client_of(mesh, NODES[0]) as client:

@@ -15,6 +15,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "dask": ("distributed==2026.8.0", "dask==2026.8.0", "cloudpickle==3.1.3"),
     "ray": ("ray==2.60.0",),
     "celery": ("celery==5.7.0", "redis==8.1.0"),
+    "profiler": ("py-spy==0.4.3",),  # no contender: what bench.profile samples with
 }
 
 
