@@ -78,7 +78,7 @@ LAYERS: Mapping[str, str] = {
     "meshd/backends/output.py": "output of tasks",
     # --- a spawner of commands
     "subprocess.py": FORK,
-    "meshd/backends/spawned.py:_execute": FORK,
+    "meshd/backends/spawned.py:_spawn_first": FORK,
     "meshd/backends/spawned.py": "the spawner's interpreter",
     "meshd/backends/spawner": "the spawner's interpreter",
     "meshd/backends/spawner.py:Spawner.serve": SPAWNERS_POLL,

@@ -42,8 +42,8 @@ def by_process(profiles: Mapping[str, Profile]) -> Table:
     rows.append(["**all: CPU us a task**", *(_both(_all(each), each.tasks) for each in profiles.values())])
     waited_us = [sum(each.used.waited_s.values()) / each.tasks * 1e6 for each in profiles.values()]
     rows.append(["threads that could run waited for a core: us a task", *map(_us, waited_us)])
-    for label, part in (("idle", lambda used: used.idle), ("of others", lambda used: used.others)):
-        rows.append([f"cores: {label}, %", *(f"{part(each.used) * 100:.0f}" for each in profiles.values())])
+    rows.append(["cores: idle, %", *(f"{each.used.idle * 100:.0f}" for each in profiles.values())])
+    rows.append(["cores: others', %", *(f"{each.used.others * 100:.0f}" for each in profiles.values())])
     return Table("CPU by process, and in parentheses what of it is the kernel's", ["", *profiles], rows)
 
 
