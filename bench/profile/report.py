@@ -26,7 +26,9 @@ class Table:
 
     def as_markdown(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join([f"{self.title}:", "", *(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)])
+        return "\n".join(
+            [f"{self.title}:", "", *("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)]
+        )
 
     def as_text(self) -> str:
         lines = [self.head, *self.rows]
