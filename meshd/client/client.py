@@ -25,9 +25,10 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from meshd.client.address import Address, local_address, parse_address
-from meshd.client.files import PIECE_BYTES, files_below, tar_of, upload_references
+from meshd.client.files import PIECE_BYTES, files_below, tar_of, untar, upload_references
 from meshd.client.http import ANSWER_S, Body, Requester
-from meshd.errors import Corrupt, InvalidRequest, MeshError, Unavailable, WaitTimeout, from_code
+from meshd.client.live import live_events, parse_events, raise_if_error
+from meshd.errors import InvalidRequest, MeshError, WaitTimeout
 from meshd.ids import new_job_id
 from meshd.model import BlobRef, Inline, JobId, Role, TaskState, Tree, TreeRef
 from meshd.views import (
@@ -54,11 +55,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 POLL_S = 30.0
-RECONNECTS_MAX = 20
-"""In a row, without a byte in between, before a live stream is given up."""
 COPY_S = 30.0
 """What a job names is on two disks before it is submitted."""
-PAUSE_S = 0.5
 NEVER_REACHED = 2**53
 """A version that no job comes to: only its end answers a wait for that."""
 
@@ -263,7 +261,7 @@ class Client:
         seen: dict[str, int] = dict.fromkeys(streams, 0)
         asked = "both" if len(streams) > 1 else streams[0]
         path = f"{_job(job)}/tasks/{task}/logs?{_query(stream=asked, follow='true', stale=self._stale())}"
-        for kind, data, _ in self._events(path, dict):
+        for kind, data, _ in live_events(self._requester, path, dict):
             if kind == "end":
                 return
             if kind not in ("stdout", "stderr"):
@@ -279,7 +277,7 @@ class Client:
     def events(self, after: int | None = None) -> Iterator[EventView]:
         """What happens in the mesh, without end."""
         headers = {} if after is None else {"last-event-id": str(after)}
-        for kind, data, position in self._events("/v1/events", lambda: headers):
+        for kind, data, position in live_events(self._requester, "/v1/events", lambda: headers):
             if kind != "end":
                 headers["last-event-id"] = position
                 yield msgspec.convert(data, EventView)
@@ -336,20 +334,8 @@ class Client:
 
     def get_directory(self, tree: str, target: Path | str) -> int:
         """Unpack a tree below `target`; the number of files."""
-        import tarfile
-
         answer = self._requester.stream("GET", f"/v1/trees/{quote(tree, safe='')}/tar")
-        Path(target).mkdir(parents=True, exist_ok=True)
-        count = 0
-        try:
-            with tarfile.open(mode="r|", fileobj=_Reader(answer.chunks())) as tar:  # type: ignore[call-overload]
-                for member in tar:
-                    # The filter keeps whatever a node sends inside of `target`.
-                    tar.extract(member, target, filter="data")
-                    count += 1
-        except tarfile.TarError as error:
-            raise Corrupt(f"directory {tree} did not arrive whole: {error}") from error
-        return count
+        return untar(answer.chunks(), Path(target), tree)
 
     def save_outputs(self, outputs: Inline | TreeRef, target: Path | str) -> int:
         """Unpack what one attempt left, as its outcome names it; the number of files."""
@@ -403,8 +389,8 @@ class Client:
         body = msgspec.json.encode({"deadline_ms": deadline_ms})
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         answer = self._requester.stream("POST", f"{_node(node)}/drain", lambda: body, headers=headers)
-        for kind, data, _ in _parse_events(answer.lines()):
-            _raise_if_error(kind, data)
+        for kind, data, _ in parse_events(answer.lines()):
+            raise_if_error(kind, data)
             yield msgspec.convert(data, DrainView)
 
     def undrain(self, node: str) -> None:
@@ -489,70 +475,12 @@ class Client:
         if done < total:
             raise InvalidRequest(f"{path} became shorter while it was uploaded")
 
-    def _events(self, path: str, headers: Callable[[], dict[str, str]]) -> Iterator[tuple[str, Any, str]]:
-        """Server-sent events, over as many connections as it takes. An `error` event is raised."""
-        failures = 0
-        while True:
-            try:
-                answer = self._requester.stream("GET", path, headers={"accept": "text/event-stream", **headers()})
-                for kind, data, position in _parse_events(answer.lines()):
-                    failures = 0
-                    _raise_if_error(kind, data)
-                    yield kind, data, position
-                    if kind == "end":
-                        return
-                raise Unavailable("the node ended the stream")
-            except Unavailable:
-                if self.is_closed:
-                    return
-                failures += 1
-                if failures > RECONNECTS_MAX:
-                    raise
-                time.sleep(PAUSE_S)
-
     def _tls(self, address: Address) -> ssl.SSLContext:
         if self._tls_context is None:
             from meshd.client.trust import pinned_context
 
             self._tls_context, self.ca_pem = pinned_context(address, self._token, self.ca_pem)
         return self._tls_context
-
-
-class _Reader:
-    """A stream of chunks as a file to read from."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def read(self, size: int) -> bytes:
-        parts = [self._rest]
-        have = len(self._rest)
-        while have < size and (chunk := next(self._chunks, b"")):
-            parts.append(chunk)
-            have += len(chunk)
-        data = b"".join(parts)
-        self._rest = data[size:]
-        return data[:size]
-
-
-def _parse_events(lines: Iterator[bytes]) -> Iterator[tuple[str, Any, str]]:
-    kind, data, position = "", b"", ""
-    for line in lines:
-        if not line and data:
-            yield kind, msgspec.json.decode(data), position
-            kind, data = "", b""
-        elif line.startswith(b"event: "):
-            kind = line[7:].decode()
-        elif line.startswith(b"data: "):
-            data = line[6:]
-        elif line.startswith(b"id: "):
-            position = line[4:].decode()
-
-
-def _raise_if_error(kind: str, data: Any) -> None:
-    if kind == "error":
-        raise from_code(data["code"], data["message"], data["hint"])
 
 
 def _decode(data: bytes, kind: type[T]) -> T:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from meshd.errors import InvalidRequest, NotFound
+from meshd.errors import Corrupt, InvalidRequest, NotFound
 from meshd.model import BlobRef, TreeRef
 
 PIECE_BYTES = 1 << 18
@@ -126,3 +126,38 @@ def tar_of(directory: Path, files: list[Path], count: Callable[[int], None]) -> 
                 yield piece
             yield bytes(-head.size % tarfile.BLOCKSIZE)
     yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def untar(chunks: Iterator[bytes], target: Path, tree: str) -> int:
+    """Unpack what arrives below `target`; the number of files. Raises Corrupt."""
+    import tarfile
+
+    target.mkdir(parents=True, exist_ok=True)
+    count = 0
+    try:
+        with tarfile.open(mode="r|", fileobj=_Reader(chunks)) as tar:  # type: ignore[call-overload]
+            for member in tar:
+                # The filter keeps whatever a node sends inside of `target`.
+                tar.extract(member, target, filter="data")
+                count += 1
+    except tarfile.TarError as error:
+        raise Corrupt(f"directory {tree} did not arrive whole: {error}") from error
+    return count
+
+
+class _Reader:
+    """A stream of chunks as a file to read from."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        parts = [self._rest]
+        have = len(self._rest)
+        while have < size and (chunk := next(self._chunks, b"")):
+            parts.append(chunk)
+            have += len(chunk)
+        data = b"".join(parts)
+        self._rest = data[size:]
+        return data[:size]
