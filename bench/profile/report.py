@@ -41,7 +41,7 @@ def by_process(profiles: Mapping[str, Profile]) -> Table:
     rows = [["done a second", *(f"{each.tasks / each.wall_s:,.0f}" for each in profiles.values())]]
     for role in roles:
         rows.append([f"{role}: CPU us a task", *(_both(_cpu(each, role), each.tasks) for each in profiles.values())])
-    rows.append(["**all: CPU us a task**", *(_both(_all(each), each.tasks) for each in profiles.values())])
+    rows.append(["all: CPU us a task", *(_both(_all(each), each.tasks) for each in profiles.values())])
     waited_us = [sum(each.used.waited_s.values()) / each.tasks * 1e6 for each in profiles.values()]
     rows.append(["threads that could run waited for a core: us a task", *map(_us, waited_us)])
     rows.append(["cores: idle, %", *(f"{each.used.idle * 100:.0f}" for each in profiles.values())])
@@ -114,7 +114,7 @@ def against_floors(profiles: Mapping[str, Profile], floors: Floors) -> Table:
                 what,
                 f"{floor_us:.0f}",
                 f"{rate:,.0f}",
-                f"{ours_us:.0f}",
+                f"{ours_us:,.0f}",
                 f"{floor_us / ours_us * 100:.0f}",
                 f"{of_rate * 100:.0f}",
             ]
