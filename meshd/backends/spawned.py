@@ -3,8 +3,11 @@
     running ──limit, leash, order──▶ ending (TERM, then KILL) ──┐
        └──────────────── main process ends ──────────────────────┴─▶ sweeping ──nothing left──▶ ended
 
-Its main process leads a session of its own. What leaves that session (a daemon) becomes
-the spawner's child when its parent dies, and is known by a mark in its environment.
+Its main process leads a process group of its own, in the spawner's session, which has no terminal. What leaves the
+group (a daemon) becomes the spawner's child when its parent dies, and is known by a mark in its environment.
+
+Not a session of its own: after setsid(2) Linux wakes the spawner, which vfork made wait, only when the command leaves
+its processor, as a rule at its end. Starting a command then took 620 us instead of 70, and no two started at once.
 """
 
 from __future__ import annotations
@@ -121,7 +124,7 @@ class Spawned:
             self._end = self._judge(status, peak_bytes)
 
     def kill_remains(self) -> bool:
-        """Kill what is left of its session; whether there was anything."""
+        """Kill what is left of its group; whether there was anything."""
         try:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -144,7 +147,7 @@ class Spawned:
                 reason, code, message = "output_limit", None, flooded
         if not is_clean:
             reason, code = "backend", None
-            message = f"a process of it survives SIGKILL (session {self.pid}); {message}"
+            message = f"a process of it survives SIGKILL (process group {self.pid}); {message}"
         return reason, code, message, self._run_ms
 
     def _judge(self, status: int, peak_bytes: int) -> tuple[str, int | None, str]:
@@ -212,7 +215,7 @@ class Spawned:
                     stdin=stdin,
                     stdout=stdout,
                     stderr=stderr,
-                    start_new_session=True,
+                    process_group=0,
                 )
             except OSError as error:
                 raise _refused(error, args[0], workdir) from error
