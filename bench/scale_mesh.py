@@ -122,10 +122,20 @@ class Tasks(Runner):
     def __init__(self, node: ScaleNode) -> None:
         super().__init__(node)
         self._mesh = node.mesh
+        self._over_ms: dict[int, float] = {}
+        """When what a lane has is over."""
 
-    def start(self, keys: Sequence[AttemptKey], spec: JobSpec, leash_ms: int | None) -> None:
-        ended = AttemptsEnded(tuple((key, GOOD) for key in keys))
-        self.node.after(self._mesh.task_ms * len(keys), lambda: self.node.handle(ended))
+    def start(self, number: int, keys: Sequence[AttemptKey], spec: JobSpec, leash_ms: int | None) -> None:
+        now_ms = self.node.world.heap.now_ms
+        over_ms = max(now_ms, self._over_ms.get(number, now_ms)) + self._mesh.task_ms * len(keys)
+        self._over_ms[number] = over_ms
+
+        def end() -> None:
+            if self._over_ms[number] == over_ms:
+                del self._over_ms[number]
+            self.node.handle(AttemptsEnded(tuple((key, GOOD) for key in keys)))
+
+        self.node.after(over_ms - now_ms, end)
 
     def recall(self, keys: Sequence[AttemptKey]) -> tuple[AttemptKey, ...]:
         return ()

@@ -47,13 +47,14 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Batch:
-    """Attempts of one job that were started together, to run one after the other."""
+    """Attempts of one job that run one after the other in the room of one; more may be added while some are left."""
 
     job: JobId
     spec: JobSpec
     fence: int
     """Of its first."""
-    started_ms: int
+    since_ms: int
+    """For so long it has run since `ran` was 0."""
     front_ms: int
     """Since when the first that is left runs, as far as is known here."""
     left: dict[int, Attempt] = field(default_factory=dict)
@@ -67,6 +68,13 @@ class Batch:
     @property
     def front(self) -> Attempt:
         return next(iter(self.left.values()))
+
+    def lap(self, now_ms: int) -> tuple[int, int]:
+        """How many ran since it was asked last, and for how long."""
+        if not (ran := self.ran):
+            return 0, 0
+        took_ms, self.since_ms, self.ran = now_ms - self.since_ms, now_ms, 0
+        return ran, took_ms
 
 
 @dataclass(slots=True)
@@ -206,6 +214,12 @@ class Attempts:
         first = self.waiting[0]
         batch = Batch(first.run.job, first.spec, first.run.fence, now_ms, now_ms)
         self.batches[batch.fence] = batch
+        self.extend(batch, count)
+        return batch
+
+    def extend(self, batch: Batch, count: int) -> tuple[AttemptKey, ...]:
+        """So many more of those that wait, while the first of them is of its job."""
+        added: list[AttemptKey] = []
         while count and self.waiting and self.waiting[0].run.job == batch.job:
             run = self.waiting[0].run
             part = run if run.count <= count else run.part(0, count)
@@ -217,7 +231,8 @@ class Attempts:
             self._count(batch.job, -part.count)
             for key in part.each():
                 batch.left[key.fence] = self._started[key.fence] = Attempt(key, batch)
-        return batch
+                added.append(key)
+        return tuple(added)
 
     def take_back(self, attempts: Sequence[Attempt]) -> None:
         """They were handed on to be run, and did not begin: they wait as before."""

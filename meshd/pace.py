@@ -1,8 +1,10 @@
-"""How fast this node gets through a job's tasks, and what follows: how many start together, how many to hold ahead.
+"""How fast this node gets through a job's tasks, and what follows: how many start together, when a place gets its next,
+how many to hold ahead.
 
 A slot that waits for the log between two tasks of a millisecond does nothing most of the time; a node that holds
 a hundred tasks of an hour keeps them from the others. So both numbers follow from what was measured here: nothing is
-known of a new job and its tasks start one by one; each batch that comes to its end says how long the next may be.
+known of a new job and its tasks start one by one; each batch says how long the next may be. A place is given its next
+tasks while it still has some, since the way from an end to the next start is milliseconds in which it would do nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ AHEAD_MAX = 4096
 TASK_MS_MAX = 2_000
 """Nothing is held ahead of slower tasks: the log's 20 ms are 1 % of them, and other nodes may be free."""
 
+NEXT_MS_MAX = 400
+"""Behind slower tasks nothing waits in a place: 3 ms are 1 % of them, and another place may be free sooner."""
+
 RECALL_AFTER_MS = 100
-"""A task that takes so long gives up what waits behind it."""
+"""A task that takes so long, and twice as long as those before it, gives up what waits behind it."""
 STUCK_MS = 3_000
 """When all that runs of a job takes so long, or what waits would, the rest is given back: others may be free."""
 
@@ -52,12 +57,23 @@ class Pace:
     told: int = 0
     """What was asked for ahead."""
 
-    def batch_over(self, ran: int, took_ms: int) -> None:
+    def learn(self, ran: int, took_ms: int) -> None:
+        """So many ran one after the other."""
         if not ran:
             return
         task_ms = max(took_ms, 1) / ran
         self.task_ms = (self.task_ms + min(task_ms, GROWTH_MAX * self.task_ms)) / 2 if self.task_ms else task_ms
         self.size = max(1, min(int(BATCH_MS / self.task_ms), GROWTH_MAX * self.size, BATCH_MAX))
+
+    def next_in_place(self, left: int) -> int:
+        """How many more to give to a place where so many are left: half of its batch, or the one that runs."""
+        if not 0 < self.task_ms <= NEXT_MS_MAX or left > max(1, self.size // 2):
+            return 0
+        return self.size
+
+    @property
+    def slow_after_ms(self) -> int:
+        return max(RECALL_AFTER_MS, int(2 * self.task_ms))
 
     def ahead(self, places: int, stuck_ms: int) -> int:
         """What to hold beyond what runs: powers of two, and only told anew when it is far from that.

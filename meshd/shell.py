@@ -11,6 +11,7 @@ the same `Start` are known from the moment it is decided, so that a stop finds t
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, assert_never
 
@@ -138,7 +139,8 @@ class Shell:
         """Attempts that run in batches."""
         self._stopped_for: dict[int, EndReason] = {}
         """Of those: why they were told to stop."""
-        self._lanes = itertools.count(1)
+        self._lanes: dict[int, deque[AttemptKey]] = {}
+        """What waits where attempts run one by one, while something runs there."""
         self._calls = itertools.count(1)
         self._renewals: dict[int, RenewAnswer] = {}
         rpc.register("session.renew", self._on_renew)
@@ -166,8 +168,8 @@ class Shell:
                 if isinstance(effect, Start) and self._runs.planned.takes(effect.spec):
                     self._hand_on(effect)
                     continue
-                if isinstance(effect, Start):
-                    self._accept(effect)
+                if isinstance(effect, Start) and not self._accept(effect):
+                    continue
                 self._tasks.start_soon(self._perform, effect)
         self._stirred.set()
         self._fed.set()
@@ -305,11 +307,18 @@ class Shell:
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
-    def _accept(self, effect: Start) -> None:
+    def _accept(self, effect: Start) -> bool:
+        """Whether nobody works in its lane yet."""
         leash = Leash(None if effect.leash_ms is None else effect.leash_ms / 1000)
         for key in effect.keys:
             self._leashes[key.fence] = leash
             self._waiting[key.fence] = key
+        lane = self._lanes.get(effect.lane)
+        if lane is None:
+            self._lanes[effect.lane] = deque(effect.keys)
+        else:
+            lane.extend(effect.keys)
+        return lane is None
 
     def _withdraw(self, key: AttemptKey) -> bool:
         """Whether it still waited; then it never begins."""
@@ -319,10 +328,13 @@ class Shell:
         return True
 
     async def _run(self, effect: Start) -> None:
-        for key in effect.keys:
+        lane = self._lanes[effect.lane]
+        while lane:
+            key = lane.popleft()
             if self._waiting.pop(key.fence, None) is not None:
                 outcome = await self._run_one(key, effect.spec, self._leashes[key.fence])
                 self.feed(AttemptsEnded(((key, outcome),)))
+        del self._lanes[effect.lane]
 
     async def _run_one(self, key: AttemptKey, spec: JobSpec, leash: Leash) -> Outcome:
         reasons: list[EndReason] = []
@@ -380,7 +392,7 @@ class Shell:
         log.debug("attempts.started", job=first.job, attempts=len(effect.keys), fence=first.fence)
         leash_s = None if effect.leash_ms is None else effect.leash_ms / 1000
         try:
-            self._runs.planned.start(next(self._lanes), effect.keys, effect.spec, leash_s, self._handed_on_ended)
+            self._runs.planned.start(effect.lane, effect.keys, effect.spec, leash_s, self._handed_on_ended)
         except Exception as error:
             # As for a single one: a defect costs these attempts, as a loss, and not the node.
             log.exception("attempts.broke", job=first.job, attempts=len(effect.keys), fence=first.fence)

@@ -29,7 +29,7 @@ from meshd import codec
 from meshd.attempts import Attempt, Attempts, Batch, Phase, cut_off_allowance_ms, fit, places
 from meshd.errors import InvalidRequest
 from meshd.model import AttemptKey, AttemptRun, EndReason, JobId, JobSpec, Offer, Outcome, Resources, runs_of
-from meshd.pace import AHEAD_MAX, RECALL_AFTER_MS, Pace, may_batch
+from meshd.pace import AHEAD_MAX, Pace, may_batch
 from meshd.raft.state.commands import (
     AHEAD_JOBS_MAX,
     AnyAnswer,
@@ -175,10 +175,11 @@ class SendRenew:
 class Start:
     """Attempts of one job, one after the other in the room of one: fetch, run, make durable.
 
-    Each is told of once, by an `AttemptsEnded` or a `Recalled`: soon after it ended, alone or together with others,
+    They come after what `lane` was started with before and is left of that. Each is told of once, by an `AttemptsEnded` or a `Recalled`: soon after it ended, alone or together with others,
     before or after its neighbours. `leash_ms`: all must be dead soon after, None is never.
     """
 
+    lane: int
     keys: tuple[AttemptKey, ...]
     spec: JobSpec
     leash_ms: int | None
@@ -298,8 +299,8 @@ class Worker:
             return
         if self._pending is None and _is_news(batch.front):
             yield batch.front_ms + RUNNING_AFTER_MS
-        if batch.job in self._paces and not self.attempts.has_strays:
-            yield batch.slow_again_ms if batch.is_slow else batch.front_ms + RECALL_AFTER_MS
+        if (pace := self._paces.get(batch.job)) is not None and not self.attempts.has_strays:
+            yield batch.slow_again_ms if batch.is_slow else batch.front_ms + pace.slow_after_ms
 
     # --- the session --------------------------------------------------------------------------------------------------
 
@@ -495,7 +496,7 @@ class Worker:
     def _proceed(self, now_ms: int) -> None:
         for batch in self.attempts.take_over():
             if (pace := self._paces.get(batch.job)) is not None:
-                pace.batch_over(batch.ran, now_ms - batch.started_ms)
+                pace.learn(*batch.lap(now_ms))
         if self._resend_ms is not None and now_ms >= self._resend_ms:
             self._resend_ms = None
             if self._opening is not None:
@@ -530,6 +531,7 @@ class Worker:
                 continue
             free = places(need, self._taken(), self._room)
             if not free:
+                self._add_behind(first.run.job, now_ms)
                 return
             size = 1
             if (pace := self._pace(first.run.job, first.spec)) is not None:
@@ -537,7 +539,21 @@ class Worker:
                 size = max(1, min(pace.size, -(-attempts.waiting_of[first.run.job] // free)))
             batch = attempts.start(size, now_ms)
             keys = tuple(each.key for each in batch.left.values())
-            self._effects.append(Start(keys, batch.spec, self._leash_ms(batch.spec)))
+            self._effects.append(Start(batch.fence, keys, batch.spec, self._leash_ms(batch.spec)))
+
+    def _add_behind(self, job: JobId, now_ms: int) -> None:
+        """There is no room for the first that waits: let it wait where tasks of its job are about to end."""
+        if (pace := self._paces.get(job)) is None:
+            return
+        batches = [batch for batch in self.attempts.batches.values() if batch.job == job and not batch.is_slow]
+        for batch in sorted(batches, key=lambda batch: len(batch.left)):
+            waiting = self.attempts.waiting_of.get(job, 0)
+            if waiting < len(batches):
+                return  # the place that is free first is to have them
+            size = min(pace.next_in_place(len(batch.left)), -(-waiting // len(batches)))
+            if size and (keys := self.attempts.extend(batch, size)):
+                pace.learn(*batch.lap(now_ms))
+                self._effects.append(Start(batch.fence, keys, batch.spec, self._leash_ms(batch.spec)))
 
     def _taken(self) -> list[Resources]:
         """What runs has the room of one each. Strays have none of their own: while one lives, nothing starts."""
@@ -558,7 +574,7 @@ class Worker:
         for batch in self.attempts.batches.values():
             runs_ms = now_ms - batch.front_ms
             pace = self._paces.get(batch.job)
-            if pace is None or runs_ms < RECALL_AFTER_MS or (batch.is_slow and now_ms < batch.slow_again_ms):
+            if pace is None or runs_ms < pace.slow_after_ms or (batch.is_slow and now_ms < batch.slow_again_ms):
                 continue
             pace.size = 1
             batch.slow_again_ms = now_ms + runs_ms

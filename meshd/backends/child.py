@@ -129,7 +129,7 @@ class Link:
 class Gathering:
     """How long to leave a helper alone, so that many of its answers are heard at once: waking up costs as much as ten.
 
-    Not at all when they are few, and not past the moment in which it has nothing left to do.
+    Not at all when they are few, and not until it has nothing left to do.
     """
 
     def __init__(self, longest_s: float) -> None:
@@ -137,10 +137,13 @@ class Gathering:
         self._heard_at_s = -math.inf
 
     def pause_s(self, heard: int, left: int, now_s: float) -> float:
-        """After so many answers, when the one who is done first (in a runner, in a lane) has so much left to do."""
+        """After so many answers, when the one who is done first (in a runner, in a lane) has so much left to do.
+
+        Half of that is done when the pause ends: then there is time to bring more.
+        """
         each_s = (now_s - self._heard_at_s) / max(1, heard)
         self._heard_at_s = now_s
-        return 0.0 if each_s * 2 > self._longest_s else min(self._longest_s, left * each_s)
+        return 0.0 if each_s * 2 > self._longest_s else min(self._longest_s, left * each_s / 2)
 
 
 class Child:

@@ -121,6 +121,12 @@ class Bench:
             self.backend.start(plan, lane, planned[lane::lanes], batch.told)
         return batch
 
+    def add(self, batch: Batch, first: int, items: Sequence[str]) -> None:
+        """More tasks, from the number `first`, to the only lane of a batch."""
+        assert isinstance(self.backend, BatchBackend)
+        planned = [Planned(AttemptKey(JOB, task, 1, task + 1), item) for task, item in enumerate(items, start=first)]
+        self.backend.start(batch.plan, 0, planned, batch.told)
+
 
 class Batch:
     """Attempts that were started together, and how they ended, by task."""
@@ -476,6 +482,21 @@ class BackendSuite:
             await batch.wait(2)
             await trio.sleep(0.2)
             assert sorted(batch.ends) == [0, 1]
+
+    async def test_what_is_added_to_a_lane_comes_after_what_it_has_and_runs_when_it_is_empty(
+        self, tmp_path: Path
+    ) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("sleep", "{item}"), ["0.5"])
+            bench.add(batch, 1, ["0", "0.1"])
+            await trio.sleep(0.2)
+            bench.add(batch, 3, ["0"])
+            await batch.wait(4)
+            assert list(batch.ends) == [0, 1, 2, 3]
+            bench.add(batch, 4, ["0"])
+            await batch.wait(5)
+            assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.EXIT}
+            assert batch.plan.leash.watchers == set()
 
     async def test_what_a_running_attempt_of_a_batch_has_written_can_be_read(self, tmp_path: Path) -> None:
         async with self.serving(tmp_path) as bench:

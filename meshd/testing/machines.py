@@ -33,12 +33,17 @@ YES, NO = b"yes", b"no"
 
 
 @dataclass(slots=True, eq=False)
+class Lane:
+    number: int
+    waiting: list[Run]
+
+
+@dataclass(slots=True, eq=False)
 class Run:
     key: AttemptKey
     spec: JobSpec
     leash_ms: int | None
-    batch: list[Run]
-    """What was started with it and comes after it."""
+    lane: Lane
     has_begun: bool = False
     is_running: bool = False
     is_stopping: bool = False
@@ -49,19 +54,23 @@ class Runner:
     def __init__(self, node: SimNode) -> None:
         self.node = node
         self._runs: dict[int, Run] = {}
+        self._lanes: dict[int, Lane] = {}
+        """Those in which something runs."""
 
     @property
     def is_busy(self) -> bool:
         return any(run.is_running and not run.is_over for run in self._runs.values())
 
-    def start(self, keys: Sequence[AttemptKey], spec: JobSpec, leash_ms: int | None) -> None:
-        """One after the other."""
-        batch: list[Run] = []
+    def start(self, number: int, keys: Sequence[AttemptKey], spec: JobSpec, leash_ms: int | None) -> None:
+        """One after the other, after what is left in that lane."""
+        is_new = number not in self._lanes
+        lane = self._lanes.setdefault(number, Lane(number, []))
         for key in keys:
-            run = self._runs[key.fence] = Run(key, spec, leash_ms, batch)
+            run = self._runs[key.fence] = Run(key, spec, leash_ms, lane)
             self._watch_leash(run)
-            batch.append(run)
-        self._next(batch)
+            lane.waiting.append(run)
+        if is_new:
+            self._next(lane)
 
     def recall(self, keys: Sequence[AttemptKey]) -> tuple[AttemptKey, ...]:
         """Those that have not begun: they never will."""
@@ -74,13 +83,14 @@ class Runner:
                 recalled.append(key)
         return tuple(recalled)
 
-    def _next(self, batch: list[Run]) -> None:
-        while batch:
-            run = batch.pop(0)
+    def _next(self, lane: Lane) -> None:
+        while lane.waiting:
+            run = lane.waiting.pop(0)
             if not (run.is_over or run.is_stopping):
                 run.has_begun = True
                 self.node.after(self.node.world.heap.between(*FETCH_MS), partial(self._fetch, run), of_machine=True)
                 return
+        del self._lanes[lane.number]
 
     def stop(self, key: AttemptKey, reason: EndReason) -> None:
         run = self._runs.get(key.fence)
@@ -100,10 +110,11 @@ class Runner:
     def killed(self) -> None:
         """The agent died; so did all that it ran."""
         for run in self._runs.values():
-            run.batch.clear()
+            run.lane.waiting.clear()
             if run.is_running:
                 self.node.world.checks.stopped(self.node.id, run.key, None)
         self._runs.clear()
+        self._lanes.clear()
 
     def _watch_leash(self, run: Run) -> None:
         """The runner holds the deadline itself, so that a stopped agent keeps nothing alive."""
@@ -200,7 +211,7 @@ class Runner:
         if run.is_running:
             self.node.world.checks.stopped(self.node.id, run.key, outcome)
         if run.has_begun:
-            self._next(run.batch)
+            self._next(run.lane)
         self.node.after(0, lambda: self._replicate(run, outcome))
 
 

@@ -350,10 +350,10 @@ class SimNode:
                 self._propose(command)
             case SendRenew(epoch, sent_ms, renew):
                 self._send_renew(epoch, sent_ms, renew)
-            case Start(keys, spec, leash_ms):
+            case Start(lane, keys, spec, leash_ms):
                 for key in keys:
                     world.checks.decided_to_start(self, key)
-                self.runner.start(keys, spec, leash_ms)
+                self.runner.start(lane, keys, spec, leash_ms)
             case Recall(keys):
                 recalled = self.runner.recall(keys)
                 self.after(0, lambda: self.handle(Recalled(recalled)))

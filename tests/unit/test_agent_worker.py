@@ -174,14 +174,14 @@ def test_a_notice_that_overtakes_the_answer_to_the_open_waits_for_it() -> None:
     worker.handle(Offering(2, OFFER), T0)
     assert worker.handle(notice(worker, 1), T0 + 1) == []
 
-    assert only(opened(worker, T0 + 2), Start) == [Start((key(1),), spec(), None)]
+    assert only(opened(worker, T0 + 2), Start) == [Start(1, (key(1),), spec(), None)]
 
 
 def test_attempts_beyond_what_fits_wait_in_fence_order() -> None:
     worker = open_worker()
-    assert only(worker.handle(notice(worker, 3, 2, 1), T0 + 1), Start) == [Start((key(1),), spec(), None)]
+    assert only(worker.handle(notice(worker, 3, 2, 1), T0 + 1), Start) == [Start(1, (key(1),), spec(), None)]
 
-    assert only(worker.handle(ended(1, OK), T0 + 2), Start) == [Start((key(2),), spec(), None)]
+    assert only(worker.handle(ended(1, OK), T0 + 2), Start) == [Start(2, (key(2),), spec(), None)]
 
 
 def test_an_attempt_is_obeyed_once_over_all_epochs() -> None:
@@ -223,7 +223,7 @@ def test_what_the_opens_answer_does_not_name_is_seen_dead_before_anything_starts
     assert only(effects, Start) == []
     assert only(worker.handle(notice(worker, 5), T0 + 10_002), Start) == []
 
-    assert only(worker.handle(ended(1, OK), T0 + 12_000), Start) == [Start((key(2),), spec(), None)]
+    assert only(worker.handle(ended(1, OK), T0 + 12_000), Start) == [Start(2, (key(2),), spec(), None)]
     assert worker.attempts.listing() == (key(2), key(5))
 
 
@@ -445,6 +445,66 @@ def test_tasks_that_end_fast_start_many_together_and_slow_ones_one_by_one() -> N
 
     assert [len(start.keys) for start in only(fast, Start)][:6] == [1, 4, 16, 29, 52, 95]
     assert {len(start.keys) for start in only(slow, Start)} == {1}
+
+
+def starts(effects: list[WorkerEffect]) -> list[tuple[int, int]]:
+    """Lane, and how many."""
+    return [(start.lane, len(start.keys)) for start in only(effects, Start)]
+
+
+def learned(task_ms: int, count: int = 200) -> tuple[Worker, int, list[WorkerEffect]]:
+    """One place, which has seen the job's first tasks take so long; the time then, and what was done last."""
+    worker = open_worker()
+    assert starts(worker.handle(given(worker, 1, count, array()), T0)) == [(1, 1)], "nothing is known yet"
+    return worker, T0 + task_ms, all_end(worker, (key(1),), T0 + task_ms)
+
+
+def test_a_place_is_given_more_while_half_of_its_batch_is_left() -> None:
+    worker, now_ms, effects = learned(5)
+    assert starts(effects) == [(2, 4)]
+
+    assert starts(all_end(worker, (key(2),), now_ms + 5)) == []
+    assert starts(all_end(worker, (key(3),), now_ms + 10)) == [(2, 4)], "20 ms of work, in the same lane"
+    assert starts(all_end(worker, tuple(map(key, range(4, 10))), now_ms + 40)) == [(10, 4)], "all are over: another"
+
+
+def test_behind_a_task_of_100_ms_the_next_waits_in_its_place_and_behind_a_slow_one_none() -> None:
+    worker, now_ms, effects = learned(100)
+    assert starts(effects) == [(2, 1), (2, 1)]
+    assert starts(all_end(worker, (key(2),), now_ms + 100)) == [(2, 1)]
+
+    _, _, effects = learned(500)
+    assert starts(effects) == [(2, 1)]
+
+
+def test_the_last_task_waits_for_the_place_that_is_free_first() -> None:
+    worker = Worker(epoch=6)
+    worker.handle(Offering(2, Offer(resources=Resources(cpu_milli=2000))), T0)
+    opened(worker, T0)
+    assert starts(worker.handle(given(worker, 1, 5, array()), T0)) == [(1, 1), (2, 1)]
+
+    assert starts(all_end(worker, (key(1),), T0 + 100)) == [(3, 1), (2, 1)]
+    assert starts(all_end(worker, (key(3),), T0 + 200)) == [(5, 1)]
+    assert len(worker.attempts.batches) == 2
+
+
+def test_nothing_overtakes_the_job_that_waits_first() -> None:
+    worker, now_ms, _ = learned(5, count=8)
+    other = JobId("018f0000-0000-7000-8000-000000000002")
+    worker.handle(NoticeArrived(Notice(worker.epoch, (AttemptRun(other, 0, 1, 9, 1),), ((other, array()),))), now_ms)
+    worker.handle(given(worker, 10, 90, array()), now_ms)
+
+    assert starts(all_end(worker, (key(2), key(3)), now_ms + 10)) == [(2, 3)]
+    assert starts(all_end(worker, tuple(map(key, range(4, 8))), now_ms + 30)) == []
+    assert starts(all_end(worker, (key(8),), now_ms + 40)) == [(9, 1)]
+
+
+def test_a_task_is_slow_when_it_takes_twice_as_long_as_those_before_it() -> None:
+    worker, now_ms, _ = learned(100)
+
+    assert only(worker.handle(None, now_ms + 150), Recall) == []
+    assert only(worker.handle(None, now_ms + 200), Recall) == [Recall((key(3),))]
+    assert starts(worker.handle(Recalled((key(3),)), now_ms + 201)) == []
 
 
 def test_ends_with_nothing_to_tell_are_reported_as_one_run() -> None:

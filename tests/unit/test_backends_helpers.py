@@ -98,5 +98,5 @@ def test_a_helper_is_left_alone_only_while_it_answers_often_and_has_enough_to_do
     gathering = Gathering(0.003)
     assert gathering.pause_s(heard=1, left=100, now_s=1.0) == 0.0, "nothing is known yet"
     assert gathering.pause_s(heard=10, left=100, now_s=1.001) == 0.003
-    assert round(gathering.pause_s(heard=10, left=5, now_s=1.002), 6) == 0.0005, "until it has nothing left"
+    assert round(gathering.pause_s(heard=10, left=5, now_s=1.002), 6) == 0.00025, "until half of that is done"
     assert gathering.pause_s(heard=1, left=100, now_s=1.012) == 0.0, "its answers are few"

@@ -56,6 +56,13 @@ class Planned:
 class World:
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
+        self.begun: list[AttemptKey] = []
+        self.may_end = trio.Event()
+
+    async def run(self, key: AttemptKey, spec: JobSpec, leash: Any) -> Outcome:
+        self.begun.append(key)
+        await self.may_end.wait()
+        return OK
 
     def register(self, method: str, handler: Any) -> None: ...
 
@@ -66,14 +73,14 @@ class World:
         return None
 
 
-async def hand_on(planned: Planned, nursery: trio.Nursery) -> tuple[Shell, Cores]:
+async def hand_on(planned: Planned, nursery: trio.Nursery) -> tuple[Shell, Cores, World]:
     cores, world = Cores(), World(planned)
     given: Any = {"agent": cores, "rpc": world, "world": world, "runs": world, "propose": None, "save_epoch": None}
     shell = Shell(me=NodeId("me"), **given)
     await nursery.start(shell.serve)
-    cores.effects = [Start(KEYS, JobSpec(backend=("x",), run=Run()), None)]
+    cores.effects = [Start(1, KEYS, JobSpec(backend=("x",), run=Run()), None)]
     shell.feed(AttemptsEnded(()))
-    return shell, cores
+    return shell, cores, world
 
 
 def ends(cores: Cores) -> dict[int, Outcome]:
@@ -87,7 +94,7 @@ async def test_ends_of_a_batch_are_told_together_and_a_stopped_one_says_why(
 ) -> None:
     planned = Planned()
     async with trio.open_nursery() as nursery:
-        shell, cores = await hand_on(planned, nursery)
+        shell, cores, _ = await hand_on(planned, nursery)
         assert shell.attempts_running == 2
         cores.effects = [Stop(KEYS[1], EndReason.LOST)]
         shell.feed(AttemptsEnded(()))
@@ -102,7 +109,7 @@ async def test_ends_of_a_batch_are_told_together_and_a_stopped_one_says_why(
 @pytest.mark.usefixtures("autojump_clock")
 async def test_a_defect_costs_the_attempts_of_its_batch_and_not_the_node() -> None:
     async with trio.open_nursery() as nursery:
-        shell, cores = await hand_on(Planned(is_broken=True), nursery)
+        shell, cores, _ = await hand_on(Planned(is_broken=True), nursery)
         await trio.testing.wait_all_tasks_blocked()
         assert shell.attempts_running == 0
         nursery.cancel_scope.cancel()
@@ -116,3 +123,24 @@ async def test_when_the_shell_ends_what_it_handed_on_is_stopped_and_waited_for()
         await hand_on(planned, nursery)
         nursery.cancel_scope.cancel()
     assert planned.stopped == list(KEYS)
+
+
+class OneByOne(Planned):
+    def takes(self, spec: JobSpec) -> bool:
+        return False
+
+
+async def test_what_is_added_where_attempts_run_one_by_one_waits_for_its_turn(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        shell, cores, world = await hand_on(OneByOne(), nursery)
+        third = AttemptKey(JobId("j"), 3, 1, 3)
+        cores.effects = [Start(1, (third,), JobSpec(backend=("x",), run=Run()), None)]
+        shell.feed(AttemptsEnded(()))
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.begun == [KEYS[0]]
+        world.may_end.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.begun == [*KEYS, third] and shell.attempts_running == 0
+        nursery.cancel_scope.cancel()
