@@ -300,7 +300,7 @@ class Worker:
         if self._pending is None and _is_news(batch.front):
             yield batch.front_ms + RUNNING_AFTER_MS
         if (pace := self._paces.get(batch.job)) is not None and not self.attempts.has_strays:
-            yield batch.slow_again_ms if batch.is_slow else batch.front_ms + pace.slow_after_ms
+            yield _slow_at_ms(batch, pace)
 
     # --- the session --------------------------------------------------------------------------------------------------
 
@@ -574,7 +574,7 @@ class Worker:
         for batch in self.attempts.batches.values():
             runs_ms = now_ms - batch.front_ms
             pace = self._paces.get(batch.job)
-            if pace is None or runs_ms < pace.slow_after_ms or (batch.is_slow and now_ms < batch.slow_again_ms):
+            if pace is None or now_ms < _slow_at_ms(batch, pace):
                 continue
             pace.size = 1
             batch.slow_again_ms = now_ms + runs_ms
@@ -652,6 +652,11 @@ class Worker:
 def _is_left_alone(attempt: Attempt) -> bool:
     """It runs, and nobody has told it to stop."""
     return attempt.phase is Phase.RUNNING and attempt.stopped_for is None
+
+
+def _slow_at_ms(batch: Batch, pace: Pace) -> int:
+    """When to look whether what is in front takes too long; what is known of the job's pace changes."""
+    return batch.slow_again_ms if batch.is_slow else batch.front_ms + pace.slow_after_ms
 
 
 def _is_news(attempt: Attempt) -> bool:

@@ -507,6 +507,23 @@ def test_a_task_is_slow_when_it_takes_twice_as_long_as_those_before_it() -> None
     assert starts(worker.handle(Recalled((key(3),)), now_ms + 201)) == []
 
 
+def test_a_slow_task_is_looked_at_later_when_its_jobs_tasks_turn_out_to_be_slow() -> None:
+    worker = Worker(epoch=6)
+    worker.handle(Offering(3, Offer(resources=Resources(cpu_milli=3000))), T0)
+    opened(worker, T0)
+    worker.handle(given(worker, 1, 3, array()), T0)
+    all_end(worker, (key(1),), T0 + 90)
+    worker.handle(None, T0 + 180)
+    assert worker.attempts.batches[2].is_slow
+    all_end(worker, (key(3),), T0 + 350)
+
+    now_ms = T0 + 360
+    worker.handle(None, now_ms)
+
+    timer_ms = worker.next_timer_ms()
+    assert timer_ms is not None and timer_ms > now_ms, "the same tick for ever"
+
+
 def test_ends_with_nothing_to_tell_are_reported_as_one_run() -> None:
     _, done, _ = at_work(open_worker(), array(), 8)
     runs = [run for report in reports(done) for run in report.done]
