@@ -16,17 +16,16 @@ import errno
 import os
 import resource
 import signal
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from meshd.backends.output import Capture, Output
 
 MARK = "MESHD_SPAWN"
-"""In the environment of all that is spawned: `token:id`, the token naming the agent's directory."""
+"""In the environment of all that is spawned: `token:id`, the token naming the agent's directory and which spawner of it."""
 
 SWEEP_S_MAX = 5.0
 """How long the remains of a job may take to die of SIGKILL; what is stuck in the kernel longer is reported."""
@@ -192,12 +191,10 @@ class Spawned:
         environment[MARK] = f"{token}:{self.id}"
         with ExitStack() as files:
             try:
-                stdin = files.enter_context(open(request["stdin"] or os.devnull, "rb"))
-                stdout: BinaryIO | int
-                stderr: BinaryIO | int
+                stdin = files.enter_context(open(request["stdin"] or os.devnull, "rb")).fileno()
                 if self._capture is None:
-                    stdout = files.enter_context(open(request["stdout"], "ab"))
-                    stderr = files.enter_context(open(request["stderr"], "ab"))
+                    stdout = files.enter_context(open(request["stdout"], "ab")).fileno()
+                    stderr = files.enter_context(open(request["stderr"], "ab")).fileno()
                 else:
                     stdout, stderr = self._capture.stdout, self._capture.stderr
             except OSError as error:
@@ -206,24 +203,9 @@ class Spawned:
             files.enter_context(
                 _inherited(resource.RLIMIT_DATA, None if self._memory is None else max(self._memory, OWN_DATA_BYTES))
             )
-            try:
-                # No preexec_fn: with it Popen must fork instead of vfork, which costs four times as much.
-                process = subprocess.Popen(
-                    args,
-                    cwd=workdir,
-                    env=environment,
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=stderr,
-                    process_group=0,
-                )
-            except OSError as error:
-                raise _refused(error, args[0], workdir) from error
-            except (subprocess.SubprocessError, ValueError) as error:
-                raise Refused("backend", f"{args[0]!r} could not be started: {error}") from error
-        process.returncode = 0  # the spawner reaps; Popen must not try
-        self._bound(process.pid)
-        return process.pid
+            pid = _execute(args, workdir, environment, (stdin, stdout, stderr))
+        self._bound(pid)
+        return pid
 
     def _bound(self, pid: int) -> None:
         """Make its limits hard, and a very low one exact: it began with soft ones."""
@@ -239,9 +221,57 @@ class Spawned:
             pass  # it has ended already, or became another user: then these are not ours to set
 
 
+def _execute(args: list[str], workdir: str, environment: Mapping[str, str], streams: tuple[int, int, int]) -> int:
+    """Its process id. Raises Refused.
+
+    posix_spawn, not Popen, whose way there is 60 us longer. It cannot change the directory, so the spawner itself is
+    in it meanwhile; and it closes nothing, so no descriptor of the spawner may be inheritable.
+    """
+    try:
+        os.chdir(workdir)
+    except OSError as error:
+        raise Refused("invalid", f"the working directory {workdir} cannot be entered: {error.strerror}") from error
+    try:
+        return _spawn_first(_places_of(args[0], environment), args, environment, streams)
+    except OSError as error:
+        raise _refused(error, args[0], workdir) from error
+    except ValueError as error:
+        raise Refused("backend", f"{args[0]!r} could not be started: {error}") from error
+    finally:
+        os.chdir("/")
+
+
+def _spawn_first(
+    paths: Iterable[str], args: list[str], environment: Mapping[str, str], streams: tuple[int, int, int]
+) -> int:
+    """The first that can be executed, as execvp(3) chooses. Raises OSError."""
+    failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for path in paths:
+        try:
+            return os.posix_spawn(
+                path,
+                args,
+                environment,
+                file_actions=[(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in enumerate(streams)],
+                setpgroup=0,
+                # Python ignores these; a command expects them.
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+            )
+        except OSError as error:
+            if isinstance(failure, FileNotFoundError | NotADirectoryError):
+                failure = error
+    raise failure
+
+
+def _places_of(command: str, environment: Mapping[str, str]) -> list[str]:
+    """Where it may be; of many directories those that do not have it are left out."""
+    if "/" in command:
+        return [command]
+    paths = [os.path.join(directory, command) for directory in environment["PATH"].split(os.pathsep)]
+    return [path for path in paths if os.path.lexists(path)]
+
+
 def _refused(error: OSError, command: str, workdir: str) -> Refused:
-    if error.filename == workdir and not Path(workdir).is_dir():
-        return Refused("invalid", f"the working directory {workdir} cannot be entered: {error.strerror}")
     match error.errno:
         case errno.ENOENT if "/" in command and Path(workdir, command).exists():
             return Refused("invalid", f"the interpreter that {command!r} names is not on this machine")

@@ -375,6 +375,10 @@ def _kill(pid: int) -> None:
 def main() -> None:
     number, token, term_grace_s, scratch = sys.argv[1:5]
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # Among them is the lock that tells the next agent of us (leftovers.py): a command must not hold it.
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            os.set_inheritable(int(descriptor), int(descriptor) <= 2)
     # What all commands have in common they inherit.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, files_hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -31,15 +31,19 @@ suite = _Process()
 serving, program = suite.serving, suite.program
 
 
-def spawner_of(agent: int) -> int:
-    """The spawner that this process started, in whichever of its threads."""
+def spawners_of(agent: int) -> list[int]:
+    """Those that this process started, in whichever of its threads, oldest first."""
     lists = [path.read_text().split() for path in Path(f"/proc/{agent}/task").glob("*/children")]
-    (found,) = (
-        pid
+    return sorted(
+        int(pid)
         for pid in (pid for pids in lists for pid in pids)
         if b"meshd.backends.spawner" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
-    return int(found)
+
+
+def spawner_of(agent: int) -> int:
+    (found,) = spawners_of(agent)
+    return found
 
 
 async def wait_ready(stdout: Path) -> None:
@@ -80,6 +84,18 @@ async def test_a_command_inherits_no_descriptor(tmp_path: Path) -> None:
         attempt = bench.attempt(Program(("ls", "/proc/self/fd")))
         await bench.run(attempt)
         assert attempt.stdout.read_text().split() == ["0", "1", "2", "3"]  # 3 is the directory that ls reads
+
+
+async def test_a_command_begins_with_no_signal_ignored_or_blocked_and_leads_a_group(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(Program(("cat", "/proc/self/status", "/proc/self/stat")))
+        await bench.run(attempt)
+        *status, stat = attempt.stdout.read_text().splitlines()
+        masks = dict(line.split(":", 1) for line in status if line.startswith(("SigIgn", "SigBlk")))
+        c_library = 0b11 << 31  # signals 32 and 33
+        assert {int(mask, 16) & ~c_library for mask in masks.values()} == {0} and len(masks) == 2
+        pid, group = stat.split()[0], stat.split()[4]
+        assert group == pid
 
 
 async def test_the_limits_of_a_command(tmp_path: Path) -> None:
@@ -229,7 +245,10 @@ async def test_a_killed_spawner_takes_everything_with_it_and_the_next_attempt_ge
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
 
 
-async def test_what_waited_in_a_killed_spawner_runs_in_the_next(tmp_path: Path) -> None:
+async def test_what_waited_in_a_killed_spawner_runs_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SPAWNERS_MAX", 1)
     async with serving(tmp_path) as bench:
         batch = bench.start(Program(("sleep", "{item}")), ["0", "0", "60", "60", *["0"] * 10], lanes=2)
         await batch.wait(2)
@@ -238,6 +257,26 @@ async def test_what_waited_in_a_killed_spawner_runs_in_the_next(tmp_path: Path) 
         await batch.wait(14)
         assert sorted(task for task, end in batch.ends.items() if not end.outcome.is_success) == [2, 3]
         assert {batch.outcome(task).reason for task in (2, 3)} == {EndReason.BACKEND}
+
+
+async def test_commands_are_dealt_out_to_spawners_and_each_dies_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_spawners", lambda: 2)
+    seconds = f"68.{os.getpid()}"
+    async with serving(tmp_path) as bench:
+        batch = bench.start(Program(("sh", "-c", "$MESHD_ITEM")), [f"sleep {seconds}"] * 2 + ["true"] * 2, lanes=2)
+        with trio.fail_after(10):
+            while len(sleepers(seconds)) < 2:
+                await trio.sleep(0.01)
+        first, second = spawners_of(os.getpid())
+        os.kill(first, signal.SIGKILL)
+        await batch.wait(2)
+        assert sorted(end.outcome.reason for end in batch.ends.values()) == [EndReason.BACKEND, EndReason.EXIT]
+        assert len(sleepers(seconds)) == 1, "the other's still runs"
+        os.kill(second, signal.SIGKILL)
+        await batch.wait(4)
+        assert sleepers(seconds) == []
 
 
 @pytest.mark.parametrize(
