@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshd.model import Array, EndReason, OnLost, Outcome, Retry, RetryOn, TaskState, Timeout
+from meshd.model import Array, AttemptRun, EndReason, OnLost, Outcome, Retry, RetryOn, TaskState, Timeout
 from meshd.raft.state.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
 from tests.scene import BAD, GOOD, A, B, Scene, job_id, spec
 
@@ -205,3 +205,18 @@ def test_a_million_tasks_are_two_numbers():
     scene.do(A, Cancel(job, ((10, 999_990),)))
     assert scene.job(job).counts.cancelled == 999_980
     assert len(scene.machine.capture()()) < 4096
+
+
+def test_tasks_that_waited_too_long_count_as_failures_and_what_runs_then_still_reports() -> None:
+    scene = Scene(A, slots=4)
+    job = scene.submit(spec(array=Array(count=8, max_fails=1), timeout=Timeout(queue_ms=5000)))
+    first, second, *_ = leases = scene.leases(A)
+    scene.report(A, running=(second,))
+
+    scene.tick(6000)
+
+    assert [scene.state(job, task) for task in range(4, 8)] == [TaskState.TIMED_OUT] * 4
+    assert scene.stops() == list(leases), "more than one has failed"
+    scene.report_runs(A, done=(AttemptRun(job, 0, 1, first.fence, 4),))
+    assert scene.job(job).state is TaskState.TIMED_OUT
+    assert [scene.state(job, task) for task in range(4)] == [TaskState.CANCELLED] * 4, "as ever after a stop"

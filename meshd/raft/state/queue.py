@@ -201,6 +201,7 @@ class Queue:
                 self._stop_tasks(job, Ranges.of([(0, count)]), TaskState.TIMED_OUT, "its total timeout is over")
             elif task == _QUEUE_DEADLINE:
                 self._end_untouched(job, TaskState.TIMED_OUT)
+                self.check_fails(job)
             elif job.rows[task].state is TaskState.HELD:
                 self.lose(job, task, "its node did not come back in time")
             else:
