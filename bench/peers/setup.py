@@ -14,7 +14,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "hyperqueue": ("hyperqueue==0.27.0",),
     "dask": ("distributed==2026.8.0", "dask==2026.8.0", "cloudpickle==3.1.3"),
     "ray": ("ray==2.60.0",),
-    "celery": ("celery==5.7.0", "redis==8.1.0"),
+    # kombu 5.7 imports packaging and does not ask for it.
+    "celery": ("celery==5.7.0", "redis==8.1.0", "packaging==25.0"),
     "profiler": ("py-spy==0.4.3",),  # no contender: what bench.profile samples with
 }
 
