@@ -27,6 +27,9 @@ WITNESSES_S = 0.5
 LATE_S = 0.25
 """A turn so long after its deadline means that this process stood still: it reads its mail before it judges."""
 
+GIVE_WAY_S = 0.15
+"""For a peer that would be voted for: its question, a sync of its vote, and the same here."""
+
 
 class Elections:
     def __init__(self, raft: RaftState, servers: Callable[[], Collection[NodeId]]) -> None:
@@ -158,6 +161,8 @@ class Elections:
         if m.is_trial:
             is_granted = is_newer and m.term > raft.term and not has_leader
             raft.send(peer, Voted(raft.term, m.term, is_granted, True, raft.is_in_doubt))
+            if is_granted and peer in raft.electorate:
+                self._give_way(peer, m)
             if leading is not None:
                 leading.asked_by(peer)
             return
@@ -168,6 +173,18 @@ class Elections:
             raft.set_term(raft.term, peer)
             raft.election_at = raft.now() + self.timeout_s()
         raft.send(peer, Voted(raft.term, m.term, is_granted, False, raft.is_in_doubt))
+
+    def _give_way(self, peer: VoterId, m: Vote) -> None:
+        """Two that ask at the same time would each vote for itself, and both wait for another timeout.
+
+        So whoever would vote for a peer leaves it time to ask; of two that already ask for the same term the one with the
+        newer log goes on, and of equals the one with the smaller id.
+        """
+        raft = self._raft
+        if self._trial_term != m.term:
+            raft.election_at = max(raft.election_at, raft.now() + GIVE_WAY_S)
+        elif (m.last_term, m.last_index) > (raft.last_term, raft.last) or peer < raft.me:
+            self._trial_term = 0
 
     def hear(self, leader: VoterId, term: int) -> None:
         """A leader of this or a newer term speaks. It may be unknown to our old configuration, so it need not be in it."""
