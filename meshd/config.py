@@ -63,7 +63,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def home(self) -> Path:
-        return Path(self.data_dir) if self.data_dir else default_data_dir()
+        """Absolute: helpers do not work where the agent was started."""
+        return (Path(self.data_dir) if self.data_dir else default_data_dir()).absolute()
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Config:

@@ -92,7 +92,7 @@ class DevMesh:
 def run_dev(nodes: int, data_dir: Path | None) -> None:
     from meshd.client import Client
 
-    directory = data_dir or Path(tempfile.mkdtemp(prefix="meshd-dev-"))
+    directory = data_dir.absolute() if data_dir else Path(tempfile.mkdtemp(prefix="meshd-dev-"))
     mesh = DevMesh(directory)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started it in the background

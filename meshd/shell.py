@@ -4,8 +4,8 @@
 
 `feed` never waits, so a slow peer, disk or job cannot hold up the next decision; whatever takes
 time is a task that reports back. Attempts that need nothing laid out for them are handed on in batches (planned.py)
-and cost no task. The others run under a scope each, which is how they are stopped; those that wait behind another of
-the same `Start` are known from the moment it is decided, so that a stop finds them.
+and cost no task. The others run under a scope each, which is how they are stopped; those that wait behind another in
+their lane are known from the moment it is decided, so that a stop finds them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Shell:
         self._fed = trio.Event()
         self._leashes: dict[int, Leash] = {}
         self._scopes: dict[int, tuple[trio.CancelScope, list[EndReason]]] = {}
-        self._waiting: dict[int, AttemptKey] = {}
+        self._waiting: dict[int, int] = {}
+        """In which lane, by fence."""
         self._handed_on: dict[int, AttemptKey] = {}
         """Attempts that run in batches."""
         self._stopped_for: dict[int, EndReason] = {}
@@ -312,7 +313,7 @@ class Shell:
         leash = Leash(None if effect.leash_ms is None else effect.leash_ms / 1000)
         for key in effect.keys:
             self._leashes[key.fence] = leash
-            self._waiting[key.fence] = key
+            self._waiting[key.fence] = effect.lane
         lane = self._lanes.get(effect.lane)
         if lane is None:
             self._lanes[effect.lane] = deque(effect.keys)
@@ -331,7 +332,9 @@ class Shell:
         lane = self._lanes[effect.lane]
         while lane:
             key = lane.popleft()
-            if self._waiting.pop(key.fence, None) is not None:
+            # One that was recalled may wait in another lane by now.
+            if self._waiting.get(key.fence) == effect.lane:
+                del self._waiting[key.fence]
                 outcome = await self._run_one(key, effect.spec, self._leashes[key.fence])
                 self.feed(AttemptsEnded(((key, outcome),)))
         del self._lanes[effect.lane]

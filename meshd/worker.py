@@ -175,7 +175,7 @@ class SendRenew:
 class Start:
     """Attempts of one job, one after the other in the room of one: fetch, run, make durable.
 
-    They come after what `lane` was started with before and is left of that. Each is told of once, by an `AttemptsEnded` or a `Recalled`: soon after it ended, alone or together with others,
+    They come after what is left of what `lane` was started with before. Each is told of once, by an `AttemptsEnded` or a `Recalled`: soon after it ended, alone or together with others,
     before or after its neighbours. `leash_ms`: all must be dead soon after, None is never.
     """
 
@@ -230,6 +230,7 @@ class Worker:
         self.view_end_ms = 0
         """End of the last view it had; in OPENING that is in the past, and says since when it is cut off."""
         self._slots = 0
+        self._is_leaving = False
         self._offer = Offer()
         self._room = Resources()
         self._told: tuple[int, Offer] | None = None
@@ -257,6 +258,7 @@ class Worker:
             case Offering(slots, offer, room):
                 self._slots, self._offer = min(slots, SLOTS_MAX), offer
                 self._room = offer.resources if room is None else room
+                self._is_leaving = self._is_leaving and not self._slots
                 if self.state is State.CLOSED:
                     self._open_next(now_ms)
             case Proposed(command, answer):
@@ -470,12 +472,20 @@ class Worker:
             else:
                 self.attempts.end(attempt, _unstarted(attempt.stopped_for or EndReason.LOST))
         self.attempts.take_back(again)
+        if self._is_leaving:
+            self._give_back_all()
 
     def _hand_over(self) -> None:
+        """What runs is stopped, whatever comes to be in front of its lane too (`_proceed`); the rest is given back."""
+        self._is_leaving = True
+        self._give_back_all()
+        for batch in self.attempts.batches.values():
+            if behind := tuple(each.key for each in batch.left.values())[1:]:
+                self._effects.append(Recall(behind))
+
+    def _give_back_all(self) -> None:
         for job in list(self.attempts.waiting_of):
             self.attempts.give_back(job, keep=0)
-        for attempt in list(self.attempts.running()):
-            self._stop(attempt, EndReason.LOST)
 
     def _leash_ms(self, spec: JobSpec) -> int | None:
         allowance = cut_off_allowance_ms(spec)
@@ -494,6 +504,9 @@ class Worker:
     # --- what follows -------------------------------------------------------------------------------------------------
 
     def _proceed(self, now_ms: int) -> None:
+        if self._is_leaving:
+            for batch in self.attempts.batches.values():
+                self._stop(batch.front, EndReason.LOST)
         for batch in self.attempts.take_over():
             if (pace := self._paces.get(batch.job)) is not None:
                 pace.learn(*batch.lap(now_ms))
@@ -543,7 +556,7 @@ class Worker:
 
     def _add_behind(self, job: JobId, now_ms: int) -> None:
         """There is no room for the first that waits: let it wait where tasks of its job are about to end."""
-        if (pace := self._paces.get(job)) is None:
+        if (pace := self._paces.get(job)) is None or not self._slots:
             return
         batches = [batch for batch in self.attempts.batches.values() if batch.job == job and not batch.is_slow]
         for batch in sorted(batches, key=lambda batch: len(batch.left)):

@@ -27,6 +27,9 @@ LAST_WORDS_BYTES_MAX = 1000
 
 READ_BYTES = 64 << 10
 
+HEARD_S = 0.2
+"""After an answer was due: the agent itself may have stood still for as long, and what came meanwhile is not read yet."""
+
 _length = struct.Struct("<I")
 
 

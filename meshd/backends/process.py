@@ -21,6 +21,7 @@ import trio
 
 from meshd.backends.limits import refuse_strings
 from meshd.backends.remains import remove
+from meshd.backends.spawner import kill_strays
 from meshd.backends.spawner_supervisor import Spawning, Start, Supervisor, tell
 from meshd.model import AttemptKey, BackendProbe, EndReason, JobId, Outcome
 from meshd.ports import BackendSettings, Execution, Finished, Plan, Planned
@@ -54,7 +55,7 @@ class ProcessBackend:
         self._supervisors: list[Supervisor] = []
 
     async def probe(self) -> BackendProbe:
-        """Runs a command that does nothing. Before `serve`, this also ends what an earlier agent left behind."""
+        """Runs a command that does nothing."""
         try:
             with trio.fail_after(PROBE_S):
                 outcome = await self._try_command()
@@ -64,6 +65,9 @@ class ProcessBackend:
         return BackendProbe(self.name, works=outcome.is_success, version=version, reason=outcome.message)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Ends what any spawner of an earlier agent left before anything is started."""
+        # Its token is the beginning of all of theirs, however many cores there were.
+        await trio.to_thread.run_sync(kill_strays, self._token)
         await trio.to_thread.run_sync(remove, self._scratch)
         try:
             async with trio.open_nursery() as nursery:
@@ -75,8 +79,9 @@ class ProcessBackend:
                 task_status.started()
                 while True:
                     await trio.sleep(IDLE_S / 4)
-                    for supervisor in self._supervisors:
-                        await supervisor.tend(IDLE_S)
+                    async with trio.open_nursery() as tending:
+                        for supervisor in self._supervisors:
+                            tending.start_soon(supervisor.tend, IDLE_S)
         finally:
             self._nursery = None
             supervisors, self._supervisors = self._supervisors, []
@@ -154,7 +159,6 @@ class ProcessBackend:
             if self._nursery is not None:
                 return await self.run(execution)
             async with trio.open_nursery() as nursery:
-                # Its token is the beginning of all others': it ends what any spawner of an earlier agent left.
                 supervisor = Supervisor(self._token, self._spawning, nursery)
                 try:
                     return await supervisor.run(execution)

@@ -227,6 +227,7 @@ def _execute(args: list[str], workdir: str, environment: Mapping[str, str], stre
     posix_spawn, not Popen, whose way there is 60 us longer. It cannot change the directory, so the spawner itself is
     in it meanwhile; and it closes nothing, so no descriptor of the spawner may be inheritable.
     """
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.chdir(workdir)
     except OSError as error:
@@ -238,13 +239,14 @@ def _execute(args: list[str], workdir: str, environment: Mapping[str, str], stre
     except ValueError as error:
         raise Refused("backend", f"{args[0]!r} could not be started: {error}") from error
     finally:
-        os.chdir("/")
+        os.fchdir(here)
+        os.close(here)
 
 
 def _spawn_first(
     paths: Iterable[str], args: list[str], environment: Mapping[str, str], streams: tuple[int, int, int]
 ) -> int:
-    """The first that can be executed, as execvp(3) chooses. Raises OSError."""
+    """The first that can be executed. Raises OSError: the first failure that says more than that it is not there."""
     failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     for path in paths:
         try:

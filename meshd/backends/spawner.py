@@ -2,7 +2,7 @@
 
 It lives apart from the agent, so a stopped agent keeps nothing alive. It is the subreaper
 of all that it starts. When its socket closes it kills everything and exits; if it is killed
-itself, the agent ends what it left, or else the next agent's probe does (`kill_strays`).
+itself, the agent ends what it left, or else the next agent does as it starts (`kill_strays`).
 Standard library only: it starts in 40 ms.
 
 Frames: four bytes of length, then JSON. Requests:
@@ -260,11 +260,14 @@ class Spawner:
         """Everything that has died: main processes, and orphans that became ours."""
         while True:
             try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
+            if os.WIFSTOPPED(status):
+                _go_on(pid, os.WSTOPSIG(status))
+                continue
             spawned = self._running.pop(pid, None)
             if spawned is not None:
                 spawned.main_ended(status, usage.ru_maxrss * 1024, time.monotonic())
@@ -370,6 +373,13 @@ def _parent(pid: int) -> int:
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _go_on(pid: int, stopped_by: int) -> None:
+    """There is no terminal from which somebody could: the kernel ignores these stops where it knows that."""
+    if stopped_by in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def main() -> None:

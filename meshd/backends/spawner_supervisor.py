@@ -57,7 +57,7 @@ class Supervisor:
 
     @property
     def load(self) -> int:
-        """How many commands run, one for each lane."""
+        """More or less how many commands run, one for each lane."""
         lanes = 0 if self._spawner is None else len(self._spawner.lanes)
         return self._singles + lanes + len(self._pending)
 
@@ -97,7 +97,7 @@ class Supervisor:
                     return True
         if self._spawner is None or (number := self._spawner.find(fence)) is None:
             return False
-        self._nursery.start_soon(self._spawner.stop, number, self._spawning.term_grace_s)
+        self._spawner.stop(number, self._spawning.term_grace_s)
         return True
 
     async def recall(self, fences: Collection[int]) -> list[int]:

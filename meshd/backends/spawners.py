@@ -16,10 +16,11 @@ import structlog
 import trio
 from msgspec import Struct
 
-from meshd.backends.child import Child, Gathering, Link
+from meshd.backends.child import HEARD_S, Child, Gathering, Link
 from meshd.backends.limits import file_bytes_max
 from meshd.backends.outcomes import finished_with_output, outcome_of
 from meshd.backends.spawner import kill_strays
+from meshd.errors import TooLarge
 from meshd.model import EndReason, Outcome
 from meshd.ports import Execution, Finished, Plan, Planned
 
@@ -179,10 +180,18 @@ class Spawner:
     # --- lanes -------------------------------------------------------------------------------------------------------
 
     def give(self, number: int, plan: Plan, attempts: Sequence[Planned], ended: Callable[[Sequence[Finished]], None]) -> None:  # fmt: skip
-        """Raises TooLarge."""
+        """In as many messages as it takes. Raises TooLarge when one alone is."""
         first = self._ids + 1
         tasks = [(at, key.task, key.attempt, key.fence, item) for at, (key, item) in enumerate(attempts, start=first)]
-        self._post({"do": "start", "lane": number, "plan": _describe_plan(plan), "tasks": tasks})
+        try:
+            self._post({"do": "start", "lane": number, "plan": _describe_plan(plan), "tasks": tasks})
+        except TooLarge:
+            if len(attempts) == 1:
+                raise
+            middle = len(attempts) // 2
+            self.give(number, plan, attempts[:middle], ended)
+            self.give(number, plan, attempts[middle:], ended)
+            return
         lane = self.lanes.get(number)
         if lane is None:
             lane = self.lanes[number] = Lane(number, plan, ended)
@@ -206,18 +215,22 @@ class Spawner:
                     return number
         return None
 
-    async def stop(self, number: int, term_grace_s: float) -> None:
+    def stop(self, number: int, term_grace_s: float) -> None:
         """It ends soon, or takes its spawner with it."""
         self._stopped.add(number)
         self._post({"do": "cancel", "id": number})
+        self._nursery.start_soon(self._see_it_end, number, term_grace_s)
+
+    async def _see_it_end(self, number: int, term_grace_s: float) -> None:
         await trio.sleep(term_grace_s + LATE_S)
         if number in self._lane_of and self.is_alive:
             await self.end(is_now=True)
 
     async def give_back(self, numbers: Sequence[int]) -> list[Planned]:
-        """Those of them that have not begun."""
+        """Those of them that have not begun. Without an answer it is not known who has them, and the spawner ends."""
         answer = await self._ask({"do": "back", "ids": list(numbers)})
         if answer is None:
+            await self.end(is_now=True)
             return []
         lanes = [(number, lane) for number in answer.ids if (lane := self._lane_of.pop(number, None)) is not None]
         back = [lane.given.pop(number) for number, lane in lanes]
@@ -237,8 +250,9 @@ class Spawner:
         event, answers = self._calls[call] = trio.Event(), []
         try:
             self._post({**request, "call": call})
-            with trio.move_on_after(REPLY_S):
-                await event.wait()
+            for patience_s in (REPLY_S, HEARD_S):
+                with trio.move_on_after(patience_s):
+                    await event.wait()
             return answers[0] if answers else None
         finally:
             del self._calls[call]
@@ -295,6 +309,7 @@ class Spawner:
     def _fail_all(self, why: str) -> None:
         self.is_alive = False
         lost = Outcome(EndReason.BACKEND, message=f"the spawner {why}"[:2048])
+        told: list[tuple[Lane, list[Finished]]] = []
         for waiter in self.waiting.values():
             waiter.resolve(lost)
         cancelled = Outcome(EndReason.CANCELLED, message="cancelled")
@@ -310,11 +325,14 @@ class Spawner:
                     left.append(attempt)
             lane.given.clear()
             self._forget_if_over(lane)
-            if finished:
-                lane.ended(finished)
             if left:
                 self._owner.run_elsewhere(lane, left)
+            told.append((lane, finished))
         self._lane_of.clear()
+        # Last: whoever hears of an end may give more to a lane, which comes behind what it has.
+        for lane, finished in told:
+            if finished:
+                lane.ended(finished)
 
     # --- what it says ------------------------------------------------------------------------------------------------
 

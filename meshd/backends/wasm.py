@@ -174,7 +174,7 @@ class WasmBackend:
                     return
                 runner.work_for(lane)
             assert lane.runner is not None
-            lane.runner.give(lane.waiting)
+            lane.runner.give(list(lane.waiting))
             lane.waiting.clear()
             if not lane.runner.is_flushed and self._nursery is not None:
                 self._nursery.start_soon(lane.runner.flush)

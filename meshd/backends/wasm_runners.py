@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from meshd import codec
-from meshd.backends.child import Child, Gathering, Link
+from meshd.backends.child import HEARD_S, Child, Gathering, Link
 from meshd.backends.limits import file_bytes_max
 from meshd.backends.outcomes import finished_with_output, outcome_of
 from meshd.backends.wasm_messages import (
@@ -32,7 +32,7 @@ from meshd.backends.wasm_messages import (
     Files,
 )
 from meshd.backends.wasm_messages import Plan as WirePlan
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, TooLarge
 from meshd.model import EndReason, Outcome
 from meshd.ports import Execution, Finished, Leash, Plan, Planned
 
@@ -158,12 +158,20 @@ class Runner:
         self.heard_s = math.inf
 
     def give(self, attempts: Sequence[Planned]) -> None:
-        """Raises TooLarge."""
+        """In as many messages as it takes. Raises TooLarge when one alone is."""
         first = self._ids + 1
         tasks = [
             (number, key.task, key.attempt, key.fence, item) for number, (key, item) in enumerate(attempts, start=first)
         ]
-        self._link.post(codec.pack((RUN, tasks)))
+        try:
+            self._link.post(codec.pack((RUN, tasks)))
+        except TooLarge:
+            if len(attempts) == 1:
+                raise
+            middle = len(attempts) // 2
+            self.give(attempts[:middle])
+            self.give(attempts[middle:])
+            return
         self._ids += len(attempts)
         if not self.given:
             self.heard_s = trio.current_time()
@@ -181,9 +189,10 @@ class Runner:
         self._order("cancel", number)
 
     async def give_back(self, numbers: Sequence[int]) -> list[Planned]:
-        """Those of these, which follow each other, that have not begun."""
+        """Those of these, which follow each other, that have not begun. Without an answer nobody knows, and it is killed."""
         answer = await self._ask("back", numbers[0], numbers[-1])
         if not isinstance(answer, tuple):
+            self.kill()
             return []
         return [self.given.pop(number) for number in answer if number in self.given]
 
@@ -198,8 +207,9 @@ class Runner:
         event, answers = self._calls[call] = trio.Event(), []
         try:
             self._order(verb, call, *arguments)
-            with trio.move_on_after(REPLY_S):
-                await event.wait()
+            for patience_s in (REPLY_S, HEARD_S):
+                with trio.move_on_after(patience_s):
+                    await event.wait()
             return answers[0] if answers else None
         finally:
             del self._calls[call]

@@ -14,7 +14,11 @@ _TIMEX_BYTES = 512
 """More than struct timex has on any machine; all zero it asks and changes nothing."""
 
 # Looked up once: each batch of the log asks, and looking it up takes ten times as long as the answer.
-_adjtimex: Callable[[object], int] | None = getattr(ctypes.CDLL(None), "adjtimex", None)
+_adjtimex: Callable[[object], int] | None
+try:
+    _adjtimex = ctypes.CDLL(None).adjtimex
+except (OSError, AttributeError):
+    _adjtimex = None
 
 
 def boottime_s() -> float:

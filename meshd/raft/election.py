@@ -181,6 +181,8 @@ class Elections:
         newer log goes on, and of equals the one with the smaller id.
         """
         raft = self._raft
+        if raft.role != FOLLOWER:
+            return  # until then votes for this candidate count
         if self._trial_term != m.term:
             raft.election_at = max(raft.election_at, raft.now() + GIVE_WAY_S)
         elif (m.last_term, m.last_index) > (raft.last_term, raft.last) or peer < raft.me:

@@ -498,6 +498,13 @@ class BackendSuite:
             assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.EXIT}
             assert batch.plan.leash.watchers == set()
 
+    async def test_a_batch_may_be_larger_than_one_message(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("exit", "0"), ["x" * 100_000] * 50)
+            await batch.wait(50)
+            assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.EXIT}
+            assert list(batch.ends) == list(range(50))
+
     async def test_what_a_running_attempt_of_a_batch_has_written_can_be_read(self, tmp_path: Path) -> None:
         async with self.serving(tmp_path) as bench:
             batch = bench.start(self.program("flood"), ["a", "b"], limits=Limits(output_bytes_max=1 << 40, run_s=2))

@@ -15,7 +15,7 @@ import trio
 
 from meshd.backends import process, spawners
 from meshd.model import EndReason, Resources
-from meshd.ports import Leash, Limits
+from meshd.ports import Backend, BatchBackend, Leash, Limits
 from meshd.testing.backend_suite import BackendSuite, Program, boottime, build, nothing_left, poll
 from tests.conformance.test_backends_suite import GUEST
 
@@ -335,7 +335,7 @@ async def test_a_spawner_that_does_not_answer_is_killed(tmp_path: Path, monkeypa
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
 
 
-def test_what_outlived_a_killed_agent_and_spawner_is_ended_by_the_next_agents_probe(tmp_path: Path) -> None:
+def test_what_outlived_a_killed_agent_and_spawner_is_ended_as_the_next_agent_starts(tmp_path: Path) -> None:
     seconds = f"66.{os.getpid()}"
     with suite.owner(tmp_path, ("daemon", "stay", seconds)) as owner:
         poll(lambda: len(sleepers(seconds)) == 1, "the daemon did not start")
@@ -345,8 +345,71 @@ def test_what_outlived_a_killed_agent_and_spawner_is_ended_by_the_next_agents_pr
         owner.kill()
         owner.wait()
         assert len(sleepers(seconds)) == 1
-        assert trio.run(build(suite.factory, tmp_path / "backend").probe).works
-        poll(lambda: sleepers(seconds) == [], "the daemon outlived the next agent's start")
+        trio.run(start_and_stop, build(suite.factory, tmp_path / "backend"))
+        assert sleepers(seconds) == []
+
+
+async def start_and_stop(backend: Backend) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(backend.serve)
+        nursery.cancel_scope.cancel()
+
+
+def test_an_agent_ends_what_any_spawner_of_the_one_before_left_however_many_there_were(tmp_path: Path) -> None:
+    backend = build(suite.factory, tmp_path / "backend")
+    assert isinstance(backend, process.ProcessBackend)
+    own, other = backend._token, "0" * 32
+    left = [
+        subprocess.Popen(["/bin/sleep", "60"], env={"MESHD_SPAWN": mark})
+        for mark in (f"{own}:0:5", f"{own}:3:9", f"{own}:7", f"{other}:0:5")
+    ]
+    trio.run(start_and_stop, backend)
+    *ours, theirs = left
+    try:
+        assert [each.wait(5) for each in ours] == [-signal.SIGKILL] * 3
+        assert theirs.poll() is None, "of another agent"
+    finally:
+        for each in left:
+            each.kill()
+            each.wait()
+
+
+async def test_files_may_be_named_from_where_the_agent_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with serving(Path("here")) as bench:
+        for _ in range(2):
+            attempt = bench.attempt(Program(("pwd",)))
+            outcome = await bench.run(attempt)
+            assert outcome.is_success, outcome
+            assert attempt.stdout.read_text() == f"{tmp_path / attempt.workdir}\n"
+
+
+@pytest.mark.parametrize("name", ["TSTP", "TTIN", "TTOU"])
+async def test_a_command_that_stops_itself_as_if_at_a_terminal_goes_on(tmp_path: Path, name: str) -> None:
+    async with serving(tmp_path) as bench:
+        attempt = bench.attempt(Program(("sh", "-c", f"kill -{name} $$; echo on")))
+        assert (await bench.run(attempt)).is_success
+        assert attempt.stdout.read_bytes() == b"on\n"
+
+
+async def test_when_a_spawner_does_not_say_what_it_gave_back_it_ends_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawners, "REPLY_S", 0.1)
+    seconds = f"69.{os.getpid()}"
+    async with serving(tmp_path) as bench:
+        batch = bench.start(Program(("sh", "-c", "$MESHD_ITEM")), [f"sleep {seconds}", "true", "true"])
+        assert isinstance(bench.backend, BatchBackend)
+        with trio.fail_after(10):
+            while not sleepers(seconds):
+                await trio.sleep(0.01)
+        os.kill(spawner_of(os.getpid()), signal.SIGSTOP)
+        assert await bench.backend.recall([2, 3]) == []
+        await batch.wait(3)
+        assert [batch.outcome(task).reason for task in range(3)] == [EndReason.BACKEND, EndReason.EXIT, EndReason.EXIT]
+        assert sleepers(seconds) == []
 
 
 async def test_an_idle_spawner_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

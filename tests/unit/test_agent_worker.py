@@ -524,6 +524,23 @@ def test_a_slow_task_is_looked_at_later_when_its_jobs_tasks_turn_out_to_be_slow(
     assert timer_ms is not None and timer_ms > now_ms, "the same tick for ever"
 
 
+def test_handing_over_gives_back_what_waits_behind_what_runs_and_stops_what_came_to_run_meanwhile() -> None:
+    worker, now_ms, _ = learned(5, count=6)
+
+    effects = worker.handle(HandOver(), now_ms)
+
+    assert only(effects, Recall) == [Recall(tuple(map(key, (3, 4, 5))))]
+    assert only(effects, Stop) == [Stop(key(2), EndReason.LOST)]
+    effects = worker.handle(Recalled((key(4), key(5))), now_ms + 1)
+    assert starts(effects) == []
+    effects = worker.handle(ended(2, Outcome(EndReason.LOST)), now_ms + 2)
+    assert only(effects, Stop) == [Stop(key(3), EndReason.LOST)], "it had begun when it was to be recalled"
+    worker.handle(ended(3, Outcome(EndReason.LOST)), now_ms + 3)
+    done = answered(worker, [Propose(worker._pending)] if worker._pending else [], now_ms + 30)  # type: ignore[arg-type]
+    done += answered(worker, worker.handle(None, now_ms + 60), now_ms + 60)
+    assert worker.attempts.is_empty, done
+
+
 def test_ends_with_nothing_to_tell_are_reported_as_one_run() -> None:
     _, done, _ = at_work(open_worker(), array(), 8)
     runs = [run for report in reports(done) for run in report.done]

@@ -39,11 +39,13 @@ class DeadChild:
 class Owner:
     def __init__(self) -> None:
         self.left: list[int] = []
+        self.happened: list[str] = []
 
     def remove(self, directory: str) -> None: ...
 
     def run_elsewhere(self, lane: Lane, attempts: Sequence[Planned]) -> None:
         self.left += [attempt.key.task for attempt in attempts]
+        self.happened.append(f"lane {lane.number} elsewhere")
 
 
 def reasons(finished: list[Finished]) -> dict[int, EndReason]:
@@ -85,13 +87,26 @@ async def test_of_each_lane_the_first_died_with_its_spawner_and_what_was_told_to
         spawner.give(2, PLAN, [Planned(AttemptKey(JOB, 4, 1, 4), "")], ended.extend)
         number = spawner.find(3)
         assert number is not None
-        nursery.start_soon(spawner.stop, number, 0.0)
+        spawner.stop(number, 0.0)
         await trio.testing.wait_all_tasks_blocked()
         theirs.close()
         await spawner.read()
         nursery.cancel_scope.cancel()
     assert reasons(ended) == {1: EndReason.BACKEND, 3: EndReason.CANCELLED, 4: EndReason.BACKEND}
     assert owner.left == [2]
+
+
+async def test_what_is_left_of_all_lanes_is_placed_before_anybody_hears_of_an_end_and_gives_more() -> None:
+    ours, theirs = socket.socketpair()
+    async with trio.open_nursery() as nursery:
+        owner = Owner()
+        spawner = Spawner(DeadChild(), Link(ours), "token", nursery, owner)  # type: ignore[arg-type]
+        for lane in (1, 2):
+            spawner.give(lane, PLAN, THREE, lambda finished: owner.happened.append("an end"))
+        theirs.close()
+        await spawner.read()
+        nursery.cancel_scope.cancel()
+    assert owner.happened == ["lane 1 elsewhere", "lane 2 elsewhere", "an end", "an end"]
 
 
 def test_a_helper_is_left_alone_only_while_it_answers_often_and_has_enough_to_do() -> None:

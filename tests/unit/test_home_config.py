@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +162,7 @@ def test_two_threads_that_write_one_file_do_not_trip_over_each_other(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda n: home.write_peers((KnownPeer(NodeId(f"n{n}"), "n", ()),)), range(400)))
     assert len(home.peers()) == 1
+
+
+def test_a_data_directory_is_absolute_since_helpers_work_elsewhere() -> None:
+    assert config.Config(data_dir="here").home == Path.cwd() / "here"

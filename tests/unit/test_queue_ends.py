@@ -6,6 +6,7 @@ import pytest
 
 from meshd.model import Array, AttemptRun, EndReason, OnLost, Outcome, Retry, RetryOn, TaskState, Timeout
 from meshd.raft.state.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
+from meshd.raft.state.queue import Queue
 from tests.scene import BAD, GOOD, A, B, Scene, job_id, spec
 
 
@@ -220,3 +221,19 @@ def test_tasks_that_waited_too_long_count_as_failures_and_what_runs_then_still_r
     scene.report_runs(A, done=(AttemptRun(job, 0, 1, first.fence, 4),))
     assert scene.job(job).state is TaskState.TIMED_OUT
     assert [scene.state(job, task) for task in range(4)] == [TaskState.CANCELLED] * 4, "as ever after a stop"
+
+
+def test_a_report_of_a_run_goes_on_when_its_job_is_stopped_in_the_middle_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the state of an older build may have it, which let too many fail."""
+    scene = Scene(A, slots=4)
+    job = scene.submit(spec(array=Array(count=8, max_fails=1), timeout=Timeout(queue_ms=5000)))
+    first, second, *_ = scene.leases(A)
+    scene.report(A, running=(second,))
+    with monkeypatch.context() as older:
+        older.setattr(Queue, "check_fails", lambda self, job: None)
+        scene.tick(6000)
+
+    scene.report_runs(A, done=(AttemptRun(job, 0, 1, first.fence, 4),))
+
+    assert scene.job(job).is_final
+    assert scene.job(job).counts.done == 2 and scene.job(job).counts.cancelled == 2

@@ -78,6 +78,18 @@ def test_nobody_waits_for_one_that_it_would_not_vote_for_or_that_is_no_voter() -
     assert voter.next_deadline() == due_s
 
 
+def test_a_candidate_waits_for_its_votes_whoever_asks() -> None:
+    voter = Voter(A, A, B, C)
+    voter.asks()
+    voter.receive(B, Voted(0, 1, True, True))
+    assert voter.questions(is_trial=False)
+    due_s = voter.next_deadline() or 0.0
+    voter.clock_s = due_s - 0.01
+    voter.receive(C, Vote(2, 9, 1, True))
+
+    assert voter.next_deadline() == due_s
+
+
 @pytest.mark.parametrize(
     ("me", "peer", "log", "goes_on"),
     [(A, B, SAME, True), (B, A, SAME, False), (A, B, NEWER, False), (B, A, NEWER, False)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import trio.testing
 
 from meshd.model import AttemptKey, EndReason, JobId, JobSpec, NodeId, Outcome, Run
 from meshd.shell import Shell
-from meshd.worker import AttemptsEnded, Start, Stop
+from meshd.worker import AttemptsEnded, Recall, Start, Stop
 
 KEYS = tuple(AttemptKey(JobId("j"), task, 1, task) for task in (1, 2))
 OK = Outcome(EndReason.EXIT, 0)
@@ -57,11 +58,11 @@ class World:
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
         self.begun: list[AttemptKey] = []
-        self.may_end = trio.Event()
+        self.may_end: dict[AttemptKey, trio.Event] = defaultdict(trio.Event)
 
     async def run(self, key: AttemptKey, spec: JobSpec, leash: Any) -> Outcome:
         self.begun.append(key)
-        await self.may_end.wait()
+        await self.may_end[key].wait()
         return OK
 
     def register(self, method: str, handler: Any) -> None: ...
@@ -140,7 +141,34 @@ async def test_what_is_added_where_attempts_run_one_by_one_waits_for_its_turn(
         shell.feed(AttemptsEnded(()))
         await trio.testing.wait_all_tasks_blocked()
         assert world.begun == [KEYS[0]]
-        world.may_end.set()
+        for key in (*KEYS, third):
+            world.may_end[key].set()
         await trio.testing.wait_all_tasks_blocked()
         assert world.begun == [*KEYS, third] and shell.attempts_running == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_recalled_from_one_lane_and_started_in_another_waits_for_its_turn_there(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    first, second, other = *KEYS, AttemptKey(JobId("j"), 3, 1, 3)
+    async with trio.open_nursery() as nursery:
+        shell, cores, world = await hand_on(OneByOne(), nursery)
+        cores.effects = [Recall((second,))]
+        shell.feed(AttemptsEnded(()))
+        await trio.testing.wait_all_tasks_blocked()
+        cores.effects = [Start(3, (other, second), JobSpec(backend=("x",), run=Run()), None)]
+        shell.feed(AttemptsEnded(()))
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.begun == [first, other]
+
+        world.may_end[first].set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.begun == [first, other], "the lane that it was recalled from is over"
+
+        for key in (other, second):
+            world.may_end[key].set()
+            await trio.testing.wait_all_tasks_blocked()
+        assert world.begun == [first, other, second]
+        assert sorted(ends(cores)) == [1, 2, 3] and shell.attempts_running == 0
         nursery.cancel_scope.cancel()

@@ -143,8 +143,10 @@ class Leases:
             ):
                 continue
             stale += self._finish_each(node, attempts.part(task - attempts.task, part.start - attempts.task))
-            run = job.runs.find(part.start)
-            assert run is not None
+            task = part.start
+            run = job.runs.find(task)
+            if run is None:
+                break  # too many have failed: what is left of the job was stopped, and has rows
             self._matching.give_back_run(node, job, part)
             self._queue.finish(job, run, part)
             task = part.stop
