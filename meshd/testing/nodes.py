@@ -110,6 +110,7 @@ class SimNode:
         self.gossip: Gossiping | None = None
         self.connections = Connections(self)
         self.server: SimServer | None = None
+        self._voted_among = 0
         self.runner = Runner(self)
         self._clock_offset_ms = int(world.heap.between(0, 10_000_000))
         self._clock_rate = 1 + world.heap.between(-CLOCK_DRIFT, CLOCK_DRIFT)
@@ -212,12 +213,22 @@ class SimNode:
     def offers(self, slots: int) -> None:
         self.handle(Offering(slots, self.offer, self.room))
 
+    @property
+    def voted_among(self) -> int:
+        """How many voters its server's configuration has, or had when it stopped; 0: it is no voter itself."""
+        if self.server is None:
+            return self._voted_among
+        engine = self.server.engine
+        return len(engine.voters) if engine.is_voter else 0
+
     def crash(self, *, loses_power: bool = False) -> None:
         """The process is killed and its connections break, or its machine is gone without a word."""
         self.world.heap.note(f"{self.name}: {'loses power' if loses_power else 'crashes'}")
         self.is_alive = False
         self.has_power = not loses_power
         self.boots += loses_power
+        if self.server is not None:
+            self._voted_among = self.voted_among
         server, self.server = self.server, None
         self.agent = self.gossip = None
         if self.has_power:

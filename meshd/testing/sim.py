@@ -273,8 +273,9 @@ class Sim:
 
     def _die(self, node: SimNode) -> None:
         """For good. Somebody sees it a while later, and says so. Not the last of the log: that is for `meshd recover`."""
-        servers = [each.server for each in self.world.nodes.values() if each.server is not None]
-        if self.attacks.has_rotten or any(len(each.engine.voters) < 3 and each.engine.is_voter for each in servers):
+        if self.attacks.has_rotten or any(
+            0 < each.voted_among < 3 for each in self.world.nodes.values() if not each.is_gone
+        ):
             return
         if node.is_alive:
             node.crash(loses_power=self.world.heap.chance(self.faults.power_loss))
