@@ -229,10 +229,7 @@ def _execute(args: list[str], workdir: str, environment: Mapping[str, str], stre
     """
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.chdir(workdir)
-    except OSError as error:
-        raise Refused("invalid", f"the working directory {workdir} cannot be entered: {error.strerror}") from error
-    try:
+        _enter(workdir)
         return _spawn_first(_places_of(args[0], environment), args, environment, streams)
     except OSError as error:
         raise _refused(error, args[0], workdir) from error
@@ -241,6 +238,14 @@ def _execute(args: list[str], workdir: str, environment: Mapping[str, str], stre
     finally:
         os.fchdir(here)
         os.close(here)
+
+
+def _enter(workdir: str) -> None:
+    """Raises Refused."""
+    try:
+        os.chdir(workdir)
+    except OSError as error:
+        raise Refused("invalid", f"the working directory {workdir} cannot be entered: {error.strerror}") from error
 
 
 def _spawn_first(

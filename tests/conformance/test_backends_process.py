@@ -386,6 +386,17 @@ async def test_files_may_be_named_from_where_the_agent_was_started(
             assert attempt.stdout.read_text() == f"{tmp_path / attempt.workdir}\n"
 
 
+async def test_a_working_directory_that_is_not_there_costs_the_spawner_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as bench:
+        await bench.run(bench.attempt(program("exit", "0")))
+        held = Path(f"/proc/{spawner_of(os.getpid())}/fd")
+        before = len(os.listdir(held))
+        for _ in range(3):
+            outcome = await bench.run(replace(bench.attempt(program("exit", "0")), workdir=tmp_path / "gone"))
+            assert outcome.reason is EndReason.INVALID and "cannot be entered" in outcome.message
+        assert len(os.listdir(held)) == before
+
+
 @pytest.mark.parametrize("name", ["TSTP", "TTIN", "TTOU"])
 async def test_a_command_that_stops_itself_as_if_at_a_terminal_goes_on(tmp_path: Path, name: str) -> None:
     async with serving(tmp_path) as bench:
