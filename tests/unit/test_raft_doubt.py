@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
 
 from meshd.raft import election
-from meshd.raft.engine import Engine
-from meshd.raft.messages import NO_OP, Append, Appended, RaftMessage, TimeoutNow, Vote, Voted, VoterId
+from meshd.raft.messages import NO_OP, Append, Appended, TimeoutNow, Vote, Voted, VoterId
 from meshd.raft.settings import RaftSettings
 from meshd.raft.storage.frames import LocalHeader
 from meshd.raft.storage.journal import Journal
 from meshd.raft.storage.segments import JournalSizes, Segments
 from meshd.testing.raft_disk import MemoryDisk
+from tests.unit.lone_voter import LoneVoter
 
 A, B, C, D, E = (VoterId(f"{name}/0{number}") for number, name in enumerate("abcde", 1))
 SIZES = JournalSizes(step=16 << 10, reserve=16 << 10, reserves=1)
 
 
-class Voter(Engine):
-    """A, at second 100; with one entry in its log."""
+class Voter(LoneVoter):
+    """A, with one entry in its log."""
 
     def __init__(self, *voters: VoterId, is_in_doubt: bool, known: Sequence[VoterId] = ()) -> None:
-        self.clock_s = 100.0
-        self.sent: list[tuple[VoterId, RaftMessage]] = []
         header = LocalHeader("m", "01", 1, "aa", voters=tuple(known or voters))
         entries = [(NO_OP, 1, 0), (NO_OP, 2, 1)]
-        self.journal = Journal(header, Segments(MemoryDisk(), SIZES), entries, "a test" if is_in_doubt else "")
-        self.journal.setCurrentTerm(1, None)
-        self.journal.begin_segment(None, [])
-
-        def send(peer: VoterId, message: RaftMessage) -> bool:
-            self.sent.append((peer, message))
-            return True
-
-        super().__init__(
-            me=A, voters=voters, journal=self.journal, apply=lambda index, batch: [], digest=lambda: "00", send=send,
-            snapshot=lambda: None, now=lambda: self.clock_s, wall_ms=lambda: 0, random=Random(1),
-            settings=RaftSettings(), on_bug=lambda index, error: None,
-        )  # fmt: skip
-        for voter in voters:
-            self.peer_up(voter)
-
-    def turn(self, seconds: float = 0.0) -> None:
-        self.clock_s += seconds
-        self.doTick(0.0)
-        self.journal.commit()
-        self.synced()
+        journal = Journal(header, Segments(MemoryDisk(), SIZES), entries, "a test" if is_in_doubt else "")
+        journal.setCurrentTerm(1, None)
+        journal.begin_segment(None, [])
+        super().__init__(A, voters, journal=journal)
 
     def asks(self) -> None:
         """Until it asks whether others would vote for it."""

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
 
 import pytest
 
 from meshd.raft.election import GIVE_WAY_S
-from meshd.raft.engine import Engine
-from meshd.raft.messages import RaftMessage, Vote, Voted, VoterId
-from meshd.raft.settings import RaftSettings
-from meshd.raft.storage.frames import LocalHeader
-from meshd.raft.storage.journal import create_journal
-from meshd.testing.raft_disk import MemoryDisk
+from meshd.raft.messages import Vote, Voted, VoterId
+from tests.unit.lone_voter import LoneVoter
 
 A, B, C, D = (VoterId(f"{name}/01") for name in "abcd")
 OLDER, SAME, NEWER = (1, -1), (1, 0), (9, 1)
 """Last index and term of a log, beside one that has only its first entry."""
 
 
-class Voter(Engine):
-    def __init__(self, me: VoterId, *voters: VoterId) -> None:
-        self.clock_s = 100.0
-        self.sent: list[tuple[VoterId, RaftMessage]] = []
-        self.journal = create_journal(MemoryDisk(), LocalHeader("m", "01", 1, "aa"))
-
-        def send(peer: VoterId, message: RaftMessage) -> bool:
-            self.sent.append((peer, message))
-            return True
-
-        super().__init__(
-            me=me, voters=voters, journal=self.journal, apply=lambda index, batch: [], digest=lambda: "00", send=send,
-            snapshot=lambda: None, now=lambda: self.clock_s, wall_ms=lambda: 0, random=Random(1),
-            settings=RaftSettings(), on_bug=lambda index, error: None,
-        )  # fmt: skip
-        for voter in voters:
-            self.peer_up(voter)
-
+class Voter(LoneVoter):
     def turn_at(self, at_s: float) -> None:
-        self.clock_s = at_s
-        self.doTick(0.0)
-        self.journal.commit()
-        self.synced()
+        self.turn(at_s - self.clock_s)
 
     def asks(self) -> None:
         self.turn_at(self.next_deadline() or 0.0)
@@ -57,7 +32,7 @@ class Voter(Engine):
 
 
 def test_who_would_vote_for_a_peer_leaves_it_time_to_ask() -> None:
-    voter = Voter(A, A, B, C)
+    voter = Voter(A, (A, B, C))
     due_s = voter.next_deadline() or 0.0
     voter.turn_at(due_s - 0.01)
     voter.asked_by(B, SAME)
@@ -69,7 +44,7 @@ def test_who_would_vote_for_a_peer_leaves_it_time_to_ask() -> None:
 
 
 def test_nobody_waits_for_one_that_it_would_not_vote_for_or_that_is_no_voter() -> None:
-    voter = Voter(A, A, B, C)
+    voter = Voter(A, (A, B, C))
     due_s = voter.next_deadline() or 0.0
     voter.turn_at(due_s - 0.01)
     voter.asked_by(B, OLDER, granted=False)
@@ -79,7 +54,7 @@ def test_nobody_waits_for_one_that_it_would_not_vote_for_or_that_is_no_voter() -
 
 
 def test_a_candidate_waits_for_its_votes_whoever_asks() -> None:
-    voter = Voter(A, A, B, C)
+    voter = Voter(A, (A, B, C))
     voter.asks()
     voter.receive(B, Voted(0, 1, True, True))
     assert voter.questions(is_trial=False)
@@ -97,7 +72,7 @@ def test_a_candidate_waits_for_its_votes_whoever_asks() -> None:
 def test_of_two_that_ask_at_once_the_newer_log_goes_on_and_of_equals_the_smaller_id(
     me: VoterId, peer: VoterId, log: tuple[int, int], goes_on: bool
 ) -> None:
-    voter = Voter(me, A, B, C)
+    voter = Voter(me, (A, B, C))
     voter.asks()
     voter.asked_by(peer, log)
     for other in {A, B, C} - {me}:

@@ -9,7 +9,6 @@ import gzip
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from random import Random
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from meshd import codec
 from meshd.errors import Corrupt, PeerFault
 from meshd.raft.applying import ApplyFailed
 from meshd.raft.configurations import as_command
-from meshd.raft.engine import Engine
 from meshd.raft.messages import (
     REPLICATED,
     Append,
@@ -36,12 +34,12 @@ from meshd.raft.messages import (
     Voted,
     VoterId,
 )
-from meshd.raft.settings import RaftSettings
 from meshd.raft.storage.frames import LocalHeader
 from meshd.raft.storage.journal import create_journal
 from meshd.raft.storage.reopening import Found, open_journal
 from meshd.raft.storage.snapshot import Image, unpack_image
 from meshd.testing.raft_disk import MemoryDisk
+from tests.unit.lone_voter import LoneVoter
 
 A, B, C, D, E = (VoterId(f"{name}/01") for name in "abcde")
 NO_OP = b"\x01"
@@ -117,29 +115,11 @@ class Stock(SyncObj):  # type: ignore[misc]
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-class Ours(Engine):
+class Ours(LoneVoter):
     def __init__(
         self, clock: Clock, *voters: VoterId, apply: Callable[[int, bytes], list[bytes]] = lambda index, batch: []
     ) -> None:
-        self.sent: list[tuple[VoterId, RaftMessage]] = []
-        self.bugs: list[int] = []
-        self.journal = create_journal(MemoryDisk(), LocalHeader("m", "01", 1, "aa"))
-
-        def send(peer: VoterId, message: RaftMessage) -> bool:
-            self.sent.append((peer, message))
-            return True
-
-        super().__init__(
-            me=A, voters=voters, journal=self.journal, apply=apply, digest=lambda: "00", send=send, snapshot=lambda: None, now=clock,
-            wall_ms=lambda: 0, random=Random(1), settings=RaftSettings(), on_bug=lambda index, _: self.bugs.append(index),
-        )  # fmt: skip
-        for voter in voters:
-            self.peer_up(voter)
-
-    def turn(self) -> None:
-        self.doTick(0.0)
-        self.journal.commit()
-        self.synced()
+        super().__init__(A, voters, apply=apply, now=clock)
 
     def hear(self, term: int, prev: tuple[int, int], entries: list[tuple[int, int]], commit: int) -> None:
         told = tuple((NO_OP, index, entry_term) for index, entry_term in entries)
