@@ -26,12 +26,12 @@ from msgspec.structs import replace
 
 from bench.mesh import SCRATCH, SETTLE_S, client_of, cpu_s, load, resident_bytes
 from meshd import codec
+from meshd.admission.founding import found_mesh
+from meshd.admission.home import Counters, Home
 from meshd.blobs.store import Store
 from meshd.dev import DevMesh
 from meshd.errors import Unavailable
-from meshd.founding import found_mesh
 from meshd.history.archive import Archive
-from meshd.home import Counters, Home
 from meshd.ids import new_job_id
 from meshd.model import (
     AttemptKey,

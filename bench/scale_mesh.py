@@ -17,7 +17,6 @@ from typing import Any, NoReturn, cast
 
 from bench.replica import SECRET
 from meshd.agent import Agent
-from meshd.keeper import Keeper, KeeperEffect, KeeperEvent
 from meshd.model import (
     AttemptKey,
     BackendOffer,
@@ -42,7 +41,8 @@ from meshd.testing.machines import Runner
 from meshd.testing.nodes import SimNode
 from meshd.testing.servers import MESH
 from meshd.testing.world import World
-from meshd.worker import AttemptsEnded, Worker, WorkerEffect, WorkerEvent
+from meshd.work.keeper import Keeper, KeeperEffect, KeeperEvent
+from meshd.work.worker import AttemptsEnded, Worker, WorkerEffect, WorkerEvent
 
 SERVERS = 3
 CORES = 2

@@ -1,7 +1,7 @@
 """The deciding half of a node: `handle(event, now_ms) -> effects`. Routes to the cores, holds no rule of its own.
 
-    worker   this node's session, and the attempts it holds       events and effects: meshd.worker
-    keeper   the sessions of all nodes, while this server leads   events and effects: meshd.keeper; servers only
+    worker   this node's session, and the attempts it holds       events and effects: meshd.work.worker
+    keeper   the sessions of all nodes, while this server leads   events and effects: meshd.work.keeper; servers only
 
 The shell feeds events, performs effects as tasks, and sends `Tick` at `next_timer_ms()`
 or any time later. `now_ms` is CLOCK_BOOTTIME in milliseconds. `Propose` comes from both;
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshd.keeper import (
+from meshd.raft.state.commands import EndSession
+from meshd.work.keeper import (
     Applied,
     EndProposed,
     Keeper,
@@ -23,8 +24,7 @@ from meshd.keeper import (
     PeerGone,
     RenewArrived,
 )
-from meshd.raft.state.commands import EndSession
-from meshd.worker import Proposed, Worker, WorkerEffect, WorkerEvent
+from meshd.work.worker import Proposed, Worker, WorkerEffect, WorkerEvent
 
 
 @dataclass(frozen=True, slots=True)

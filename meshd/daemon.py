@@ -24,10 +24,16 @@ import structlog
 import trio
 
 from meshd import codec
+from meshd.admission.authority import Authority
+from meshd.admission.founding import JOIN_S, Founding, Joining, Resuming, found_mesh, how_to_begin, join_mesh
+from meshd.admission.greetings import Greetings, on_hello, say_hello
+from meshd.admission.home import Home, MeshFile
+from meshd.admission.introduction import Introduction, advertised, multiaddr
+from meshd.admission.invites import Invite
+from meshd.admission.join import JoinDesk, JoinRequest
+from meshd.admission.records import Records
 from meshd.agent import Agent, Tick
-from meshd.allegiance import Allegiance, open_epochs
 from meshd.api import server as api_server
-from meshd.authority import Authority
 from meshd.backends import registry
 from meshd.backends.leftovers import take_over
 from meshd.blobs.fetch import Fetcher
@@ -36,22 +42,10 @@ from meshd.blobs.serve import BlobServer
 from meshd.blobs.store import Store
 from meshd.config import Config, split_address
 from meshd.directory import JOIN_PROTOCOL, Directory
-from meshd.drain import Drain
-from meshd.duty import Duty
-from meshd.epochs import EpochFile, Epochs
 from meshd.errors import Conflict, MeshError
-from meshd.executor import Executor
-from meshd.founding import JOIN_S, Founding, Joining, Resuming, found_mesh, how_to_begin, join_mesh
 from meshd.gossip.service import GossipService
-from meshd.greetings import Greetings, on_hello, say_hello
 from meshd.history.archive import FETCH_S, Archive
 from meshd.history.keeping import lags_behind
-from meshd.home import Home, MeshFile
-from meshd.introduction import Introduction, advertised, multiaddr
-from meshd.invites import Invite
-from meshd.join import JoinDesk, JoinRequest
-from meshd.keeper import Keeper
-from meshd.logs import LogDesk, LogReader
 from meshd.mediator import Mediator
 from meshd.model import BackendProbe, NodeId, Role
 from meshd.neighbours import Neighbours
@@ -59,7 +53,6 @@ from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
 from meshd.net.rpc import StreamRpc
 from meshd.node import Node
-from meshd.offer import make_offer, slots, zone
 from meshd.ports import BackendSettings, ProposeResult
 from meshd.raft.clocks import boottime_ms, wall_clock_ms
 from meshd.raft.log import ServerLog
@@ -70,12 +63,19 @@ from meshd.raft.settings import RaftSettings
 from meshd.raft.state.commands import Found, RaiseFences, adds_work
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.recovery import FENCES_LOST_MAX
-from meshd.records import Records
+from meshd.recovery.allegiance import Allegiance, open_epochs
+from meshd.recovery.epochs import EpochFile, Epochs
 from meshd.shell import Shell
 from meshd.standing import Standing
 from meshd.tally import Tally
 from meshd.upkeep import Upkeep, find_member
-from meshd.worker import HandOver, Worker
+from meshd.work.drain import Drain
+from meshd.work.duty import Duty
+from meshd.work.executor import Executor
+from meshd.work.keeper import Keeper
+from meshd.work.logs import LogDesk, LogReader
+from meshd.work.offer import make_offer, slots, zone
+from meshd.work.worker import HandOver, Worker
 
 STOP_S = 5.0
 """For handing back what runs, when the agent is asked to stop."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from meshd.certificates import Greeting, Verify
+from meshd.admission.certificates import Greeting, Verify
+from meshd.admission.home import KnownPeer
+from meshd.admission.keyring import KeyRing
 from meshd.errors import NotAllowed, Unavailable
-from meshd.home import KnownPeer
-from meshd.keyring import KeyRing
 from meshd.model import KeyLink, NodeId, Role
 from meshd.views import MembersView
 

@@ -88,7 +88,8 @@ def dev(nodes: int, data_dir: Path | None) -> None:
 
 
 def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flags: dict[str, Any]) -> None:
-    from meshd import config, invites
+    from meshd import config
+    from meshd.admission import invites
     from meshd.units import parse_size
 
     for size in ("memory", "disk_free"):
@@ -130,8 +131,8 @@ def _home_of(data_dir: str | None) -> Path:
 def _recover(path: Path, is_forced: bool, is_agreed: bool) -> None:
     import trio
 
-    from meshd.home import Home
-    from meshd.recover import Recovery
+    from meshd.admission.home import Home
+    from meshd.recovery.recover import Recovery
 
     _set_up_logging("error")
     home = Home(path)
@@ -152,8 +153,8 @@ def _agrees() -> bool:
 
 
 def _rejoin(path: Path, recovery: str) -> None:
-    from meshd.home import Home
-    from meshd.rejoin import rejoin
+    from meshd.admission.home import Home
+    from meshd.recovery.rejoin import rejoin
 
     home = Home(path)
     try:

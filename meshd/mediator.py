@@ -16,14 +16,11 @@ import trio
 
 from meshd import codec
 from meshd.agent import AgentEvent, Tick
-from meshd.allegiance import Allegiance
 from meshd.directory import Directory
-from meshd.duty import Duty
 from meshd.errors import Busy, MeshError, NotAllowed, StartRefused
 from meshd.gossip.membership import State
 from meshd.gossip.service import GossipService
 from meshd.history.archive import Archive
-from meshd.keeper import Applied, PeerGone
 from meshd.model import NodeId
 from meshd.neighbours import LEADER_FACT
 from meshd.net.rpc import StreamRpc
@@ -32,11 +29,14 @@ from meshd.raft.replica import Replica
 from meshd.raft.state.commands import Event, MembersChanged, Restored
 from meshd.raft.state.lineage import Lineage, since
 from meshd.raft.state.machine import Machine
+from meshd.recovery.allegiance import Allegiance
 from meshd.shell import Shell
 from meshd.standing import Standing
 from meshd.upkeep import Upkeep
 from meshd.views import GetMembers, MembersView
-from meshd.worker import Recovered
+from meshd.work.duty import Duty
+from meshd.work.keeper import Applied, PeerGone
+from meshd.work.worker import Recovered
 
 FOLLOW_AFTER_S = 2.0
 """A worker that hears of a recovery listens so long for another one: between two it does not choose."""

@@ -15,24 +15,22 @@ import structlog
 import trio
 
 from meshd import codec
+from meshd.admission.authority import Authority
+from meshd.admission.home import KnownPeer
+from meshd.admission.invites import DOORS_MAX, SECRET_BYTES, Door, Invite, hash_secret
 from meshd.api.face import LogStream
-from meshd.authority import Authority
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.messages import Name
 from meshd.blobs.replicate import Replicator
 from meshd.directory import Directory
-from meshd.drain import Drain
-from meshd.epochs import Epochs
 from meshd.errors import Busy, Conflict, MeshError, NotFound, Unavailable
 from meshd.gossip.service import GossipService
-from meshd.home import KnownPeer
-from meshd.invites import DOORS_MAX, SECRET_BYTES, Door, Invite, hash_secret
-from meshd.logs import LogReader
 from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobId, JobSpec, NodeId, Role, TaskState, TreeRef
 from meshd.neighbours import Neighbours
 from meshd.ports import BlobStore, Rpc
 from meshd.raft.remote import MeshLog
 from meshd.raft.state.commands import AnyAnswer, AnyCommand, CreateInvite, RemoveMember
+from meshd.recovery.epochs import Epochs
 from meshd.status import cluster_status
 from meshd.views import (
     PAGE_MAX,
@@ -48,6 +46,8 @@ from meshd.views import (
     ListJobs,
     MembersView,
 )
+from meshd.work.drain import Drain
+from meshd.work.logs import LogReader
 
 EVENTS_STAND_S = 20.0
 REPLICATE_S = 30.0

@@ -3,7 +3,7 @@
     world ── event ──▶ Agent.handle ── effects ──▶ a task each ── what came of it, as an event ──▶ …
 
 `feed` never waits, so a slow peer, disk or job cannot hold up the next decision; whatever takes
-time is a task that reports back. Attempts that need nothing laid out for them are handed on in batches (planned.py)
+time is a task that reports back. Attempts that need nothing laid out for them are handed on in batches (work/planned.py)
 and cost no task. The others run under a scope each, which is how they are stopped; those that wait behind another in
 their lane are known from the moment it is decided, so that a stop finds them.
 """
@@ -23,12 +23,12 @@ from msgspec.structs import replace
 from meshd import codec
 from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
 from meshd.errors import MeshError, NotAllowed, Unavailable
-from meshd.keeper import AnswerRenew, NoticeEnded, RenewArrived, SendNotice
 from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
 from meshd.ports import Committed, Leash, ProposeResult, Rpc
 from meshd.raft.state.commands import AnyAnswer, AnyCommand
-from meshd.session_messages import Notice, Refusal, Refused, Renew, RenewAnswer
-from meshd.worker import (
+from meshd.work.keeper import AnswerRenew, NoticeEnded, RenewArrived, SendNotice
+from meshd.work.session_messages import Notice, Refusal, Refused, Renew, RenewAnswer
+from meshd.work.worker import (
     AttemptsEnded,
     MoveLeash,
     NoticeArrived,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from meshd.directory import Directory
-from meshd.epochs import Epochs
 from meshd.errors import MeshError, Unavailable
 from meshd.gossip.membership import Health
 from meshd.gossip.service import GossipService
@@ -16,6 +15,7 @@ from meshd.quorum import describe_stop
 from meshd.raft.log import RaftStatus
 from meshd.raft.remote import MeshLog
 from meshd.raft.state.lineage import name_of
+from meshd.recovery.epochs import Epochs
 from meshd.units import format_duration
 from meshd.views import ClusterStatus, GetMembers, MembersView, NodeStatus
 

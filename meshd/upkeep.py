@@ -12,11 +12,11 @@ import structlog
 import trio
 
 from meshd import codec
-from meshd.authority import Authority
+from meshd.admission.authority import Authority
+from meshd.admission.home import Home
 from meshd.directory import Directory
 from meshd.errors import Busy, Corrupt, MeshError
 from meshd.gossip.service import GossipService
-from meshd.home import Home
 from meshd.model import Certificate, Member, NodeId
 from meshd.neighbours import ADDRESS_FACT, MEMBERS_FACT, Neighbours
 from meshd.raft.remote import MeshLog

@@ -14,16 +14,17 @@ import trio
 from fuzz import world
 from fuzz.inputs import join, split
 from fuzz.world import PEER, GivenStream, GivenTransport
-from meshd import certificates, codec
-from meshd.certificates import Greeting
+from meshd import codec
+from meshd.admission import certificates
+from meshd.admission.certificates import Greeting
+from meshd.admission.greetings import Greetings
 from meshd.directory import Directory
-from meshd.epochs import EpochFile, Epochs
 from meshd.errors import MeshError
-from meshd.greetings import Greetings
 from meshd.model import Certificate, NodeId, Role
 from meshd.net.frames import Answer, Fault, Request, framed
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.rpc import PROTOCOL, StreamRpc
+from meshd.recovery.epochs import EpochFile, Epochs
 
 FRAMED = True
 _KEY = KeyPair.from_secret(b"k" * 32)

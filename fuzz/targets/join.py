@@ -12,12 +12,13 @@ from contextlib import suppress
 from fuzz import world
 from fuzz.inputs import join, split
 from fuzz.world import PEER, GivenStream, GivenTransport
-from meshd import certificates, codec, tls
+from meshd import codec
+from meshd.admission import certificates, tls
+from meshd.admission.founding import join_mesh
+from meshd.admission.home import KnownPeer, MeshFile
+from meshd.admission.invites import SECRET_BYTES, Door, Invite
+from meshd.admission.join import JoinDesk, JoinRequest, Refusal, Welcome
 from meshd.errors import MeshError, NotAllowed
-from meshd.founding import join_mesh
-from meshd.home import KnownPeer, MeshFile
-from meshd.invites import SECRET_BYTES, Door, Invite
-from meshd.join import JoinDesk, JoinRequest, Refusal, Welcome
 from meshd.model import Certificate, EpochCertificate, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
 from meshd.raft.state.commands import AnyAnswer, Join, Joined

@@ -22,19 +22,17 @@ from fuzz.inputs import join, split
 from fuzz.targets import gossip as gossiping
 from fuzz.targets import machine as commands
 from fuzz.world import GivenTransport, Handlers
-from meshd import codec, tls
+from meshd import codec
+from meshd.admission import tls
+from meshd.admission.authority import Authority, CertifyCall
 from meshd.agent import Agent
-from meshd.authority import Authority, CertifyCall
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.messages import ListFrom, Name, Names, Pull
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.serve import BlobServer
 from meshd.directory import Directory
-from meshd.drain import Drain
 from meshd.errors import MeshError, NotFound
 from meshd.gossip.service import GossipService
-from meshd.keeper import Applied, Keeper
-from meshd.logs import LogCall, LogDesk
 from meshd.model import AttemptKey, AttemptRun, BlobRef, EndReason, JobId, JobSpec, Member, NodeId, Outcome
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import Committed, Leash, ProposeResult
@@ -42,10 +40,13 @@ from meshd.raft.log import Newest, RaftStatus
 from meshd.raft.replica import EventsCall, ProposeCall, ReadCall, Replica, WaitCall
 from meshd.raft.state.commands import Batch, OpenSession, Stamped
 from meshd.raft.state.machine import Machine
-from meshd.session_messages import DIGEST_BYTES, Notice, Renew
 from meshd.shell import RenewCall, Shell
 from meshd.views import AnyQuery, Explain, GetJob, GetMembers, ListJobs, ListTasks
-from meshd.worker import Offering, Worker
+from meshd.work.drain import Drain
+from meshd.work.keeper import Applied, Keeper
+from meshd.work.logs import LogCall, LogDesk
+from meshd.work.session_messages import DIGEST_BYTES, Notice, Renew
+from meshd.work.worker import Offering, Worker
 
 FRAMED = True
 ME = commands.A

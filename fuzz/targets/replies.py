@@ -19,20 +19,20 @@ from fuzz.targets import machine as commands
 from fuzz.targets.methods import _CA_PEM, _KEY, SMALL, SMALL_REF, _Blobs, _Home, _Node
 from fuzz.world import PEER, GivenTransport, Handlers
 from meshd import codec
-from meshd.authority import Authority
+from meshd.admission.authority import Authority
+from meshd.admission.keyring import KeyRing
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.messages import Contents, Presence, Sizes
 from meshd.blobs.replicate import Replicator
 from meshd.errors import MeshError
-from meshd.keyring import KeyRing
 from meshd.model import BlobRef, JobId
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import ProposeResult
 from meshd.raft.remote import MeshLog
 from meshd.raft.replica import EventsReply, ProposeReply
 from meshd.raft.state.commands import Accepted, Joined, Reason, Rejected, RevokeToken, SessionOpened
-from meshd.session_messages import DIGEST_BYTES, Granted, Refusal, Refused, Renew
 from meshd.views import EventView, GetJob, GetMembers, GetSummary, JobView, MembersView, Summary
+from meshd.work.session_messages import DIGEST_BYTES, Granted, Refusal, Refused, Renew
 
 FRAMED = True
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from fuzz.targets.join import _INVITE
-from meshd import invites
+from meshd.admission import invites
+from meshd.admission.certificates import check
 from meshd.api.auth import hash_secret, secret_of
-from meshd.certificates import check
 from meshd.client import address as api_addresses
 from meshd.errors import InvalidRequest, NotAllowed
 from meshd.ids import is_job_id

@@ -16,12 +16,9 @@ from typing import Any
 
 from msgspec.structs import replace as changed
 
-from meshd import attempts, keeper, worker
-from meshd.attempts import Attempts, Waiting
 from meshd.gossip import membership, messages
 from meshd.gossip.core import Effect, Exchange, Gossip
 from meshd.gossip.membership import Membership
-from meshd.keeper import Keeper, Session
 from meshd.model import AttemptKey, AttemptRun, EndReason, JobSpec, NodeId, Offer, Outcome
 from meshd.placement import Demand
 from meshd.raft.state import matching
@@ -32,13 +29,16 @@ from meshd.raft.state.matching import Kind, Matching, Node
 from meshd.raft.state.ranges import Ranges
 from meshd.raft.state.sessions import Sessions
 from meshd.raft.state.submissions import Submissions
-from meshd.session_messages import Notice, Renew, RenewAnswer, digest_of
 from meshd.testing import machines
 from meshd.testing.gossiping import Gossiping
 from meshd.testing.nodes import SimNode
 from meshd.testing.planted import PLANTED
 from meshd.testing.raft_ablations import RAFT_RULES, Patch, wrapped
-from meshd.worker import MoveLeash, RenewAnswered, State, Worker
+from meshd.work import attempts, keeper, worker
+from meshd.work.attempts import Attempts, Waiting
+from meshd.work.keeper import Keeper, Session
+from meshd.work.session_messages import Notice, Renew, RenewAnswer, digest_of
+from meshd.work.worker import MoveLeash, RenewAnswered, State, Worker
 
 # --- the node's side --------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meshd import codec
-from meshd.attempts import fit
 from meshd.errors import MeshError
 from meshd.gossip import membership
-from meshd.keeper import GRANT_MS
 from meshd.model import FINAL_STATES, AttemptKey, JobId, JobSpec, NodeId, OnLost, Outcome, Resources, TaskState
 from meshd.placement import Demand, permanent_lacks
 from meshd.raft.messages import VoterId, node_of
@@ -43,7 +41,9 @@ from meshd.testing.history import History
 from meshd.testing.machines import output_of
 from meshd.testing.promises import Promises
 from meshd.views import GetJob, ListTasks, TaskPage, TaskView
-from meshd.worker import State
+from meshd.work.attempts import fit
+from meshd.work.keeper import GRANT_MS
+from meshd.work.worker import State
 
 if TYPE_CHECKING:
     from meshd.testing.nodes import SimNode

@@ -14,7 +14,7 @@ from meshd.neighbours import ADDRESS_FACT, OFFER_FACT
 from meshd.testing.nodes import SimNode
 from meshd.testing.world import World
 from meshd.views import Explain, Explanation
-from meshd.worker import State as SessionState
+from meshd.work.worker import State as SessionState
 
 CONVERGED_MS = 10_000
 """After the last fault: the longest time between two tries of one that was called dead, and to regain trust in oneself."""

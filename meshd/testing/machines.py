@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from meshd.model import AttemptKey, BlobRef, EndReason, JobId, JobSpec, Outcome
 from meshd.neighbours import takers_of
-from meshd.worker import AttemptsEnded
+from meshd.work.worker import AttemptsEnded
 
 if TYPE_CHECKING:
     from meshd.testing.nodes import SimNode

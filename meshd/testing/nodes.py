@@ -16,7 +16,19 @@ from meshd import codec
 from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
 from meshd.errors import MeshError, NotFound
 from meshd.gossip.membership import State
-from meshd.keeper import (
+from meshd.model import BackendOffer, NodeId, Offer, Resources
+from meshd.neighbours import ADDRESS_FACT, LEADER_FACT, MEMBERS_FACT, OFFER_FACT
+from meshd.ports import Committed, ProposeResult
+from meshd.raft.replica import ProposeReply
+from meshd.raft.state.commands import AnyAnswer, AnyCommand, EndSession, MembersChanged, Restored
+from meshd.raft.state.machine import Machine
+from meshd.testing.gossiping import Done, Gossiping, Reply
+from meshd.testing.machines import Runner
+from meshd.testing.network import KEEP_ALIVE_MS, Connections
+from meshd.testing.raft_disk import MemoryDisk, PowerCut
+from meshd.testing.servers import SYNC_MS, SimServer
+from meshd.views import AnyQuery, GetMembers, MembersView
+from meshd.work.keeper import (
     GRANT_MS,
     AnswerRenew,
     Applied,
@@ -26,20 +38,8 @@ from meshd.keeper import (
     RenewArrived,
     SendNotice,
 )
-from meshd.model import BackendOffer, NodeId, Offer, Resources
-from meshd.neighbours import ADDRESS_FACT, LEADER_FACT, MEMBERS_FACT, OFFER_FACT
-from meshd.ports import Committed, ProposeResult
-from meshd.raft.replica import ProposeReply
-from meshd.raft.state.commands import AnyAnswer, AnyCommand, EndSession, MembersChanged, Restored
-from meshd.raft.state.machine import Machine
-from meshd.session_messages import Granted, Notice, Renew, RenewAnswer
-from meshd.testing.gossiping import Done, Gossiping, Reply
-from meshd.testing.machines import Runner
-from meshd.testing.network import KEEP_ALIVE_MS, Connections
-from meshd.testing.raft_disk import MemoryDisk, PowerCut
-from meshd.testing.servers import SYNC_MS, SimServer
-from meshd.views import AnyQuery, GetMembers, MembersView
-from meshd.worker import (
+from meshd.work.session_messages import Granted, Notice, Renew, RenewAnswer
+from meshd.work.worker import (
     MoveLeash,
     NoticeArrived,
     Offering,

@@ -11,7 +11,6 @@ from typing import Any
 
 from msgspec.structs import replace as changed
 
-from meshd.attempts import Attempts, Waiting, places
 from meshd.errors import Conflict, Corrupt, NotFound
 from meshd.gossip import membership
 from meshd.gossip.facts import Facts
@@ -33,7 +32,8 @@ from meshd.raft.storage import replay
 from meshd.raft.storage.frames import End
 from meshd.raft.storage.frames import Ended as SegmentEnded
 from meshd.testing.raft_ablations import Patch, wrapped
-from meshd.worker import Worker
+from meshd.work.attempts import Attempts, Waiting, places
+from meshd.work.worker import Worker
 
 STEPS_BACK_MAX = 12
 """More than a mesh has entries when it is founded."""

@@ -28,7 +28,7 @@ from meshd.testing.nodes import SimNode
 from meshd.testing.profiles import profile_of
 from meshd.testing.world import World
 from meshd.views import ListTasks
-from meshd.worker import HandOver
+from meshd.work.worker import HandOver
 
 TAIL = Tail(jobs=1, age_ms=20_000, batch=1, segment_jobs=3)
 """So that nearly everything goes through the history, in many small segments."""

@@ -23,9 +23,11 @@ from msgspec.structs import replace
 
 import meshd
 from meshd import codec
-from meshd.authority import CertifyCall
+from meshd.admission.authority import CertifyCall
+from meshd.admission.certificates import Greeting, certify
+from meshd.admission.invites import Invite, hash_secret, parse
+from meshd.admission.join import JoinRequest, Welcome, knock, read_all
 from meshd.blobs.messages import Name, Want
-from meshd.certificates import Greeting, certify
 from meshd.directory import BLOB_PROTOCOL, JOIN_PROTOCOL, RAFT_PROTOCOL, RPC_PROTOCOL
 from meshd.errors import InvalidRequest, MeshError, NotAllowed, NotFound, PeerFault, Unavailable
 from meshd.gossip.messages import (
@@ -40,9 +42,6 @@ from meshd.gossip.messages import (
     Versions,
     chunk_payload,
 )
-from meshd.invites import Invite, hash_secret, parse
-from meshd.join import JoinRequest, Welcome, knock, read_all
-from meshd.logs import LogCall
 from meshd.model import (
     AttemptKey,
     BackendOffer,
@@ -82,9 +81,10 @@ from meshd.raft.state.commands import (
     SetDraining,
     UpdateMember,
 )
-from meshd.session_messages import Notice, Renew, digest_of
 from meshd.shell import RenewCall
 from meshd.views import GetMembers
+from meshd.work.logs import LogCall
+from meshd.work.session_messages import Notice, Renew, digest_of
 from tests.cluster.conftest import Mesh, eventually
 
 NAMES = ("node1", "node2", "node3")

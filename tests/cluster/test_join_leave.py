@@ -117,7 +117,7 @@ def test_every_wrong_start_has_its_own_words_and_the_mesh_lives_on(make_mesh):
         # An invite whose mesh was changed: the member that it names belongs to another one.
         from msgspec.structs import replace
 
-        from meshd import invites
+        from meshd.admission import invites
 
         real = invites.parse(foreign.invite(uses=1))
         text, code = refused(mesh, "fifth", "--join", str(replace(real, mesh="0" * 20)))

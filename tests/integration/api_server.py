@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from meshd import tls
+from meshd.admission import tls
 from meshd.api.server import serve
 from meshd.testing.face import FakeFace
 

@@ -13,7 +13,6 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.store import Store
 from meshd.blobs.tree import pack_tree
-from meshd.executor import Executor
 from meshd.model import (
     Array,
     AttemptKey,
@@ -36,6 +35,7 @@ from meshd.model import (
 from meshd.net.memory import MemoryNetwork
 from meshd.net.rpc import StreamRpc
 from meshd.ports import BackendSettings, Leash
+from meshd.work.executor import Executor
 
 ME = NodeId("me")
 

@@ -20,8 +20,8 @@ from fuzz.mutate import mutated
 from fuzz.registry import NAMES, Target, load
 from fuzz.world import be_heard, be_quiet
 from meshd import codec, units
-from meshd import join as joining
 from meshd import spec as specs
+from meshd.admission import join as joining
 from meshd.api.endpoint import Call
 from meshd.api.http1 import Connection
 from meshd.backends import spawners

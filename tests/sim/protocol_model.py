@@ -11,7 +11,7 @@ can reach, and looks in each one for a broken promise of protocol.md 4 and 5:
 The log is perfect; everything else is a message in a bag: it may arrive at any time, in
 any order, be lost, or come twice. Sessions end and views lapse at any moment, so no clock
 is needed; only the expiry of `lost_after` moves the machine's time. The node's side below
-is the shortest reading of the rules, on purpose apart from `meshd.worker`.
+is the shortest reading of the rules, on purpose apart from `meshd.work.worker`.
 
 A rule can be taken out (`Rules`, or `break_machine`): then a promise must break, or the
 rule is not needed, or the model cannot see it.

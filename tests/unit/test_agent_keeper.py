@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meshd.keeper import (
+from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, Run, runs_of
+from meshd.raft.state.commands import EndSession, Leased, SessionChanged, StopWanted
+from meshd.work.keeper import (
     AnswerRenew,
     Applied,
     EndProposed,
@@ -16,10 +18,8 @@ from meshd.keeper import (
     RenewArrived,
     SendNotice,
 )
-from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, Run, runs_of
-from meshd.raft.state.commands import EndSession, Leased, SessionChanged, StopWanted
-from meshd.session_messages import Granted, Notice, Refusal, Refused, Renew, digest_of
-from meshd.worker import Propose
+from meshd.work.session_messages import Granted, Notice, Refusal, Refused, Renew, digest_of
+from meshd.work.worker import Propose
 
 JOB = JobId("018f0000-0000-7000-8000-000000000001")
 SPEC = JobSpec(backend=("process",), run=Run(args=("true",)))

@@ -21,8 +21,8 @@ from meshd.model import (
     Run,
 )
 from meshd.raft.state.commands import Ended, OpenSession, Reason, Reconcile, Rejected, Report, Reported, SessionOpened
-from meshd.session_messages import Granted, Notice, Refusal, Refused
-from meshd.worker import (
+from meshd.work.session_messages import Granted, Notice, Refusal, Refused
+from meshd.work.worker import (
     AttemptsEnded,
     HandOver,
     MoveLeash,

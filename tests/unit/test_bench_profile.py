@@ -40,7 +40,7 @@ def test_what_a_layer_calls_of_the_standard_library_is_that_layers() -> None:
 
 def test_a_module_that_many_ask_counts_for_whoever_asked() -> None:
     asked = "meshd/placement.py:amounts_of"
-    assert layer_of((*LOOP, "meshd/worker.py:Worker.handle", asked)) == "worker"
+    assert layer_of((*LOOP, "meshd/work/worker.py:Worker.handle", asked)) == "worker"
     assert layer_of((*LOOP, "meshd/raft/state/matching.py:match", asked)) == "the state machine"
 
 
@@ -76,14 +76,18 @@ def test_a_file_whose_name_has_spaces_is_still_a_frame() -> None:
 
 
 def test_shares_are_of_all_samples() -> None:
-    stacks = [Stack(LOOP, 1), Stack(("meshd/worker.py:Worker.handle",), 2), Stack(("meshd/pace.py:ahead",), 1)]
+    stacks = [
+        Stack(LOOP, 1),
+        Stack(("meshd/work/worker.py:Worker.handle",), 2),
+        Stack(("meshd/work/pace.py:ahead",), 1),
+    ]
     assert shares(stacks, waiting=0.5) == {"trio": 0.25, "worker": 0.75}
     assert shares([], waiting=0.0) == {}
 
 
 def test_a_wait_for_a_core_is_taken_from_where_threads_are_woken() -> None:
     poll = (*LOOP, "trio/_core/_io_epoll.py:EpollIOManager.get_events")
-    stacks = [Stack(poll, 60), Stack(("meshd/worker.py:Worker.handle",), 40)]
+    stacks = [Stack(poll, 60), Stack(("meshd/work/worker.py:Worker.handle",), 40)]
     assert shares(stacks, waiting=0.5) == pytest.approx({POLL: 0.2, "worker": 0.8})
     assert shares(stacks, waiting=0.9) == {"worker": 1.0}
 
@@ -135,7 +139,7 @@ def test_a_table_says_what_it_is_in_markdown_and_in_text() -> None:
 
 
 def test_a_process_costs_what_the_kernel_counted_and_samples_say_where() -> None:
-    worker, journal = ("meshd/worker.py:Worker.handle",), ("meshd/raft/storage/journal.py:Journal.append",)
+    worker, journal = ("meshd/work/worker.py:Worker.handle",), ("meshd/raft/storage/journal.py:Journal.append",)
     profile = Profile(
         tasks=1000,
         wall_s=1.0,

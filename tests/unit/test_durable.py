@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from meshd.admission.home import Home
 from meshd.blobs.disk import Disk
-from meshd.home import Home
 from meshd.raft.storage.disk import DirectoryDisk
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from meshd import config
+from meshd.admission.home import Counters, Home, KnownPeer
 from meshd.errors import Busy, Corrupt, InvalidRequest, StartRefused
-from meshd.home import Counters, Home, KnownPeer
 from meshd.model import NodeId, Role
 from meshd.raft.storage.disk import DirectoryDisk
 from meshd.raft.storage.opening import open_log

@@ -9,11 +9,11 @@ import pytest
 import trio
 
 from meshd import codec
-from meshd.authority import Authority, NextKeyCall
-from meshd.certificates import mesh_id
+from meshd.admission.authority import Authority, NextKeyCall
+from meshd.admission.certificates import mesh_id
+from meshd.admission.home import Home
+from meshd.admission.keyring import KeyRing, make_link
 from meshd.errors import MeshError, NotAllowed, Unavailable
-from meshd.home import Home
-from meshd.keyring import KeyRing, make_link
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 

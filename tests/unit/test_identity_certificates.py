@@ -4,19 +4,20 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from meshd import certificates, codec, invites
-from meshd.certificates import Greeting
+from meshd import codec
+from meshd.admission import certificates, invites
+from meshd.admission.certificates import Greeting
+from meshd.admission.greetings import Greetings
+from meshd.admission.home import KnownPeer
+from meshd.admission.invites import Door, Invite
+from meshd.admission.join import JoinDesk, JoinRequest, knock
 from meshd.directory import BLOB_PROTOCOL, JOIN_PROTOCOL, RAFT_PROTOCOL, RPC_PROTOCOL, Directory
-from meshd.epochs import FOUNDED, EpochFile, Epochs, certify_epoch
 from meshd.errors import Conflict, InvalidRequest, MeshError, NotAllowed, Unavailable
-from meshd.greetings import Greetings
-from meshd.home import KnownPeer
-from meshd.invites import Door, Invite
-from meshd.join import JoinDesk, JoinRequest, knock
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.memory import MemoryNetwork
 from meshd.raft.state.commands import Join, Joined
+from meshd.recovery.epochs import FOUNDED, EpochFile, Epochs, certify_epoch
 from meshd.views import MembersView, MemberView
 
 MESH_KEY = KeyPair.generate()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from meshd import certificates
-from meshd.certificates import Greeting, certify, mesh_id
+from meshd.admission import certificates
+from meshd.admission.certificates import Greeting, certify, mesh_id
+from meshd.admission.home import KnownPeer
+from meshd.admission.keyring import LINKS_SHOWN, KeyRing, make_link
 from meshd.directory import RAFT_PROTOCOL, Directory
 from meshd.errors import NotAllowed, Unavailable
-from meshd.home import KnownPeer
-from meshd.keyring import LINKS_SHOWN, KeyRing, make_link
 from meshd.model import KeyLink, Member, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.raft.state.commands import Join, Reason, RemoveMember

@@ -12,12 +12,12 @@ import trio
 import trio.testing
 from msgspec.structs import replace
 
+from meshd.admission.founding import Founding, Joining, Resuming, how_to_begin
+from meshd.admission.home import Counters, Home, MeshFile
+from meshd.admission.invites import Invite
+from meshd.admission.records import Records
 from meshd.errors import StartRefused
-from meshd.founding import Founding, Joining, Resuming, how_to_begin
-from meshd.home import Counters, Home, MeshFile
-from meshd.invites import Invite
 from meshd.model import Certificate, NodeId, Role
-from meshd.records import Records
 
 HOME = Path("/var/lib/meshd")
 MESH_FILE = MeshFile("mesh-a", "", "", Certificate("mesh-a", NodeId("me"), (Role.SERVER,), 1, b""), "me")

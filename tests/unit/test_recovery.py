@@ -6,11 +6,10 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from meshd import certificates, codec
-from meshd.allegiance import Allegiance, kept_lineage, open_epochs
-from meshd.epochs import FOUNDED, EpochFile, Epochs, Follow, Torn, certify_epoch, choose
+from meshd import codec
+from meshd.admission import certificates
+from meshd.admission.home import Home, KnownPeer, MeshFile
 from meshd.errors import Conflict, Corrupt, InvalidRequest, NotAllowed, StartRefused, Unavailable
-from meshd.home import Home, KnownPeer, MeshFile
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.raft.log import Newest
@@ -22,8 +21,10 @@ from meshd.raft.storage.frames import LocalHeader
 from meshd.raft.storage.journal import create_journal
 from meshd.raft.storage.opening import open_log
 from meshd.raft.storage.recovery import as_entry
-from meshd.recover import Asked, Recovery, Refusal, judge
-from meshd.rejoin import rejoin
+from meshd.recovery.allegiance import Allegiance, kept_lineage, open_epochs
+from meshd.recovery.epochs import FOUNDED, EpochFile, Epochs, Follow, Torn, certify_epoch, choose
+from meshd.recovery.recover import Asked, Recovery, Refusal, judge
+from meshd.recovery.rejoin import rejoin
 
 MESH_KEY = KeyPair.generate()
 MESH = certificates.mesh_id(MESH_KEY.public_bytes)

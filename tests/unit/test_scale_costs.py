@@ -12,12 +12,12 @@ from typing import cast
 from bench.scale import grow
 from meshd.directory import Directory
 from meshd.gossip.service import GossipService
-from meshd.keeper import Applied, Keeper, NoticeEnded, SendNotice
 from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, Member, NodeId, Resources, Role, Run
 from meshd.neighbours import Neighbours
 from meshd.raft.state.commands import Leased
 from meshd.raft.state.matching import Matching, Node
 from meshd.views import MembersView, MemberView
+from meshd.work.keeper import Applied, Keeper, NoticeEnded, SendNotice
 
 JOB = JobId("018f0000-0000-7000-8000-000000000001")
 SPEC = JobSpec(backend=("process",), run=Run(args=("true",)))

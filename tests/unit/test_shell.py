@@ -11,7 +11,7 @@ import trio.testing
 
 from meshd.model import AttemptKey, EndReason, JobId, JobSpec, NodeId, Outcome, Run
 from meshd.shell import Shell
-from meshd.worker import AttemptsEnded, Recall, Start, Stop
+from meshd.work.worker import AttemptsEnded, Recall, Start, Stop
 
 KEYS = tuple(AttemptKey(JobId("j"), task, 1, task) for task in (1, 2))
 OK = Outcome(EndReason.EXIT, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from meshd import tls
+from meshd.admission import tls
 from meshd.durable import replace_file
 
 MESH_KEY = Ed25519PrivateKey.generate()

@@ -26,10 +26,8 @@ from enum import Enum
 from typing import assert_never
 
 from meshd import codec
-from meshd.attempts import Attempt, Attempts, Batch, Phase, cut_off_allowance_ms, fit, places
 from meshd.errors import InvalidRequest
 from meshd.model import AttemptKey, AttemptRun, EndReason, JobId, JobSpec, Offer, Outcome, Resources, runs_of
-from meshd.pace import AHEAD_MAX, Pace, may_batch
 from meshd.raft.state.commands import (
     AHEAD_JOBS_MAX,
     AnyAnswer,
@@ -45,7 +43,9 @@ from meshd.raft.state.commands import (
     Reported,
     SessionOpened,
 )
-from meshd.session_messages import Granted, Notice, Refusal, Refused, Renew, RenewAnswer, digest_of
+from meshd.work.attempts import Attempt, Attempts, Batch, Phase, cut_off_allowance_ms, fit, places
+from meshd.work.pace import AHEAD_MAX, Pace, may_batch
+from meshd.work.session_messages import Granted, Notice, Refusal, Refused, Renew, RenewAnswer, digest_of
 
 VIEW_MS = 10_000
 """A session's view, from the sending of what was granted. The leader ends a session 12 s after its last grant."""

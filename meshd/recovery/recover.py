@@ -17,13 +17,11 @@ import trio
 from msgspec.structs import replace
 
 from meshd import codec
-from meshd.allegiance import mesh_key
-from meshd.certificates import Greeting
+from meshd.admission.certificates import Greeting
+from meshd.admission.greetings import DOUBLE, Greetings
+from meshd.admission.home import Home, KnownPeer, MeshFile
 from meshd.directory import Directory
-from meshd.epochs import EpochFile, Epochs, certify_epoch
 from meshd.errors import Conflict, MeshError, StartRefused
-from meshd.greetings import DOUBLE, Greetings
-from meshd.home import Home, KnownPeer, MeshFile
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.net.libp2p import Libp2pTransport
@@ -34,6 +32,8 @@ from meshd.raft.state.lineage import RANDOM_BYTES, name_of
 from meshd.raft.storage.disk import DirectoryDisk, Disk
 from meshd.raft.storage.recovery import Kept, begin_epoch, jobs_to_hold, read_kept
 from meshd.raft.storage.rehearsal import Rehearsal
+from meshd.recovery.allegiance import mesh_key
+from meshd.recovery.epochs import EpochFile, Epochs, certify_epoch
 
 ASK_S = 3.0
 DOUBLE_S = 12.0

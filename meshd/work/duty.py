@@ -6,14 +6,14 @@ import structlog
 import trio
 
 from meshd import codec
-from meshd.drain import Drain
 from meshd.errors import MeshError
 from meshd.gossip.service import GossipService
 from meshd.model import Offer
 from meshd.neighbours import OFFER_FACT
 from meshd.raft.log import ServerLog
 from meshd.shell import Shell
-from meshd.worker import HandOver, Offering
+from meshd.work.drain import Drain
+from meshd.work.worker import HandOver, Offering
 
 log = structlog.get_logger()
 

@@ -17,11 +17,12 @@ import structlog
 import trio
 from msgspec import Struct
 
-from meshd import codec, invites
+from meshd import codec
+from meshd.admission import invites
+from meshd.admission.home import KnownPeer
+from meshd.admission.invites import Invite
 from meshd.directory import JOIN_PROTOCOL
 from meshd.errors import Busy, InvalidRequest, MeshError, NotAllowed, PeerFault, TooLarge, Unavailable, from_code
-from meshd.home import KnownPeer
-from meshd.invites import Invite
 from meshd.model import Certificate, EpochCertificate, KeyLink, Member, NodeId
 from meshd.ports import Stream, Transport
 from meshd.raft.state.commands import AnyAnswer, Join, Joined

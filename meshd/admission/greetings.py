@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from meshd import codec
-from meshd.certificates import Greeting
+from meshd.admission.certificates import Greeting
 from meshd.directory import Directory
 from meshd.errors import Conflict, MeshError, NotAllowed, StartRefused
 from meshd.model import EpochCertificate, NodeId

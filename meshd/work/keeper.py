@@ -19,7 +19,7 @@ from typing import Protocol, assert_never
 from meshd import codec
 from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, NodeId, runs_of
 from meshd.raft.state.commands import AnyAnswer, EndSession, Event, Leased, SessionChanged, StopWanted
-from meshd.session_messages import (
+from meshd.work.session_messages import (
     NOTICE_LEASES_MAX,
     NOTICE_SPECS_BYTES_MAX,
     Granted,
@@ -30,7 +30,7 @@ from meshd.session_messages import (
     RenewAnswer,
     digest_of,
 )
-from meshd.worker import Propose
+from meshd.work.worker import Propose
 
 GRANT_MS = 12_000
 """A session is ended so long after its last grant: the node's own view of 10 s ends before, on any sane clock."""

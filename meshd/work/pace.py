@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshd.attempts import cut_off_allowance_ms
 from meshd.model import JobSpec, OnLost, Resources
 from meshd.raft.state.jobs import AHEAD_LOSSES_MAX
+from meshd.work.attempts import cut_off_allowance_ms
 
 BATCH_MS = 20
 """Of work in one batch: long against the few hundred microseconds that a batch costs, short for whoever waits behind it."""

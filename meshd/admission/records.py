@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 from msgspec.structs import replace
 
-from meshd.home import Counters, Home, MeshFile
+from meshd.admission.home import Counters, Home, MeshFile
 from meshd.model import Certificate, KeyLink
 
 

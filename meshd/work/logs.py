@@ -15,11 +15,11 @@ from msgspec import Struct
 from meshd import codec
 from meshd.blobs.fetch import Fetcher
 from meshd.errors import NotFound, Unavailable, UnknownOutcome
-from meshd.executor import Executor
 from meshd.model import BlobRef, Count, Inline, JobId, NodeId
 from meshd.ports import BlobStore, Rpc
 from meshd.raft.remote import MeshLog
 from meshd.views import ListTasks, TaskPage, TaskView
+from meshd.work.executor import Executor
 
 PIECE_BYTES_MAX = 256 << 10
 STAND_S = 5.0

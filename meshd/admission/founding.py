@@ -11,18 +11,18 @@ from pathlib import Path
 import structlog
 import trio
 
-from meshd import certificates, tls
-from meshd.allegiance import REJOIN_HINT
-from meshd.epochs import EpochFile, check_epoch
+from meshd.admission import certificates, tls
+from meshd.admission.greetings import CLOCK_OFF_MS
+from meshd.admission.home import Home, MeshFile
+from meshd.admission.invites import Invite
+from meshd.admission.join import JoinRequest, knock
+from meshd.admission.keyring import KeyRing
 from meshd.errors import NotAllowed, StartRefused
-from meshd.greetings import CLOCK_OFF_MS
-from meshd.home import Home, MeshFile
-from meshd.invites import Invite
-from meshd.join import JoinRequest, knock
-from meshd.keyring import KeyRing
 from meshd.model import Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import Transport
+from meshd.recovery.allegiance import REJOIN_HINT
+from meshd.recovery.epochs import EpochFile, check_epoch
 
 JOIN_S = 20.0
 

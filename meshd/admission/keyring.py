@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshd import certificates, codec
-from meshd.certificates import Sign, Verify, is_signed_by
+from meshd import codec
+from meshd.admission import certificates
+from meshd.admission.certificates import Sign, Verify, is_signed_by
 from meshd.errors import NotAllowed
 from meshd.model import Certificate, KeyLink, NodeId
 

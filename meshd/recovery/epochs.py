@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from meshd import codec
-from meshd.certificates import Sign, Verify
+from meshd.admission.certificates import Sign, Verify
 from meshd.errors import NotAllowed, StartRefused, Unavailable
 from meshd.model import EpochCertificate, NodeId
 from meshd.raft.state.lineage import RECOVERIES_MAX, Lineage, descends, name_of

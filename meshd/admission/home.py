@@ -24,9 +24,9 @@ import msgspec
 from msgspec import Struct
 
 from meshd.durable import make_directory, sync_directory
-from meshd.epochs import EpochFile
 from meshd.errors import Busy, Corrupt, StartRefused
 from meshd.model import Certificate, KeyLink, NodeId
+from meshd.recovery.epochs import EpochFile
 
 T = TypeVar("T")
 

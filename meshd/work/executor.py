@@ -40,8 +40,8 @@ from meshd.model import (
     TreeEntry,
     TreeRef,
 )
-from meshd.planned import PlannedRuns, item_of
 from meshd.ports import Backend, BlobStore, Execution, Leash, Limits
+from meshd.work.planned import PlannedRuns, item_of
 
 FETCH_S = 300.0
 """For one input; a peer that stalls is left much earlier."""

@@ -6,13 +6,13 @@ import ipaddress
 import secrets
 from collections.abc import Callable, Sequence
 
-from meshd.certificates import Greeting
+from meshd.admission.certificates import Greeting
+from meshd.admission.home import KnownPeer, MeshFile
+from meshd.admission.keyring import KeyRing
 from meshd.config import Config, split_address
-from meshd.home import KnownPeer, MeshFile
-from meshd.keyring import KeyRing
 from meshd.model import EpochCertificate, Member, NodeId
-from meshd.offer import zone
 from meshd.raft.state.commands import UpdateMember
+from meshd.work.offer import zone
 
 ADDRESSES_MAX = 8
 """Told of one node: those that its operator gave come first."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from meshd.epochs import EpochFile
+from meshd.admission.home import Home
 from meshd.errors import InvalidRequest, StartRefused
-from meshd.home import Home
 from meshd.model import Role
 from meshd.raft.state.lineage import name_of
+from meshd.recovery.epochs import EpochFile
 
 
 def rejoin(home: Home, *, recovery: str = "") -> Path | None:

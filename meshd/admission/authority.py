@@ -17,11 +17,12 @@ import structlog
 import trio
 from msgspec import Struct
 
-from meshd import certificates, codec, tls
+from meshd import codec
+from meshd.admission import certificates, tls
+from meshd.admission.home import Home
+from meshd.admission.keyring import KeyRing, make_link
 from meshd.durable import replace_file
 from meshd.errors import InvalidRequest, MeshError, NotAllowed, StartRefused, Unavailable
-from meshd.home import Home
-from meshd.keyring import KeyRing, make_link
 from meshd.model import Certificate, Count, KeyLink, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
 from meshd.ports import Rpc

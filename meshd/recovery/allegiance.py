@@ -12,14 +12,14 @@ import structlog
 import trio
 from msgspec import structs
 
-from meshd.certificates import Sign
-from meshd.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch, choose
+from meshd.admission.certificates import Sign
+from meshd.admission.home import Home
 from meshd.errors import StartRefused
-from meshd.home import Home
 from meshd.net.identity_key import KeyPair
 from meshd.raft.state.lineage import Lineage, descends, name_of
 from meshd.raft.storage.disk import DirectoryDisk
 from meshd.raft.storage.journal import journal_lineage
+from meshd.recovery.epochs import EpochFile, Epochs, Follow, Torn, certify_epoch, choose
 
 REJOIN_HINT = "`meshd rejoin` puts the old log aside; then start it, and it joins again as the same node"
 
