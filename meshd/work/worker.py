@@ -472,20 +472,13 @@ class Worker:
             else:
                 self.attempts.end(attempt, _unstarted(attempt.stopped_for or EndReason.LOST))
         self.attempts.take_back(again)
-        if self._is_leaving:
-            self._give_back_all()
 
     def _hand_over(self) -> None:
-        """What runs is stopped, whatever comes to be in front of its lane too (`_proceed`); the rest is given back."""
+        """What waits behind what runs is asked for; it is given back when it has come, as is what comes anew (`_proceed`)."""
         self._is_leaving = True
-        self._give_back_all()
         for batch in self.attempts.batches.values():
             if behind := tuple(each.key for each in batch.left.values())[1:]:
                 self._effects.append(Recall(behind))
-
-    def _give_back_all(self) -> None:
-        for job in list(self.attempts.waiting_of):
-            self.attempts.give_back(job, keep=0)
 
     def _leash_ms(self, spec: JobSpec) -> int | None:
         allowance = cut_off_allowance_ms(spec)
@@ -504,9 +497,12 @@ class Worker:
     # --- what follows -------------------------------------------------------------------------------------------------
 
     def _proceed(self, now_ms: int) -> None:
+        if self.state is State.OPEN and not self.attempts.has_strays:
+            early, self._early = self._early, []
+            for notice in early:
+                self._noticed(notice)
         if self._is_leaving:
-            for batch in self.attempts.batches.values():
-                self._stop(batch.front, EndReason.LOST)
+            self._leave()
         for batch in self.attempts.take_over():
             if (pace := self._paces.get(batch.job)) is not None:
                 pace.learn(*batch.lap(now_ms))
@@ -519,9 +515,6 @@ class Worker:
         if self.state is not State.OPEN:
             return
         if not self.attempts.has_strays:
-            early, self._early = self._early, []
-            for notice in early:
-                self._noticed(notice)
             self._look_for_slow(now_ms)
             self._start(now_ms)
         if self._pending is None:
@@ -530,6 +523,13 @@ class Worker:
             self._renew_ms = now_ms + RENEW_EVERY_MS
             renew = Renew(self.epoch, digest_of(self.attempts.listing()))
             self._effects.append(SendRenew(self.epoch, now_ms, renew))
+
+    def _leave(self) -> None:
+        """What runs is stopped, whatever comes to be in front of its lane too; what waits is given back, uncounted."""
+        for batch in self.attempts.batches.values():
+            self._stop(batch.front, EndReason.LOST)
+        for job in list(self.attempts.waiting_of):
+            self.attempts.give_back(job, keep=0)
 
     def _start(self, now_ms: int) -> None:
         """Strictly in fence order, so that nothing small keeps something large waiting."""

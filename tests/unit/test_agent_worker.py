@@ -335,6 +335,17 @@ def test_handing_over_stops_what_runs_and_gives_back_what_never_started() -> Non
     assert worker.attempts.listing() == (key(1),)
 
 
+def test_who_is_handing_over_gives_back_what_is_leased_to_it_meanwhile_and_starts_nothing() -> None:
+    worker = open_worker()
+    worker.handle(HandOver(), T0)
+
+    effects = worker.handle(notice(worker, 1), T0 + 1)
+
+    assert only(effects, Start) == []
+    [report] = only(effects, Propose)
+    assert report.command == Report(7, 1, returned=(run(1),))
+
+
 def test_a_drained_node_claims_no_slots_and_lets_its_work_end() -> None:
     worker = open_worker()
     worker.handle(notice(worker, 1), T0)
