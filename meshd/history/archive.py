@@ -205,10 +205,14 @@ class Archive:
     # --- fetching -----------------------------------------------------------------------------------------------------
 
     async def _keep_fetching(self) -> None:
+        assert self._store is not None
         while True:
             for segment in self._work(is_quick=False).fetch:
                 try:
                     await self._fetch(BlobRef(segment.hash, segment.size))
+                    if segment.number < self._machine.history.oldest:
+                        await self._store.remove(segment.hash)  # too old while it was on its way: nothing names it
+                        continue
                     self._later.pop(segment.number, None)
                     self._stored.set()
                     self._woken.set()
@@ -265,9 +269,10 @@ class Archive:
             listed = history.segments.get(number)
             is_other = listed is not None and listed.hash != name
             if number < history.oldest or is_other:
+                # The index last: it is what remembers that there is something to remove.
+                await self._store.remove(name)
                 await self._write_index(self._index.discard, number)
                 del self._indexed[number]
-                await self._store.remove(name)
         for segment in list(history.segments.values()):
             if segment.number in self._indexed or not self._has(segment):
                 continue

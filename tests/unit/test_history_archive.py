@@ -293,6 +293,53 @@ async def test_what_is_too_old_leaves_disk_and_index(tmp_path: Path, monkeypatch
             await archive.answer(GetJob(first.last), timeout_s=5)
 
 
+async def test_what_is_too_old_leaves_the_disk_also_when_it_could_not_be_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scene = Scene(A, slots=2)
+    some_work(scene, 5, 40)
+    async with serving(scene, tmp_path) as (archive, store):
+        await until(lambda: len(scene.machine._queue.finished) <= 5, archive)
+        first = scene.machine.history.segments[1]
+        remove, failures = store.remove, [Unavailable("the disk does not answer")]
+
+        async def fails_once(blob: str) -> bool:
+            if failures:
+                raise failures.pop()
+            return await remove(blob)
+
+        monkeypatch.setattr(store, "remove", fails_once)
+        monkeypatch.setattr(history, "HISTORY_JOBS_MAX", scene.machine._queue.archived_jobs - 1)
+        scene.tick(1)
+        await until(lambda: not store.has(first.hash) and 1 not in archive._indexed, archive)
+
+
+async def test_what_became_too_old_while_it_was_fetched_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scene = Scene(A, slots=2)
+    some_work(scene, 5, 40)
+    async with serving(scene, tmp_path) as (archive, store):
+        await until(lambda: len(scene.machine._queue.finished) <= 5, archive)
+        first = scene.machine.history.segments[1]
+        data = store.path(first.hash).read_bytes()
+        store.keeps = lambda blob: False
+        await store.remove(first.hash)
+    (tmp_path / "index.sqlite").unlink()
+    is_open, came = trio.Event(), trio.Event()
+
+    async def fetch(ref: BlobRef) -> None:
+        await is_open.wait()
+        monkeypatch.setattr(history, "HISTORY_JOBS_MAX", scene.machine._queue.archived_jobs - 1)
+        scene.tick(1)
+        await new_store.put_bytes(data)
+        came.set()
+
+    async with serving(scene, tmp_path, fetch) as (archive, new_store):
+        is_open.set()
+        with trio.fail_after(20):
+            await came.wait()
+        await until(lambda: not new_store.has(first.hash), archive)
+
+
 async def test_nobody_seals_who_does_not_lead(tmp_path: Path):
     scene = Scene(A, slots=2)
     some_work(scene, 1, 30)

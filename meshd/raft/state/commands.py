@@ -298,7 +298,7 @@ AnyCommand = (
 def adds_work(command: bytes) -> bool:
     """Whether it can wait until there is room on a disk; asked only where there is none."""
     try:
-        return isinstance(codec.decode(command, AnyCommand, bytes_max=codec.COMMAND_BYTES_MAX), Submit)
+        return isinstance(codec.decode(command, AnyCommand, bytes_max=codec.COMMAND_BYTES_MAX), Submit | RetryJob)
     except MeshError:
         return False
 
