@@ -302,6 +302,8 @@ class MachineLaws(RuleBasedStateMachine):
                     self.ended[view.id, task.task] = task.state
                 machine.answer(Explain(view.id, task.task))
             assert seen == counts
+            job = machine.find(view.id)
+            assert job.stopping == sum(row.stop is not None for row in job.rows.values())
             assert view.is_final == all(state.is_final for state, count in counts.items() if count)
             for state in TaskState:
                 total[state] += counts[state]

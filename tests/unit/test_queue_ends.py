@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from meshd.model import Array, AttemptRun, EndReason, OnLost, Outcome, Retry, RetryOn, TaskState, Timeout
+from meshd.model import (
+    Array,
+    AttemptRun,
+    EndReason,
+    Needs,
+    OnLost,
+    Outcome,
+    Resources,
+    Retry,
+    RetryOn,
+    TaskState,
+    Timeout,
+)
 from meshd.raft.state.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
+from meshd.raft.state.machine import Machine
 from meshd.raft.state.queue import Queue
-from tests.scene import BAD, GOOD, A, B, Scene, job_id, spec
+from tests.scene import BAD, GOOD, A, B, C, Scene, job_id, spec
 
 
 def test_a_failed_try_is_repeated_after_a_backoff_that_doubles():
@@ -128,6 +141,55 @@ def test_too_many_failures_cancel_the_rest():
     scene.finish(A, GOOD)
     assert scene.job(job).state is TaskState.FAILED
     assert (scene.job(job).counts.failed, scene.job(job).counts.cancelled) == (2, 8)
+
+
+def test_what_more_failures_stop_is_looked_for_once_however_many_ends_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was looked for at each: seconds for one report on an array with 32,000 leased tasks."""
+    scene = Scene(A, B, C, slots=2000)
+    job = scene.submit(spec(array=Array(count=100_000, max_fails=1), needs=Needs(Resources())))
+    stopped = scene.leases(A)
+    sweeps: list[TaskState] = []
+    sweep = Queue._stop_tasks
+    monkeypatch.setattr(Queue, "_stop_tasks", lambda *args: (sweeps.append(args[3]), sweep(*args)))
+
+    scene.report(A, (stopped[0], BAD), (stopped[1], BAD))
+    scene.report(A, *((key, Outcome(reason=EndReason.CANCELLED)) for key in stopped[2:502]))
+
+    assert sweeps == [TaskState.CANCELLED]
+    assert len(scene.stops()) == 5998
+    counts = scene.job(job).counts
+    assert (counts.failed, counts.cancelled, counts.leased) == (2, 100_000 - 6000 + 500, 5498)
+
+
+def test_a_replica_that_begins_in_the_middle_of_a_stop_does_not_look_for_more_either() -> None:
+    scene = Scene(A, B, slots=4)
+    job = scene.submit(spec(array=Array(count=20, max_fails=1)))
+    scene.report(A, *((key, BAD) for key in scene.leases(A)[:2]))
+    restored = Machine()
+    restored.restore(scene.machine.capture()())
+
+    assert restored.digest() == scene.machine.digest()
+    assert restored.find(job).stopping == scene.machine.find(job).stopping == 6
+
+    position = scene.index
+    scene.end(B)
+    scene.report(A, *((key, GOOD) for key in scene.leases(A)))
+    for at in range(position, scene.index):
+        restored.apply(at + 1, scene.entries[at])
+    assert restored.digest() == scene.machine.digest()
+    assert scene.job(job).is_final and scene.machine.find(job).stopping == 0
+
+
+def test_a_task_told_to_stop_does_not_keep_the_rest_from_it() -> None:
+    scene = Scene(A, slots=4)
+    job = scene.submit(spec(array=Array(count=8, max_fails=1)))
+    scene.do(A, Cancel(job, ((2, 3),)))
+    assert scene.machine.find(job).stopping == 1
+
+    scene.report(A, *((key, BAD) for key in scene.leases(A)[:2]))
+
+    assert len(scene.machine.stops_of(A, 1)) == 2
+    assert scene.job(job).counts.cancelled == 4
 
 
 def test_the_queue_timeout_ends_what_was_never_leased():

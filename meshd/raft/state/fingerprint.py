@@ -77,5 +77,5 @@ def _whole(job: Job) -> object:
     return (
         job.id, job.number, job.spec, job.owner, job.version, job.ended_wall_ms, job.hold, job.ready.packed(),
         [(state, tasks.packed()) for state, tasks in job.ended.items()], job.runs.packed(),
-        (len(job.rows), len(job.results)) if has_many else (job.rows, job.results),
+        (len(job.rows), job.stopping, len(job.results)) if has_many else (job.rows, job.results),
     )  # fmt: skip

@@ -117,6 +117,8 @@ class Job(Struct, eq=False, gc=False):
     leased: int = 0
     running: int = 0
     held: int = 0
+    stopping: int = 0
+    """Live tasks that were told to stop: no other end awaits them."""
     hold: int = 0
     """The recovery that holds it until an operator releases it (protocol.md 10); 0 is none."""
     outcome_bytes: int = 0
@@ -230,6 +232,8 @@ class Job(Struct, eq=False, gc=False):
     def put(self, task: int, row: Row) -> None:
         """Move one live task, which is in no run, to what the row says."""
         before = self.rows.get(task)
+        if before is not None and before.stop is not None:
+            self.stopping -= 1
         if before is None or before.state is TaskState.READY:
             self.ready.remove(task, task + 1)
             if before is not None:
@@ -245,6 +249,8 @@ class Job(Struct, eq=False, gc=False):
             self._ended(row.state).add(task, task + 1)
             return
         self.rows[task] = row
+        if row.stop is not None:
+            self.stopping += 1
         if row.state is TaskState.READY:
             self.ready.add(task, task + 1)
             self._is_ready_again(task, row)
@@ -348,6 +354,8 @@ class JobRecord(Struct, frozen=True, array_like=True, gc=False):
             leased=sum(map(len, self.runs)),
         )
         for task, row in sorted(job.rows.items()):
+            if row.stop is not None:
+                job.stopping += 1
             if row.state is TaskState.READY:
                 job._is_ready_again(task, row)
             else:

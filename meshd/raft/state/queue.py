@@ -280,9 +280,10 @@ class Queue:
         self.check_fails(job)
 
     def check_fails(self, job: Job) -> None:
+        """Asked at every end: once all that is left of the job was told to stop, nothing new appears, and no row is looked at."""
         most = job.spec.array.max_fails
         failed = job.count(TaskState.FAILED) + job.count(TaskState.TIMED_OUT)
-        if most and failed > most and not job.is_final:
+        if most and failed > most and job.unfinished > job.stopping:
             why = f"more than {most} tasks failed"
             self._stop_tasks(job, Ranges.of([(0, job.spec.array.count)]), TaskState.CANCELLED, why)
 
