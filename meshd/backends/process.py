@@ -44,7 +44,7 @@ class ProcessBackend:
     name = "process"
 
     def __init__(self, settings: BackendSettings) -> None:
-        self._directory = settings.directory
+        self._directory = settings.directory.absolute()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Names this agent among all on the machine: processes that outlived a killed spawner are known by it.
         self._token = hashlib.sha256(str(settings.directory.resolve()).encode()).hexdigest()[:32]

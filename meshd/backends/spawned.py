@@ -39,6 +39,9 @@ So a command with a lower limit begins with this one.
 OOM_SCORE_ADJUST = "500"
 """When the machine runs out of memory the kernel should take a job, not the agent."""
 
+ROOT = "/"
+"""Where the spawner is between two commands: it can always go back there, and needs no descriptor to."""
+
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -191,6 +194,7 @@ class Spawned:
         environment[MARK] = f"{token}:{self.id}"
         with ExitStack() as files:
             try:
+                # Closed again after the start, so that a full table always has room for a look at /proc.
                 stdin = files.enter_context(open(request["stdin"] or os.devnull, "rb")).fileno()
                 if self._capture is None:
                     stdout = files.enter_context(open(request["stdout"], "ab")).fileno()
@@ -227,7 +231,6 @@ def _execute(args: list[str], workdir: str, environment: Mapping[str, str], stre
     posix_spawn, not Popen, whose way there is 60 us longer. It cannot change the directory, so the spawner itself is
     in it meanwhile; and it closes nothing, so no descriptor of the spawner may be inheritable.
     """
-    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _enter(workdir)
         return _spawn_first(_places_of(args[0], environment), args, environment, streams)
@@ -236,8 +239,7 @@ def _execute(args: list[str], workdir: str, environment: Mapping[str, str], stre
     except ValueError as error:
         raise Refused("backend", f"{args[0]!r} could not be started: {error}") from error
     finally:
-        os.fchdir(here)
-        os.close(here)
+        os.chdir(ROOT)
 
 
 def _enter(workdir: str) -> None:

@@ -5,7 +5,7 @@ of all that it starts. When its socket closes it kills everything and exits; if 
 itself, the agent ends what it left, or else the next agent does as it starts (`kill_strays`).
 Standard library only: it starts in 40 ms.
 
-Frames: four bytes of length, then JSON. Requests:
+Frames: four bytes of length, then JSON. All paths are absolute. Requests:
     run      one command with files of its own, now
     start    commands of one plan for one lane (spawner_lanes.py)
     leash    a new deadline, of a command or a lane
@@ -33,7 +33,7 @@ from contextlib import suppress
 from typing import Any
 
 from meshd.backends.output import CHECK_S, Capture
-from meshd.backends.spawned import MARK, SWEEP_S_MAX, Refused, Spawned
+from meshd.backends.spawned import MARK, ROOT, SWEEP_S_MAX, Refused, Spawned
 from meshd.backends.spawner_lanes import Desks, Lane, Seat, request_of
 
 READ_BYTES = 64 << 10
@@ -384,6 +384,7 @@ def _go_on(pid: int, stopped_by: int) -> None:
 
 def main() -> None:
     number, token, term_grace_s, scratch = sys.argv[1:5]
+    os.chdir(ROOT)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # Among them is the lock that tells the next agent of us (leftovers.py): a command must not hold it.
     for descriptor in os.listdir("/proc/self/fd"):

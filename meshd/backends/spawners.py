@@ -396,15 +396,15 @@ def _request(spawned: int, execution: Execution, leash_s: float | None) -> dict[
         "do": "run",
         "id": spawned,
         **_limits(execution, leash_s),
-        "workdir": str(execution.workdir),
-        "stdin": str(execution.stdin) if execution.stdin is not None else None,
-        "stdout": str(execution.stdout),
-        "stderr": str(execution.stderr),
+        "workdir": str(execution.workdir.absolute()),
+        "stdin": str(execution.stdin.absolute()) if execution.stdin is not None else None,
+        "stdout": str(execution.stdout.absolute()),
+        "stderr": str(execution.stderr.absolute()),
     }
 
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
-    return {**_limits(plan, plan.leash.deadline_s), "spill": str(plan.spill)}
+    return {**_limits(plan, plan.leash.deadline_s), "spill": str(plan.spill.absolute())}
 
 
 def _limits(source: Execution | Plan, leash_s: float | None) -> dict[str, Any]:

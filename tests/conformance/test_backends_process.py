@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -395,6 +400,51 @@ async def test_a_working_directory_that_is_not_there_costs_the_spawner_nothing(t
             outcome = await bench.run(replace(bench.attempt(program("exit", "0")), workdir=tmp_path / "gone"))
             assert outcome.reason is EndReason.INVALID and "cannot be entered" in outcome.message
         assert len(os.listdir(held)) == before
+
+
+@pytest.mark.parametrize("spare", range(5))
+async def test_a_spawner_without_a_free_descriptor_refuses_commands_and_lives(tmp_path: Path, spare: int) -> None:
+    async with serving(tmp_path) as bench:
+        await bench.run(bench.attempt(program("exit", "0")))
+        spawner = spawner_of(os.getpid())
+        held = set(map(int, os.listdir(f"/proc/{spawner}/fd")))
+        limit = [number for number in range(1000) if number not in held][spare]
+        before = resource.prlimit(spawner, resource.RLIMIT_NOFILE)
+        resource.prlimit(spawner, resource.RLIMIT_NOFILE, (limit, before[1]))
+        outcome = await bench.run(bench.attempt(program("exit", "0")))
+        batch = bench.start(program("exit", "0"), ["a"])
+        await batch.wait(1)
+        for each in (outcome, batch.outcome(0)):
+            assert each.is_success or (each.reason is EndReason.BACKEND and "Too many open files" in each.message), each
+        assert spawner_of(os.getpid()) == spawner
+        resource.prlimit(spawner, resource.RLIMIT_NOFILE, before)
+        assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+
+
+def test_a_spawner_may_be_started_where_it_may_not_enter(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def shut_out() -> None:
+        os.chdir(here)
+        here.chmod(0)
+        for capability in (1, 2):  # that root may enter anything, DAC_OVERRIDE and DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-S", "-s", "-P", "-m", "meshd.backends.spawner", str(theirs.fileno()), "token", "1", "/"]
+    root = str(Path(__file__).parents[2])
+    with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], env={"PYTHONPATH": root}, preexec_fn=shut_out) as spawner:  # fmt: skip
+        theirs.close()
+        limits = dict.fromkeys(("run_s", "memory", "file_bytes_max", "leash_s", "stdin"))
+        files = {"workdir": str(tmp_path), "stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
+        request = {"do": "run", "id": 1, "args": ["pwd"], "env": [], "output_bytes_max": 1000, **limits, **files}
+        payload = json.dumps(request).encode()
+        ours.sendall(struct.pack("<I", len(payload)) + payload)
+        assert json.loads(ours.recv(1000)[4:])["ended"][0][1:3] == ["exit", 0]
+        ours.close()
+        assert spawner.wait(10) == 0
+    assert (tmp_path / "out").read_text() == f"{tmp_path}\n"
 
 
 @pytest.mark.parametrize("name", ["TSTP", "TTIN", "TTOU"])
