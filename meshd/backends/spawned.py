@@ -74,6 +74,7 @@ class Spawned:
         self._give_up_at_s = 0.0
         self._end: tuple[str, int | None, str] | None = None
         self._run_ms = 0
+        self._is_group_gone = False
         self.pid = self._start(request, token)
         self._started_s = time.monotonic()
 
@@ -95,6 +96,7 @@ class Spawned:
         _signal(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
+        """Only before its main process is reaped: later its number may be a stranger's."""
         _signal(self.pid, signal.SIGKILL)
 
     def next_at_s(self, now_s: float) -> float:
@@ -127,13 +129,14 @@ class Spawned:
 
     def kill_remains(self) -> bool:
         """Kill what is left of its group; whether there was anything."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # it holds a process of another user (sudo); all that can be said is that it is there
-        return True
+        if not self._is_group_gone:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                self._is_group_gone = True  # from now on the number may be a stranger's
+            except PermissionError:
+                pass  # it holds a process of another user (sudo); all that can be said is that it is there
+        return not self._is_group_gone
 
     def is_hopeless(self, now_s: float) -> bool:
         return now_s >= self._give_up_at_s

@@ -298,7 +298,7 @@ class Spawner:
         self._sweeping = left
 
     def _kill_everything(self) -> None:
-        for spawned in (*self._running.values(), *self._sweeping):
+        for spawned in self._running.values():
             spawned.kill()
         give_up_at_s = time.monotonic() + SWEEP_S_MAX
         while (children := _children()) and time.monotonic() < give_up_at_s:

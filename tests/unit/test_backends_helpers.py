@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
 from meshd.backends.child import Gathering, Link
+from meshd.backends.spawned import Spawned
 from meshd.backends.spawners import Lane, Spawner
 from meshd.backends.wasm_runners import Runner, lane_for
 from meshd.model import AttemptKey, EndReason, JobId
@@ -107,6 +111,26 @@ async def test_what_is_left_of_all_lanes_is_placed_before_anybody_hears_of_an_en
         await spawner.read()
         nursery.cancel_scope.cancel()
     assert owner.happened == ["lane 1 elsewhere", "lane 2 elsewhere", "an end", "an end"]
+
+
+def test_a_group_that_was_seen_gone_is_not_killed_again_for_its_number_may_be_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    limits = dict.fromkeys(("run_s", "memory", "file_bytes_max", "leash_s", "stdin"))
+    files = {"workdir": "/", "stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
+    spawned = Spawned({"id": 1, "args": ["true"], "env": [], "output_bytes_max": 1, **limits, **files}, "token", 1.0)
+    _, status, usage = os.wait4(spawned.pid, 0)
+    spawned.main_ended(status, usage.ru_maxrss, time.monotonic())
+    killed: list[int] = []
+
+    def no_such_group(group: int, number: int) -> None:
+        killed.append(group)
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "killpg", no_such_group)
+    assert [spawned.kill_remains() for _ in range(3)] == [False] * 3
+    assert killed == [spawned.pid]
 
 
 def test_a_helper_is_left_alone_only_while_it_answers_often_and_has_enough_to_do() -> None:
