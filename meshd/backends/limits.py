@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from meshd.codec import FRAME_BYTES_MAX
+from meshd.model import EndReason, Outcome
 from meshd.ports import Execution, Plan
+
+TOO_LARGE = Outcome(
+    EndReason.INVALID,
+    message=f"arguments, environment and item are over the limit of {FRAME_BYTES_MAX} bytes for one message",
+)
 
 
 def refuse_strings(execution: Execution | Plan) -> str | None:

@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from meshd.backends import spawners
+from meshd.backends.limits import TOO_LARGE
 from meshd.backends.spawners import Lane, Spawner
 from meshd.errors import TooLarge
 from meshd.model import EndReason, Outcome
@@ -73,8 +74,8 @@ class Supervisor:
             return await spawner.run(execution, self._spawning.term_grace_s)
         except OSError as error:
             return Outcome(EndReason.BACKEND, message=f"the spawner cannot be started: {error}")
-        except TooLarge as error:
-            return Outcome(EndReason.INVALID, message=f"arguments and environment: {error}")
+        except TooLarge:
+            return TOO_LARGE
         finally:
             self._singles -= 1
 
@@ -172,11 +173,8 @@ class Supervisor:
                 self._give(spawner, start)
 
     def _give(self, spawner: Spawner, start: Start) -> None:
-        try:
-            spawner.give(start.lane, start.plan, start.attempts, start.ended)
-        except TooLarge as error:
-            refusal = Outcome(EndReason.INVALID, message=f"arguments and environment: {error}")
-            self._nursery.start_soon(tell, start, refusal)
+        if too_large := spawner.give(start.lane, start.plan, start.attempts, start.ended):
+            self._nursery.start_soon(tell, start._replace(attempts=too_large), TOO_LARGE)
 
     # --- what it tells its supervisor --------------------------------------------------------------------------------
 

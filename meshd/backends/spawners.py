@@ -179,19 +179,20 @@ class Spawner:
 
     # --- lanes -------------------------------------------------------------------------------------------------------
 
-    def give(self, number: int, plan: Plan, attempts: Sequence[Planned], ended: Callable[[Sequence[Finished]], None]) -> None:  # fmt: skip
-        """In as many messages as it takes. Raises TooLarge when one alone is."""
+    def give(
+        self, number: int, plan: Plan, attempts: Sequence[Planned], ended: Callable[[Sequence[Finished]], None]
+    ) -> list[Planned]:
+        """In as many messages as it takes. Returns those that are too large for one by themselves: they are not given."""
         first = self._ids + 1
         tasks = [(at, key.task, key.attempt, key.fence, item) for at, (key, item) in enumerate(attempts, start=first)]
         try:
             self._post({"do": "start", "lane": number, "plan": _describe_plan(plan), "tasks": tasks})
         except TooLarge:
             if len(attempts) == 1:
-                raise
+                return list(attempts)
             middle = len(attempts) // 2
-            self.give(number, plan, attempts[:middle], ended)
-            self.give(number, plan, attempts[middle:], ended)
-            return
+            too_large = self.give(number, plan, attempts[:middle], ended)
+            return too_large + self.give(number, plan, attempts[middle:], ended)
         lane = self.lanes.get(number)
         if lane is None:
             lane = self.lanes[number] = Lane(number, plan, ended)
@@ -206,6 +207,7 @@ class Spawner:
         for at, attempt in enumerate(attempts, start=first):
             lane.given[at] = attempt
             self._lane_of[at] = lane
+        return []
 
     def find(self, fence: int) -> int | None:
         """The id of a command in a lane."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from meshd.backends.limits import refuse_strings
+from meshd.backends.limits import TOO_LARGE, refuse_strings
 from meshd.backends.remains import remove
 from meshd.backends.wasm_runners import CANCEL_S, Lane, Runner, RunnerLost, lane_for
 from meshd.errors import TooLarge
@@ -166,20 +166,24 @@ class WasmBackend:
         """Give what waits to a runner, or get one."""
         if not lane.waiting or lane.is_hiring:
             return
-        try:
-            if lane.runner is None:
-                runner = self._take_idle(lane.plan.module_hash)
-                if runner is None:
-                    self._hire(lane)
-                    return
+        runner = lane.runner
+        if runner is None:
+            runner = self._take_idle(lane.plan.module_hash)
+            if runner is None:
+                self._hire(lane)
+                return
+            try:
                 runner.work_for(lane)
-            assert lane.runner is not None
-            lane.runner.give(list(lane.waiting))
-            lane.waiting.clear()
-            if not lane.runner.is_flushed and self._nursery is not None:
-                self._nursery.start_soon(lane.runner.flush)
-        except TooLarge as error:
-            self._fail(lane, Outcome(EndReason.INVALID, message=f"arguments and environment: {error}"))
+            except TooLarge:
+                self._fail(lane, TOO_LARGE)
+                return
+        too_large = runner.give(list(lane.waiting))
+        lane.waiting.clear()
+        if not runner.is_flushed and self._nursery is not None:
+            self._nursery.start_soon(runner.flush)
+        if too_large:
+            self._later(lane, [Finished(each.key, TOO_LARGE) for each in too_large])
+            self._release(runner)  # it may have been given nothing
 
     def _take_idle(self, module_hash: str) -> Runner | None:
         """One that knows the module if possible, the most recently used otherwise."""

@@ -157,8 +157,8 @@ class Runner:
         self.lane = None
         self.heard_s = math.inf
 
-    def give(self, attempts: Sequence[Planned]) -> None:
-        """In as many messages as it takes. Raises TooLarge when one alone is."""
+    def give(self, attempts: Sequence[Planned]) -> list[Planned]:
+        """In as many messages as it takes. Returns those that are too large for one by themselves: they are not given."""
         first = self._ids + 1
         tasks = [
             (number, key.task, key.attempt, key.fence, item) for number, (key, item) in enumerate(attempts, start=first)
@@ -167,15 +167,14 @@ class Runner:
             self._link.post(codec.pack((RUN, tasks)))
         except TooLarge:
             if len(attempts) == 1:
-                raise
+                return list(attempts)
             middle = len(attempts) // 2
-            self.give(attempts[:middle])
-            self.give(attempts[middle:])
-            return
+            return self.give(attempts[:middle]) + self.give(attempts[middle:])
         self._ids += len(attempts)
         if not self.given:
             self.heard_s = trio.current_time()
         self.given.update(enumerate(attempts, start=first))
+        return []
 
     @property
     def is_flushed(self) -> bool:

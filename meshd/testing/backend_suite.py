@@ -505,6 +505,18 @@ class BackendSuite:
             assert {end.outcome.reason for end in batch.ends.values()} == {EndReason.EXIT}
             assert list(batch.ends) == list(range(50))
 
+    async def test_of_a_batch_only_the_item_that_no_message_can_hold_is_refused(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            batch = bench.start(self.program("exit", "0"), ["a", "b", "x" * (5 << 20), "d"])
+            await batch.wait(4)
+            # An end that is told twice would come before those of a second batch in the same lane.
+            bench.add(batch, 4, ["e"])
+            await batch.wait(5)
+            assert [batch.outcome(task).reason for task in range(5)] == [
+                EndReason.EXIT, EndReason.EXIT, EndReason.INVALID, EndReason.EXIT, EndReason.EXIT
+            ]  # fmt: skip
+            assert batch.outcome(2).message
+
     async def test_what_a_running_attempt_of_a_batch_has_written_can_be_read(self, tmp_path: Path) -> None:
         async with self.serving(tmp_path) as bench:
             batch = bench.start(self.program("flood"), ["a", "b"], limits=Limits(output_bytes_max=1 << 40, run_s=2))
