@@ -261,7 +261,10 @@ class PlannedRuns:
     def _ended(self, spec: JobSpec, finished: Sequence[Finished], ended: Callable[[Ends], None]) -> None:
         ends: list[tuple[AttemptKey, Outcome]] = []
         for key, outcome, stdout, stderr in finished:
-            del self._running[key.fence]
+            if self._running.pop(key.fence, None) is None:
+                # Told already, or given back. A backend may be a plug-in, whose mistake must not take the node down.
+                log.warning("attempt.ended_again", job=key.job, task=key.task, fence=key.fence)
+                continue
             if stdout is None and stderr is None:
                 ends.append((key, outcome))
             elif self._nursery is not None:

@@ -128,6 +128,19 @@ async def test_one_that_runs_is_stopped_and_one_behind_it_given_back(tmp_path):
     assert ends.outcomes[0].reason is EndReason.CANCELLED
 
 
+async def test_an_end_that_a_backend_tells_of_twice_is_heard_once(tmp_path):
+    async with node(tmp_path) as (executor, _store):
+        backend = executor.choose(shell("true"))
+
+        def start_and_tell_twice(plan, lane, attempts, ended):
+            started(plan, lane, attempts, lambda finished: (ended(finished), ended(finished)))
+
+        started, backend.start = backend.start, start_and_tell_twice
+        ends = start(executor, shell("true"), 0, 1)
+        await ends.wait(2)
+    assert [ends.outcomes[task].reason for task in (0, 1)] == [EndReason.EXIT] * 2
+
+
 async def test_the_leash_of_a_job_moves_for_all_its_attempts(tmp_path):
     async with node(tmp_path) as (executor, _store):
         spec = shell("sleep 60")
