@@ -176,6 +176,7 @@ class WasmBackend:
                 runner.work_for(lane)
             except TooLarge:
                 self._fail(lane, TOO_LARGE)
+                self._give_idle(runner)
                 return
         too_large = runner.give(list(lane.waiting))
         lane.waiting.clear()

@@ -246,6 +246,20 @@ async def test_a_guest_of_a_batch_finds_nothing_of_the_one_before(tmp_path: Path
         assert len(runners(tmp_path)) == 1
 
 
+@pytest.mark.parametrize(("words", "item"), [((), "x" * (5 << 20)), (("x" * (5 << 20),), "")], ids=["item", "plan"])
+async def test_what_no_message_can_hold_costs_no_runner(tmp_path: Path, words: tuple[str, ...], item: str) -> None:
+    async with serving(tmp_path) as bench:
+        backend = bench.backend
+        assert isinstance(backend, wasm.WasmBackend)
+        for _ in range(3):
+            batch = bench.start(program("exit", "0", *words), [item, item], lanes=2)
+            await batch.wait(2)
+            assert {batch.outcome(task).reason for task in range(2)} == {EndReason.INVALID}
+            assert batch.plan.leash.watchers == set()
+        assert (backend._lanes, len(backend._idle)) == ({}, backend._alive)
+        assert backend._alive <= 2
+
+
 async def test_a_runner_that_died_idle_is_not_used(tmp_path: Path) -> None:
     async with serving(tmp_path) as bench:
         await bench.run(bench.attempt(program("exit", "0")))
