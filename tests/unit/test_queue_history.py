@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshd.model import Member, Role, TaskState
+from meshd.model import EndReason, Inline, Member, Outcome, Role, TaskState
 from meshd.raft.state import history, queue
 from meshd.raft.state.commands import (
     Accepted,
@@ -146,10 +146,12 @@ def test_a_snapshot_lists_the_segments_and_goes_on_alike():
     assert [view.id for view in copy.answer(ListJobs()).jobs] == jobs[:4:-1]
 
 
-def test_nothing_is_forgotten_once_there_is_a_history_and_submissions_wait(monkeypatch: pytest.MonkeyPatch):
-    scene, jobs = scene_with(3)
-    sealed(scene, 1, jobs[:1])
+def test_what_waits_for_the_history_is_never_forgotten_but_submissions_wait(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(queue, "FINISHED_JOBS_MAX", 3)
+    scene, jobs = scene_with(3)
+    refused = scene.do(A, Submit(job_id(99, WALL_MS), spec()))
+    assert isinstance(refused, Rejected) and refused.reason is Reason.BUSY
+    sealed(scene, 1, jobs[:1])
     refused = scene.do(A, Submit(job_id(99, WALL_MS), spec()))
     assert isinstance(refused, Rejected) and refused.reason is Reason.BUSY
     assert len(scene.machine.answer(ListJobs()).jobs) == 3
@@ -157,6 +159,35 @@ def test_nothing_is_forgotten_once_there_is_a_history_and_submissions_wait(monke
         scene.do(node, Stored("1", 1))
     scene.do(A, Drop(1, VOTERS))
     assert scene.do(A, Submit(job_id(99, WALL_MS), spec())).is_new
+
+
+def test_what_an_unfinished_job_says_drops_no_finished_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "OUTCOME_BYTES_MAX", 100_000)
+    scene = Scene(A, slots=50)
+    jobs = [scene.submit() for _ in range(20)]
+    scene.report(A, *((key, GOOD) for key in scene.leases(A)))
+    array = scene.submit(spec(count=101))
+    while scene.machine._queue.outcome_bytes <= queue.OUTCOME_BYTES_MAX:
+        scene.report(A, *((key, said(4000)) for key in scene.leases(A)[:10]))
+    assert not scene.job(array).is_final
+    assert [scene.job(job).state for job in jobs] == [TaskState.DONE] * 20
+    assert scene.machine.history.due(history.Tail(bytes=50_000)) == [], "what fills the memory is not theirs"
+    refused = scene.do(A, Submit(job_id(99, WALL_MS), spec()))
+    assert isinstance(refused, Rejected) and refused.reason is Reason.BUSY
+
+
+def test_the_first_large_array_that_ends_drops_no_finished_job(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue, "FINISHED_ROWS_MAX", 10)
+    scene = Scene(A, slots=20)
+    jobs = [scene.submit(), scene.submit(spec(count=11))]
+    scene.report(A, *((key, said(1)) for key in scene.leases(A)))
+    assert [scene.job(job).state for job in jobs] == [TaskState.DONE] * 2
+    refused = scene.do(A, Submit(job_id(99, WALL_MS), spec()))
+    assert isinstance(refused, Rejected) and refused.reason is Reason.BUSY
+
+
+def said(size: int) -> Outcome:
+    return Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * size))
 
 
 def test_what_is_due():
@@ -182,6 +213,14 @@ def test_rows_that_are_many_are_due(monkeypatch: pytest.MonkeyPatch):
     assert scene.job(jobs[0]).state is TaskState.FAILED
     assert scene.machine.history.due(history.Tail(rows=6)) == []
     assert [job.id for job in scene.machine.history.due(history.Tail(rows=5))] == jobs[:1]
+
+
+def test_a_few_rows_that_say_much_are_due():
+    scene = Scene(A, slots=3)
+    jobs = [scene.submit() for _ in range(2)]
+    scene.report(A, *((key, said(4000)) for key in scene.leases(A)))
+    assert scene.machine.history.due(history.Tail(bytes=9000)) == []
+    assert [job.id for job in scene.machine.history.due(history.Tail(bytes=8000))] == jobs
 
 
 def test_a_job_that_only_the_history_has_is_retried_by_what_is_told_of_it():

@@ -1,12 +1,12 @@
-"""Snapshots: consistent though packed later, whole after a restore, refused when they are not; and what is forgotten."""
+"""Snapshots: consistent though packed later, whole after a restore, refused when they are not; and the same everywhere."""
 
 from __future__ import annotations
 
 import pytest
 
-from meshd.errors import Corrupt, NotFound
-from meshd.model import EndReason, Inline, Needs, NodeId, Outcome, Resources, TaskState
-from meshd.raft.state import leases, queue
+from meshd.errors import Corrupt
+from meshd.model import EndReason, Inline, Needs, NodeId, Outcome, Resources
+from meshd.raft.state import leases
 from meshd.raft.state.commands import Cancel, Command, OpenSession, Report, Submit
 from meshd.raft.state.machine import Machine
 from tests.scene import BAD, GOOD, OFFER, A, B, C, Scene, job_id, spec
@@ -55,30 +55,6 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing():
         with pytest.raises(Corrupt):
             scene.machine.restore(bad)
     assert scene.machine.capture()() == data
-
-
-def test_the_oldest_finished_jobs_are_forgotten_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(queue, "FINISHED_JOBS_MAX", 2)
-    scene = Scene(A)
-    jobs = [scene.submit(spec(name="n")) for _ in range(4)]
-    for _ in jobs:
-        scene.finish(A, TOLD)
-    assert [scene.job(job).state for job in jobs[2:]] == [TaskState.DONE, TaskState.DONE]
-    for job in jobs[:2]:
-        with pytest.raises(NotFound):
-            scene.job(job)
-    assert scene.machine._queue.totals[TaskState.DONE] == 2
-
-
-def test_results_are_bounded_by_their_bytes_but_the_newest_job_stays(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(queue, "OUTCOME_BYTES_MAX", 100)
-    scene = Scene(A)
-    jobs = [scene.submit(), scene.submit()]
-    for _ in jobs:
-        scene.finish(A, Outcome(reason=EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * 200)))
-    assert scene.job("last").id == jobs[1]
-    with pytest.raises(NotFound):
-        scene.job(jobs[0])
 
 
 def test_a_replica_that_did_something_else_is_told_by_its_digest():

@@ -29,8 +29,6 @@ SEALED_MAX = 4
 
 LARGE_ROWS = 10_000
 """Freeing so many rows takes a millisecond."""
-ROWS_MIN = 1_000
-"""Outcomes that fill the memory without so many rows behind them are of unfinished jobs."""
 
 
 class Tail(Struct, frozen=True):
@@ -205,8 +203,10 @@ class History:
         [oldest] = self._jobs(self.sealed_jobs, 1)
         is_due = self._moment.wall_ms - (oldest.ended_wall_ms or 0) > tail.age_ms
         if not is_due and (queue.finished_rows > tail.rows or queue.outcome_bytes > tail.bytes):
-            rows = sum([len(job.results) for job in self._jobs(self.sealed_jobs, unsealed)])
-            is_due = rows > tail.rows or (queue.outcome_bytes > tail.bytes and rows >= ROWS_MIN)
+            # What fills the memory may be of unfinished jobs, or sealed: counted are those that could leave.
+            jobs = self._jobs(self.sealed_jobs, unsealed)
+            rows, size = sum([len(job.results) for job in jobs]), sum([job.outcome_bytes for job in jobs])
+            is_due = rows > tail.rows or size > tail.bytes
         return self._first(min(unsealed, tail.segment_jobs)) if is_due else []
 
     def _first(self, count: int) -> list[Job]:
@@ -247,11 +247,9 @@ class History:
             raise ValueError("segments of the history are missing from the list")
         if self.sealed_jobs > len(self._queue.finished) or self.oldest > self.dropped + 1:
             raise ValueError("sealed jobs are missing")
-        self._queue.is_archiving = self.last > 0
         self.last = record.last
 
     def _list(self, segment: Segment) -> None:
         self.segments[segment.number] = segment
         self.last = max(self.last, segment.number)
         self.size += segment.size
-        self._queue.is_archiving = True

@@ -377,7 +377,6 @@ class Machine:
     def _conclude(self, answers: list[bytes], events_before: int) -> None:
         done = self._moment.events[events_before:]  # who leases what, above all
         changed = self._queue.announce_touched()
-        self._queue.forget()
         self._history.forget()
         moment = self._moment
         trace = (

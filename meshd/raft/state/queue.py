@@ -30,13 +30,13 @@ LIVE_JOBS_MAX = 200_000
 """About 3 KB each at every voter."""
 
 FINISHED_JOBS_MAX = 10_000
-"""Finished jobs in the core. Beyond it the oldest is forgotten; once there is a history nothing is, and submissions wait."""
+"""Finished jobs in the core: so many wait for the history at most, then submissions wait. None is dropped before it is there."""
 
 FINISHED_ROWS_MAX = 1_000_000
 """Tasks of finished jobs with something to tell; about 500 bytes each when nothing is inline."""
 
 OUTCOME_BYTES_MAX = 256 << 20
-"""Outcomes kept, of all jobs in the core. Beyond it finished jobs are forgotten, then submissions are refused."""
+"""Outcomes kept, of all jobs in the core. Beyond it submissions wait, until finished jobs have left for the history."""
 
 CANCEL_RANGES_MAX = 1_000
 """Ranges in one Cancel; each is cut out of the job's sets."""
@@ -69,8 +69,6 @@ class Queue:
         self.finished_rows = 0
         self.totals = dict.fromkeys(TaskState, 0)
         """Tasks of all known jobs by state, those in the history among them."""
-        self.is_archiving = False
-        """Finished jobs leave for the history (history.py): none is forgotten here."""
         self.archived_jobs = 0
         """Jobs in the history that the core has no more."""
         self.touched: dict[JobId, Job] = {}
@@ -91,13 +89,16 @@ class Queue:
         """Raises Busy when no further job fits."""
         if len(self.jobs) - len(self.finished) >= LIVE_JOBS_MAX:
             raise Busy(f"{LIVE_JOBS_MAX} jobs are unfinished", hint="wait, or submit arrays instead of single jobs")
-        if self.is_archiving and (len(self.finished) >= FINISHED_JOBS_MAX or self.finished_rows > FINISHED_ROWS_MAX):
+        if len(self.finished) >= FINISHED_JOBS_MAX or self.finished_rows > FINISHED_ROWS_MAX:
             raise Busy(
                 f"{len(self.finished)} finished jobs wait to be stored by a majority of the servers",
                 hint="see `mesh cluster status`: is a disk full?",
             )
         if self.outcome_bytes > OUTCOME_BYTES_MAX:
-            raise Busy("the results of unfinished jobs fill the queue's memory", hint="wait until some have finished")
+            raise Busy(
+                "results of jobs that are unfinished, or not stored yet, fill the queue's memory",
+                hint="wait until some have finished",
+            )
 
     def enqueue(self, job: Job) -> None:
         """A new job: known, counted and in line."""
@@ -136,22 +137,6 @@ class Queue:
     def put_on_hold(self, job: Job) -> None:
         job.hold = len(self.lineage)
         self.on_hold[job.id] = job
-
-    def forget(self) -> None:
-        """Drop the oldest finished jobs beyond the bounds; the newest one always stays."""
-        while (
-            not self.is_archiving
-            and len(self.finished) > 1
-            and (
-                len(self.finished) > FINISHED_JOBS_MAX
-                or self.finished_rows > FINISHED_ROWS_MAX
-                or self.outcome_bytes > OUTCOME_BYTES_MAX
-            )
-        ):
-            job = self.jobs[next(iter(self.finished))]
-            self.put_away(job)
-            for state in job.ended:
-                self.totals[state] -= job.count(state)
 
     def put_away(self, job: Job) -> None:
         """The core has this finished job no more; its tasks still count."""
