@@ -106,7 +106,8 @@ async def _hear_spawner(stream: bytes) -> None:
         await spawner.read()
         assert not spawner.is_alive
         for waiter in waiters:
-            _fits_log(await waiter.wait())
+            assert waiter.outcome is not None
+            _fits_log(waiter.outcome)
         for each in ended:
             _fits_log(each.outcome)
         assert sorted([*(each.key for each in ended), *owner.left]) == [attempt.key for attempt in attempts]

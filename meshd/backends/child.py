@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import trio
 
@@ -96,6 +97,14 @@ class Link:
                 return []
             self._in += data
 
+    def receive_rest(self) -> list[bytes]:
+        """What lies unread, of a peer that is gone, whoever waits in `receive`."""
+        with suppress(OSError):
+            while data := self._sock.recv(READ_BYTES):
+                self._in += data
+        frames, _ = self._frames(len(self._in))
+        return frames
+
     def _frames(self, frames_max: int) -> tuple[list[bytes], bool]:
         """The whole frames at the beginning of what was read, and whether one may follow."""
         frames: list[bytes] = []
@@ -115,7 +124,14 @@ class Link:
             del read[:at]
         return frames, is_good
 
+    def finish(self) -> None:
+        """The other end hears that nothing more will come. What it says can still be received."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
+        """Nothing is received any more, not even what was read already."""
+        self._in.clear()
         if self._sock.fileno() != -1:
             trio.lowlevel.notify_closing(self._sock.fileno())
             self._sock.close()

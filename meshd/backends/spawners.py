@@ -74,9 +74,12 @@ class Waiter:
             self.outcome = outcome
             self._ended.set()
 
-    async def wait(self) -> Outcome:
-        await self._ended.wait()
-        assert self.outcome is not None
+    async def wait(self, patience_s: float) -> Outcome | None:
+        """None when it has not ended by then."""
+        for each_s in (patience_s, HEARD_S):
+            with trio.move_on_after(each_s):
+                await self._ended.wait()
+                break
         return self.outcome
 
 
@@ -160,16 +163,14 @@ class Spawner:
         try:
             self._post(_request(waiter.id, execution, leash.deadline_s))
             run_s = execution.limits.run_s
-            with trio.move_on_after(math.inf if run_s is None else run_s + term_grace_s + LATE_S):
-                return await waiter.wait()
-            await self.end(is_now=True)
-            return Outcome(EndReason.BACKEND, message="the spawner did not answer in time and was killed")
+            if await waiter.wait(math.inf if run_s is None else run_s + term_grace_s + LATE_S) is None:
+                await self.end(is_now=True)
+            assert waiter.outcome is not None, "everything has ended with the spawner"
+            return waiter.outcome
         except trio.Cancelled:
             self._post({"do": "cancel", "id": waiter.id})
             with trio.CancelScope(shield=True):
-                with trio.move_on_after(term_grace_s + LATE_S):
-                    await waiter.wait()
-                if waiter.outcome is None:
+                if await waiter.wait(term_grace_s + LATE_S) is None:
                     await self.end(is_now=True)
             raise
         finally:
@@ -224,7 +225,8 @@ class Spawner:
         self._nursery.start_soon(self._see_it_end, number, term_grace_s)
 
     async def _see_it_end(self, number: int, term_grace_s: float) -> None:
-        await trio.sleep(term_grace_s + LATE_S)
+        for patience_s in (term_grace_s + LATE_S, HEARD_S):
+            await trio.sleep(patience_s)
         if number in self._lane_of and self.is_alive:
             await self.end(is_now=True)
 
@@ -269,34 +271,29 @@ class Spawner:
     # --- its end -----------------------------------------------------------------------------------------------------
 
     async def end(self, *, is_now: bool = False) -> None:
-        """Gone, with all that it started, when this returns."""
-        self._link.close()
+        """Gone, with all that it started, when this returns. `is_now`: it did not answer in time."""
         with trio.CancelScope(shield=True):
             if not is_now:
+                self._link.finish()
                 with trio.move_on_after(LATE_S):
                     await self.child.wait()
-            await self._bury()
+            await self._bury("did not answer in time and was killed" if is_now else None)
 
     async def read(self) -> None:
         gathering = Gathering(GATHER_S)
         while frames := await self._link.receive_some(FRAMES_MAX):
-            try:
-                heard = sum(self._understand(frame) for frame in frames)
-            except ValueError as error:
-                log.warning("process.spawner_broken", pid=self.child.pid, why=str(error))
-                self.child.kill()
-                break
+            heard = self._hear(frames)
             # All lanes share its answers.
             left = min((len(lane.given) for lane in self.lanes.values()), default=0) * len(self.lanes)
             if pause_s := gathering.pause_s(heard, left, trio.current_time()):
                 await trio.sleep(pause_s)
-        # It has died, or `end` has closed our socket: then it cleans up and exits.
+        # It has died, or cleans up and exits.
         with trio.CancelScope(shield=True):
             with trio.move_on_after(LATE_S):
                 await self.child.wait()
             await self._bury()
 
-    async def _bury(self) -> None:
+    async def _bury(self, why: str | None = None) -> None:
         async with self._burying:
             if not self.is_alive:
                 return  # and there may be a successor, whose commands carry the same mark
@@ -304,8 +301,10 @@ class Spawner:
             await self.child.wait()
             if not self.child.has_exited_well:
                 await trio.to_thread.run_sync(kill_strays, self._token)
-            self._fail_all(self.child.describe_end())
+            # What ended well must not be taken for lost, and what comes behind it not for what never began.
+            self._hear(self._link.receive_rest())
             self._link.close()
+            self._fail_all(why or self.child.describe_end())
             self.child.close()
 
     def _fail_all(self, why: str) -> None:
@@ -338,8 +337,18 @@ class Spawner:
 
     # --- what it says ------------------------------------------------------------------------------------------------
 
+    def _hear(self, frames: Sequence[bytes]) -> int:
+        """How many ends they tell of. After nonsense nothing more is heard: a command may have taken it over."""
+        try:
+            return sum(self._understand(frame) for frame in frames)
+        except ValueError as error:
+            log.warning("process.spawner_broken", pid=self.child.pid, why=str(error))
+            self.child.kill()
+            self._link.close()
+            return 0
+
     def _understand(self, frame: bytes) -> int:
-        """How many ends it tells of. Raises ValueError: a command may have taken it over."""
+        """How many ends it tells of. Raises ValueError."""
         try:
             answer = msgspec.json.decode(frame, type=Answer)
         except (msgspec.MsgspecError, RecursionError) as error:

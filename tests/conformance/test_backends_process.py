@@ -340,6 +340,32 @@ async def test_a_spawner_that_does_not_answer_is_killed(tmp_path: Path, monkeypa
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
 
 
+async def test_an_agent_that_stood_still_hears_what_ended_meanwhile_and_runs_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SPAWNERS_MAX", 1)
+    monkeypatch.setattr(spawners, "LATE_S", 0.2)
+    began = tmp_path / "began"
+    shell = Program(("sh", "-c", f"echo $MESHD_FENCE >> {began}; $MESHD_ITEM"))
+    async with serving(tmp_path) as bench:
+        spawner = 0
+        for attempts in range(1, 5):  # who is first as the agent wakes is a matter of luck
+            began.write_text("")
+            batch = bench.start(shell, ["sleep 60", *["sleep 0.1"] * 3, "sleep 60", *["sleep 0.1"] * 3], lanes=4)
+            with trio.fail_after(10):
+                while began.read_text().count("\n") < 4:
+                    await trio.sleep(0.01)
+            spawner = spawner or spawner_of(os.getpid())
+            for fence in (5, 1):
+                bench.backend.stop(fence)  # type: ignore[attr-defined]
+            await trio.sleep(0)
+            time.sleep(1.5)  # past the grace and the spawner's allowance
+            await batch.wait(8)
+            assert sorted(began.read_text().split()) == ["1", "2", "3", "4", "6", "7", "8"], attempts
+            assert {task for task, end in batch.ends.items() if not end.outcome.is_success} == {0, 4}
+            assert spawner_of(os.getpid()) == spawner
+
+
 def test_what_outlived_a_killed_agent_and_spawner_is_ended_as_the_next_agent_starts(tmp_path: Path) -> None:
     seconds = f"66.{os.getpid()}"
     with suite.owner(tmp_path, ("daemon", "stay", seconds)) as owner:
@@ -432,7 +458,18 @@ def test_a_spawner_may_be_started_where_it_may_not_enter(tmp_path: Path) -> None
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-S", "-s", "-P", "-m", "meshd.backends.spawner", str(theirs.fileno()), "token", "1", "/"]
+    command = [
+        sys.executable,
+        "-S",
+        "-s",
+        "-P",
+        "-m",
+        "meshd.backends.spawner",
+        str(theirs.fileno()),
+        "token",
+        "1",
+        "/",
+    ]
     root = str(Path(__file__).parents[2])
     with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], env={"PYTHONPATH": root}, preexec_fn=shut_out) as spawner:  # fmt: skip
         theirs.close()

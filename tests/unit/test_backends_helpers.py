@@ -100,6 +100,22 @@ async def test_of_each_lane_the_first_died_with_its_spawner_and_what_was_told_to
     assert owner.left == [2]
 
 
+async def test_what_a_spawner_said_before_it_was_killed_is_heard() -> None:
+    ours, theirs = socket.socketpair()
+    ended: list[Finished] = []
+    async with trio.open_nursery() as nursery:
+        owner = Owner()
+        spawner = Spawner(DeadChild(), Link(ours), "token", nursery, owner)  # type: ignore[arg-type]
+        spawner.give(1, PLAN, THREE, ended.extend)
+        for task in (1, 2):
+            frame = b'{"ended": [[%d, "exit", 0, "", 1, "", "", ""]]}' % task
+            theirs.send(len(frame).to_bytes(4, "little") + frame)
+        await spawner.end(is_now=True)
+        nursery.cancel_scope.cancel()
+    assert reasons(ended) == {1: EndReason.EXIT, 2: EndReason.EXIT, 3: EndReason.BACKEND}
+    assert owner.left == []
+
+
 async def test_what_is_left_of_all_lanes_is_placed_before_anybody_hears_of_an_end_and_gives_more() -> None:
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
