@@ -18,6 +18,7 @@ from meshd import codec
 from meshd.api.endpoint import QUERY_S
 from meshd.api.face import Face
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from meshd.items import LineCount
 from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobSpec, TaskState, Tree, TreeEntry, TreeRef
 from meshd.spec import write_blob, write_tree
 from meshd.views import PAGE_MAX, GetJob, JobView, ListTasks, TaskPage
@@ -79,16 +80,14 @@ async def _complete(face: Face, text: object) -> object:
 
 
 async def _count_lines(face: Face, text: str) -> int:
-    """As tasks are numbered: a last line without its newline counts."""
-    count, last, size = 0, b"", 0
+    count, size = LineCount(), 0
     async with aclosing(face.get_blob(text.split(":")[1])) as chunks:
         async for chunk in chunks:
-            count += chunk.count(b"\n")
-            last = chunk[-1:] or last
+            count.add(chunk)
             size += len(chunk)
             if size > EACH_LINE_BYTES_MAX:
                 raise TooLarge(f"array.each_line: over {EACH_LINE_BYTES_MAX} bytes")
-    return count + (last not in (b"", b"\n"))
+    return count.lines
 
 
 # --- trees --------------------------------------------------------------------------------------------------------------

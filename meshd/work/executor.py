@@ -25,6 +25,7 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
 from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
+from meshd.items import item_of, split_lines
 from meshd.model import (
     INLINE_BYTES_MAX,
     AttemptKey,
@@ -41,7 +42,7 @@ from meshd.model import (
     TreeRef,
 )
 from meshd.ports import Backend, BlobStore, Execution, Leash, Limits
-from meshd.work.planned import PlannedRuns, item_of
+from meshd.work.planned import PlannedRuns
 
 FETCH_S = 300.0
 """For one input; a peer that stalls is left much earlier."""
@@ -204,7 +205,7 @@ class Executor:
     async def lines(self, ref: BlobRef) -> tuple[str, ...]:
         found = self._lists.get(ref.hash)
         if not isinstance(found, tuple):
-            found = tuple((await self._bytes(ref)).decode(errors="replace").splitlines())
+            found = split_lines(await self._bytes(ref))
             self._remember(ref.hash, found)
         return found
 

@@ -20,14 +20,13 @@ import structlog
 import trio
 
 from meshd.errors import InvalidRequest, MeshError
+from meshd.items import item_of
 from meshd.model import (
     AttemptKey,
     BlobRef,
     EndReason,
     ItemsBlob,
     ItemsFiles,
-    ItemsInline,
-    ItemsRange,
     JobId,
     JobSpec,
     NodeId,
@@ -285,26 +284,6 @@ class PlannedRuns:
         finally:
             del self._keeping[key.fence]
         ended([(key, kept)])
-
-
-def item_of(task: int, spec: JobSpec, lines: Sequence[str]) -> str:
-    """`lines` of an `ItemsBlob`. Raises InvalidRequest."""
-    match spec.array.items:
-        case None | ItemsFiles():
-            item = str(task)
-        case ItemsRange(start, step):
-            item = str(start + task * step)
-        case ItemsInline(items):
-            if task >= len(items):
-                raise InvalidRequest(f"the job has {len(items)} items, task {task} has none")
-            item = items[task]
-        case ItemsBlob():
-            if task >= len(lines):
-                raise InvalidRequest(f"the list of items has {len(lines)} lines, task {task} has none")
-            item = lines[task]
-    if "\0" in item:
-        raise InvalidRequest("environment variable MESHD_ITEM contains a NUL character")
-    return item
 
 
 async def _tell(ended: Callable[[Ends], None], ends: Ends) -> None:

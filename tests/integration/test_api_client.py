@@ -216,6 +216,12 @@ def test_inputs_that_are_named_by_path_are_uploaded(mesh: Client, tmp_path: Path
         mesh.submit({**ECHO, "inputs": {"gone": "nowhere"}}, base=tmp_path)
 
 
+def test_a_list_has_as_many_tasks_as_lines_whatever_else_they_contain(mesh: Client, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes("a\fb\na\u2028b\r\n\na\rb".encode())
+    job = mesh.submit({**ECHO, "array": {"each_line": "lines"}}, base=tmp_path)
+    assert mesh.wait(job).tasks == 4
+
+
 def test_what_one_job_left_is_the_input_of_the_next(mesh: Client, tmp_path: Path) -> None:
     first = mesh.run({"run": {"args": ["files"]}, "outputs": ["out.txt"], "array": 3}).id
     second = mesh.run({**ECHO, "inputs": {"parts/": f"job:{first}"}})

@@ -75,6 +75,18 @@ async def test_items_come_from_their_list_and_one_too_many_has_none(tmp_path):
     assert ends.outcomes[2].reason is EndReason.INVALID and "2 lines" in ends.outcomes[2].message
 
 
+async def test_only_a_newline_ends_an_item_whatever_else_it_contains(tmp_path):
+    items = ["a\fb", "a\rb", "a\x85b", "a\u2028b", "a\x1cb\x1db\x1eb\vb", "", "crlf", "last\r"]
+    text = "\n".join(items).replace("crlf\n", "crlf\r\n")
+    async with node(tmp_path) as (executor, store):
+        lines = await store.put_bytes(text.encode())
+        spec = shell('printf %s "$MESHD_ITEM"', array=Array(len(items), ItemsBlob(lines)))
+        ends = start(executor, spec, *range(len(items)))
+        await ends.wait(len(items))
+    said = [outcome.stdout.data.decode() if outcome.stdout else "" for _, outcome in sorted(ends.outcomes.items())]
+    assert said == items
+
+
 async def test_an_item_that_no_variable_can_hold_is_the_jobs_fault(tmp_path):
     async with node(tmp_path) as (executor, _store):
         ends = start(executor, shell("true", array=Array(2, ItemsInline(("a\0b", "c")))), 0, 1)

@@ -1,0 +1,55 @@
+"""The items of an array: how many lines a list has, and what a task is given.
+
+A submission counts the lines of a list and a node splits them, at different times and places:
+both are here, so that what is counted is what is split. Only `\\n` ends a line, or `\\r\\n`; a
+last line may be without. Text that merely looks like an end (form feed, U+2028) is an item's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meshd.errors import InvalidRequest
+from meshd.model import ItemsBlob, ItemsFiles, ItemsInline, ItemsRange, JobSpec
+
+
+class LineCount:
+    """As the bytes of a list come."""
+
+    def __init__(self) -> None:
+        self._newlines = 0
+        self._last = b"\n"
+
+    def add(self, data: bytes) -> None:
+        self._newlines += data.count(b"\n")
+        self._last = data[-1:] or self._last
+
+    @property
+    def lines(self) -> int:
+        return self._newlines + (self._last != b"\n")
+
+
+def split_lines(data: bytes) -> tuple[str, ...]:
+    count = LineCount()
+    count.add(data)
+    return tuple(data.decode(errors="replace").replace("\r\n", "\n").split("\n")[: count.lines])
+
+
+def item_of(task: int, spec: JobSpec, lines: Sequence[str]) -> str:
+    """`lines` of an `ItemsBlob`. Raises InvalidRequest."""
+    match spec.array.items:
+        case None | ItemsFiles():
+            item = str(task)
+        case ItemsRange(start, step):
+            item = str(start + task * step)
+        case ItemsInline(items):
+            if task >= len(items):
+                raise InvalidRequest(f"the job has {len(items)} items, task {task} has none")
+            item = items[task]
+        case ItemsBlob():
+            if task >= len(lines):
+                raise InvalidRequest(f"the list of items has {len(lines)} lines, task {task} has none")
+            item = lines[task]
+    if "\0" in item:
+        raise InvalidRequest("environment variable MESHD_ITEM contains a NUL character")
+    return item
