@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from meshd.errors import InvalidRequest
 from meshd.model import ItemsBlob, ItemsFiles, ItemsInline, ItemsRange, JobSpec
 
+LIST_BYTES_MAX = 64 << 20
+"""Of what the tasks of an array share: every node that runs one of them has it in memory."""
+
 
 class LineCount:
     """As the bytes of a list come."""

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from meshd.errors import InvalidRequest, MeshError
+from meshd.errors import InvalidRequest, MeshError, TooLarge
 from meshd.ids import is_job_id
+from meshd.items import LIST_BYTES_MAX
 from meshd.model import (
     INLINE_BYTES_MAX,
     TASKS_MAX,
@@ -249,12 +250,21 @@ def _items(fields: _Section) -> tuple[int, ItemsRange | ItemsInline | ItemsBlob 
             items = fields.take("items", _list_of(_argument, ITEMS_MAX), ())
             return len(items), ItemsInline(items)
         case "each_line":
-            lines = fields.take("each_line", _module, None)
+            lines = fields.take("each_line", _lines, None)
             return fields.take("count", _whole(1, TASKS_MAX), 0), ItemsBlob(lines)
         case _:
             tree = fields.take("files", parse_tree, None)
             per_task = fields.take("per_task", _whole(1, 100_000), 1)
             return -(-tree.files // per_task), ItemsFiles(tree, per_task)
+
+
+def _lines(value: object, path: str) -> BlobRef:
+    blob = _module(value, path)
+    if blob.size > LIST_BYTES_MAX:
+        raise TooLarge(
+            f"{path}: a list of {blob.size} bytes is over the limit of {LIST_BYTES_MAX}", hint="make it several jobs"
+        )
+    return blob
 
 
 def _range(value: object, path: str) -> tuple[int, int, int]:

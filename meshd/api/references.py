@@ -18,7 +18,7 @@ from meshd import codec
 from meshd.api.endpoint import QUERY_S
 from meshd.api.face import Face
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
-from meshd.items import LineCount
+from meshd.items import LIST_BYTES_MAX, LineCount
 from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobSpec, TaskState, Tree, TreeEntry, TreeRef
 from meshd.spec import write_blob, write_tree
 from meshd.views import PAGE_MAX, GetJob, JobView, ListTasks, TaskPage
@@ -26,7 +26,6 @@ from meshd.views import PAGE_MAX, GetJob, JobView, ListTasks, TaskPage
 TREE_BYTES_MAX = 32 << 20
 """Of a tree's own listing: some 200,000 files."""
 TREE_FILES_MAX = 200_000
-EACH_LINE_BYTES_MAX = 1 << 30
 TREE_REPLICAS = 2
 
 _SHORT_BLOB = re.compile(r"blob:([0-9a-f]{64})")
@@ -85,8 +84,8 @@ async def _count_lines(face: Face, text: str) -> int:
         async for chunk in chunks:
             count.add(chunk)
             size += len(chunk)
-            if size > EACH_LINE_BYTES_MAX:
-                raise TooLarge(f"array.each_line: over {EACH_LINE_BYTES_MAX} bytes")
+            if size > LIST_BYTES_MAX:  # whatever the reference says
+                raise TooLarge(f"array.each_line: a list over the limit of {LIST_BYTES_MAX} bytes")
     return count.lines
 
 

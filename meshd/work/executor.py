@@ -25,7 +25,7 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
 from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
-from meshd.items import item_of, split_lines
+from meshd.items import LIST_BYTES_MAX, item_of, split_lines
 from meshd.model import (
     INLINE_BYTES_MAX,
     AttemptKey,
@@ -52,7 +52,6 @@ REMAINS_MAX = 64
 """Directories of ended attempts that wait to be removed; beyond that an attempt removes its own before it is told of."""
 LISTS_KEPT = 16
 """Trees and item lists held in memory: the tasks of one array share them."""
-LIST_BYTES_MAX = 64 << 20
 
 log = structlog.get_logger()
 

@@ -222,6 +222,14 @@ def test_a_list_has_as_many_tasks_as_lines_whatever_else_they_contain(mesh: Clie
     assert mesh.wait(job).tasks == 4
 
 
+@pytest.mark.parametrize("count", [{}, {"count": 1}], ids=["counted", "count given"])
+def test_a_list_that_no_node_could_read_is_refused_at_once(mesh: Client, tmp_path: Path, count: dict[str, int]) -> None:
+    with open(tmp_path / "lines", "wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(TooLarge, match=r"array\.each_line: .* limit of 67108864"):
+        mesh.submit({**ECHO, "array": {"each_line": "lines", **count}}, base=tmp_path)
+
+
 def test_what_one_job_left_is_the_input_of_the_next(mesh: Client, tmp_path: Path) -> None:
     first = mesh.run({"run": {"args": ["files"]}, "outputs": ["out.txt"], "array": 3}).id
     second = mesh.run({**ECHO, "inputs": {"parts/": f"job:{first}"}})
