@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshd.errors import InvalidRequest
+from meshd.errors import InvalidRequest, TooLarge
 from meshd.model import ItemsBlob, ItemsFiles, ItemsInline, ItemsRange, JobSpec
 
 LIST_BYTES_MAX = 64 << 20
 """Of what the tasks of an array share: every node that runs one of them has it in memory."""
+
+ITEM_BYTES_MAX = (128 << 10) - len("MESHD_ITEM=\0")
+"""No kernel passes a longer string (MAX_ARG_STRLEN). The same for wasm: whether an item is good is no matter of the backend."""
 
 
 class LineCount:
@@ -55,4 +58,9 @@ def item_of(task: int, spec: JobSpec, lines: Sequence[str]) -> str:
             item = lines[task]
     if "\0" in item:
         raise InvalidRequest("environment variable MESHD_ITEM contains a NUL character")
+    if (size := len(item.encode())) > ITEM_BYTES_MAX:
+        raise TooLarge(
+            f"the item of task {task} has {size} bytes, over the limit of {ITEM_BYTES_MAX} for a variable",
+            hint="put what is long into files: array.files, inputs",
+        )
     return item

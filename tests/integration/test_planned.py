@@ -94,6 +94,18 @@ async def test_an_item_that_no_variable_can_hold_is_the_jobs_fault(tmp_path):
     assert [ends.outcomes[task].reason for task in (0, 1)] == [EndReason.INVALID, EndReason.EXIT]
 
 
+async def test_an_item_is_as_large_as_a_variable_can_be_and_one_byte_more_is_the_jobs_fault(tmp_path):
+    largest = "ü" + "x" * (131_060 - 2)  # with its name and a NUL 128 KiB
+    async with node(tmp_path) as (executor, _store):
+        items = ItemsInline(("a", largest, largest + "x", "b"))
+        ends = start(executor, shell("true", array=Array(4, items)), 0, 1, 2, 3)
+        await ends.wait(4)
+    assert [ends.outcomes[task].reason for task in range(4)] == [
+        EndReason.EXIT, EndReason.EXIT, EndReason.INVALID, EndReason.EXIT
+    ]  # fmt: skip
+    assert "131061 bytes" in ends.outcomes[2].message and "131060" in ends.outcomes[2].message
+
+
 async def test_large_output_of_a_batch_is_a_blob_with_its_holders_before_it_is_told(tmp_path):
     async with node(tmp_path) as (executor, store):
         script = "head -c $MESHD_ITEM /dev/zero; echo oops >&2"
