@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshd.errors import InvalidRequest, TooLarge
-from meshd.model import ItemsBlob, ItemsFiles, ItemsInline, ItemsRange, JobSpec
+from meshd.model import ItemsBlob, ItemsFiles, ItemsInline, ItemsRange, JobSpec, Run
 
 LIST_BYTES_MAX = 64 << 20
 """Of what the tasks of an array share: every node that runs one of them has it in memory."""
 
 ITEM_BYTES_MAX = (128 << 10) - len("MESHD_ITEM=\0")
 """No kernel passes a longer string (MAX_ARG_STRLEN). The same for wasm: whether an item is good is no matter of the backend."""
+
+STRINGS_BYTES_MAX = 2 << 20
+"""Of arguments and environment together: what execve takes with the usual stack of 8 MiB."""
 
 
 class LineCount:
@@ -64,3 +67,25 @@ def item_of(task: int, spec: JobSpec, lines: Sequence[str]) -> str:
             hint="put what is long into files: array.files, inputs",
         )
     return item
+
+
+class Strings:
+    """Arguments and environment of a job, measured before they are made: `{item}` may stand in them thousands of times."""
+
+    def __init__(self, run: Run) -> None:
+        given = [*run.args, *(f"{name}={value}" for name, value in run.env), "MESHD_ITEM="]
+        places = sum(argument.count("{item}") for argument in run.args)
+        self._places = places + 1
+        self._fixed = sum(len(each.encode()) + 1 for each in given) - places * len("{item}")
+
+    def bytes_with(self, item: str) -> int:
+        """Each with its NUL."""
+        return self._fixed + self._places * len(item.encode())
+
+    def check(self, item: str) -> None:
+        """Raises TooLarge."""
+        if (size := self.bytes_with(item)) > STRINGS_BYTES_MAX:
+            raise TooLarge(
+                f"arguments and environment would take {size} bytes with this item, over the limit of {STRINGS_BYTES_MAX}",
+                hint="pass what is long by stdin or inputs",
+            )

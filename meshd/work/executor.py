@@ -25,7 +25,7 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
 from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
-from meshd.items import LIST_BYTES_MAX, item_of, split_lines
+from meshd.items import LIST_BYTES_MAX, Strings, item_of, split_lines
 from meshd.model import (
     INLINE_BYTES_MAX,
     AttemptKey,
@@ -223,6 +223,7 @@ class Executor:
         self, directory: Path, workdir: Path, key: AttemptKey, spec: JobSpec, item: str, leash: Leash
     ) -> Execution:
         run = spec.run
+        Strings(run).check(item)
         module = stdin = None
         if run.module is not None:
             await self.fetch(run.module)

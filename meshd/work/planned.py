@@ -20,7 +20,7 @@ import structlog
 import trio
 
 from meshd.errors import InvalidRequest, MeshError
-from meshd.items import item_of
+from meshd.items import Strings, item_of
 from meshd.model import (
     AttemptKey,
     BlobRef,
@@ -66,6 +66,7 @@ class Prepared:
     backend: BatchBackend
     plan: Plan
     lines: tuple[str, ...]
+    strings: Strings
 
 
 @dataclass(slots=True)
@@ -217,7 +218,7 @@ class PlannedRuns:
             needs=resources,
             leash=leash,
         )
-        return Prepared(spec, backend, plan, lines)
+        return Prepared(spec, backend, plan, lines, Strings(run))
 
     def _forget_one(self) -> None:
         """Of those that nothing runs of: a lane keeps its own plan, but its leash moves through here."""
@@ -233,7 +234,9 @@ class PlannedRuns:
         refused: list[tuple[AttemptKey, Outcome]] = []
         for key in keys:
             try:
-                attempts.append(Planned(key, item_of(key.task, prepared.spec, prepared.lines)))
+                item = item_of(key.task, prepared.spec, prepared.lines)
+                prepared.strings.check(item)
+                attempts.append(Planned(key, item))
             except InvalidRequest as error:
                 refused.append((key, Outcome(EndReason.INVALID, message=str(error)[:2000])))
         if refused:

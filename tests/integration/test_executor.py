@@ -153,6 +153,15 @@ async def test_an_item_is_put_into_the_arguments_and_never_through_a_shell(tmp_p
     assert outcome.stdout == Inline(b"got $(touch /tmp/meshd-pwned); x\n")
 
 
+async def test_arguments_that_an_item_makes_too_large_are_the_jobs_fault(tmp_path):
+    async with node(tmp_path) as (executor, _store):
+        args = ("true", *["{item}" * 1000] * 30)
+        spec = JobSpec(("process",), Run(args=args), array=Array(2, ItemsInline(("a", "x" * 100))))
+        assert (await run(executor, spec, 0)).is_success
+        outcome = await run(executor, spec, 1)
+    assert outcome.reason is EndReason.INVALID and "limit of 2097152" in outcome.message
+
+
 async def test_large_output_becomes_a_blob_and_small_output_travels_with_the_outcome(tmp_path):
     async with node(tmp_path) as (executor, store):
         outcome = await run(executor, shell("head -c 100000 /dev/zero; echo oops >&2; exit 3"))

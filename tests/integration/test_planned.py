@@ -18,6 +18,7 @@ from meshd.model import (
     ItemsInline,
     ItemsRange,
     JobId,
+    JobSpec,
     Run,
 )
 from tests.integration.test_executor import node, shell
@@ -104,6 +105,16 @@ async def test_an_item_is_as_large_as_a_variable_can_be_and_one_byte_more_is_the
         EndReason.EXIT, EndReason.EXIT, EndReason.INVALID, EndReason.EXIT
     ]  # fmt: skip
     assert "131061 bytes" in ends.outcomes[2].message and "131060" in ends.outcomes[2].message
+
+
+async def test_arguments_that_an_item_makes_too_large_are_the_jobs_fault(tmp_path):
+    async with node(tmp_path) as (executor, _store):
+        run = Run(args=("true", *["{item}" * 1000] * 30))
+        spec = JobSpec(("process",), run, array=Array(3, ItemsInline(("a", "x" * 100, "b"))))
+        ends = start(executor, spec, 0, 1, 2)
+        await ends.wait(3)
+    assert [ends.outcomes[task].reason for task in range(3)] == [EndReason.EXIT, EndReason.INVALID, EndReason.EXIT]
+    assert "limit of 2097152" in ends.outcomes[1].message
 
 
 async def test_large_output_of_a_batch_is_a_blob_with_its_holders_before_it_is_told(tmp_path):

@@ -1,11 +1,12 @@
-"""What is counted as a job is submitted is what its tasks get."""
+"""What is counted as a job is submitted is what its tasks get; what is measured is what a program would be given."""
 
 from __future__ import annotations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshd.items import LineCount, split_lines
+from meshd.items import LineCount, Strings, split_lines
+from meshd.model import Run
 
 BYTES = st.lists(st.sampled_from([b"\n", b"\r\n", b"\r", b"a", b"", "\u2028".encode(), b"\xe2", b"\x85", b"\f"])).map(
     b"".join
@@ -27,3 +28,15 @@ def test_as_many_lines_are_counted_chunk_by_chunk_as_there_are_items(chunks: lis
 def test_lines_come_back_as_they_were_written(lines: list[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)
     assert split_lines(text.encode()) == split_lines(text.replace("\n", "\r\n").encode()) == tuple(lines)
+
+
+TEXT = st.lists(st.sampled_from(["{item}", "{", "item}", "{{item}}", "ü", "x"])).map("".join)
+
+
+@given(st.lists(TEXT), st.dictionaries(st.sampled_from("ABC"), TEXT), TEXT)
+def test_strings_are_measured_as_they_would_be_made(args: list[str], env: dict[str, str], item: str) -> None:
+    made = [argument.replace("{item}", item) for argument in args]
+    made += [f"{name}={value}" for name, value in (*env.items(), ("MESHD_ITEM", item))]
+    assert Strings(Run(tuple(args), env=tuple(env.items()))).bytes_with(item) == sum(
+        len(each.encode()) + 1 for each in made
+    )
