@@ -113,7 +113,16 @@ class ProcessBackend:
 
     async def recall(self, fences: Sequence[int]) -> Sequence[int]:
         wanted = frozenset(fences)
-        return [fence for supervisor in self._supervisors for fence in await supervisor.recall(wanted)]
+        back: list[int] = []
+
+        async def recall(supervisor: Supervisor) -> None:
+            back.extend(await supervisor.recall(wanted))
+
+        # One may be slow to answer: meanwhile the others must not begin more.
+        async with trio.open_nursery() as nursery:
+            for supervisor in self._supervisors:
+                nursery.start_soon(recall, supervisor)
+        return back
 
     async def read_output(self, fence: int, stream: str, offset: int, bytes_max: int) -> bytes | None:
         for supervisor in self._supervisors:

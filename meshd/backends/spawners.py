@@ -231,11 +231,10 @@ class Spawner:
             await self.end(is_now=True)
 
     async def give_back(self, numbers: Sequence[int]) -> list[Planned]:
-        """Those of them that have not begun. Without an answer it is not known who has them, and the spawner ends."""
-        answer = await self._ask({"do": "back", "ids": list(numbers)})
+        """Those of them that have not begun. Waits for as long as the spawner lives: only it knows which."""
+        answer = await self._ask({"do": "back", "ids": list(numbers)}, math.inf)
         if answer is None:
-            await self.end(is_now=True)
-            return []
+            return []  # they run in the next one
         lanes = [(number, lane) for number in answer.ids if (lane := self._lane_of.pop(number, None)) is not None]
         back = [lane.given.pop(number) for number, lane in lanes]
         for lane in {id(lane): lane for _, lane in lanes}.values():
@@ -244,19 +243,22 @@ class Spawner:
 
     async def read_output(self, number: int, stream: str, offset: int, bytes_max: int) -> bytes | None:
         length = min(bytes_max, OUTPUT_BYTES_MAX)
-        answer = await self._ask({"do": "output", "id": number, "stream": stream, "offset": offset, "max": length})
+        answer = await self._ask(
+            {"do": "output", "id": number, "stream": stream, "offset": offset, "max": length}, REPLY_S
+        )
         return None if answer is None or answer.data is None else _bytes(answer.data)
 
-    async def _ask(self, request: dict[str, Any]) -> Answer | None:
-        """None when no answer came in time."""
+    async def _ask(self, request: dict[str, Any], patience_s: float) -> Answer | None:
+        """None when no answer came in time, or never will."""
         self._ids += 1
         call = self._ids
         event, answers = self._calls[call] = trio.Event(), []
         try:
             self._post({**request, "call": call})
-            for patience_s in (REPLY_S, HEARD_S):
-                with trio.move_on_after(patience_s):
+            for each_s in (patience_s, HEARD_S):
+                with trio.move_on_after(each_s):
                     await event.wait()
+                    break
             return answers[0] if answers else None
         finally:
             del self._calls[call]
@@ -313,6 +315,8 @@ class Spawner:
         told: list[tuple[Lane, list[Finished]]] = []
         for waiter in self.waiting.values():
             waiter.resolve(lost)
+        for event, _ in self._calls.values():
+            event.set()
         cancelled = Outcome(EndReason.CANCELLED, message="cancelled")
         for lane in list(self.lanes.values()):
             finished: list[Finished] = []

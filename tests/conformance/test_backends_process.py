@@ -492,22 +492,43 @@ async def test_a_command_that_stops_itself_as_if_at_a_terminal_goes_on(tmp_path:
         assert attempt.stdout.read_bytes() == b"on\n"
 
 
-async def test_when_a_spawner_does_not_say_what_it_gave_back_it_ends_and_nothing_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+async def test_a_recall_waits_for_a_spawner_that_is_slow_and_takes_nothing_from_the_others_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: signal.Signals
 ) -> None:
+    monkeypatch.setattr(process, "SPAWNERS_MAX", 1)
     monkeypatch.setattr(spawners, "REPLY_S", 0.1)
-    seconds = f"69.{os.getpid()}"
+    began = tmp_path / "began"
+    go_on = tmp_path / "go-on"
+    waits = f"touch {began}; while [ ! -e {go_on} ]; do sleep 0.01; done"
+    back: list[int] = []
     async with serving(tmp_path) as bench:
-        batch = bench.start(Program(("sh", "-c", "$MESHD_ITEM")), [f"sleep {seconds}", "true", "true"])
+        batch = bench.start(Program(("sh", "-c", "{item}")), [waits, "true", "true"])
         assert isinstance(bench.backend, BatchBackend)
         with trio.fail_after(10):
-            while not sleepers(seconds):
+            while not began.exists():
                 await trio.sleep(0.01)
-        os.kill(spawner_of(os.getpid()), signal.SIGSTOP)
-        assert await bench.backend.recall([2, 3]) == []
-        await batch.wait(3)
-        assert [batch.outcome(task).reason for task in range(3)] == [EndReason.BACKEND, EndReason.EXIT, EndReason.EXIT]
-        assert sleepers(seconds) == []
+        spawner = spawner_of(os.getpid())
+        os.kill(spawner, signal.SIGSTOP)
+
+        async def recall() -> None:
+            with trio.fail_after(10):
+                back.extend(await bench.backend.recall([2, 3]))  # type: ignore[attr-defined]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(recall)
+            await trio.sleep(0.6)  # several times as long as other answers may take
+            assert spawner_of(os.getpid()) == spawner and not back and not batch.ends
+            os.kill(spawner, end)
+        go_on.touch()
+        if end is signal.SIGCONT:
+            assert sorted(back) == [2, 3]
+            await batch.wait(1)
+            assert batch.outcome(0).is_success and batch.ends.keys() == {0}
+        else:
+            assert back == [], "nobody can know what it would have said: they run in the next"
+            await batch.wait(3)
+            assert [batch.outcome(task).is_success for task in range(3)] == [False, True, True]
 
 
 async def test_an_idle_spawner_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
