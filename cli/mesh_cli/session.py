@@ -37,27 +37,18 @@ class Session:
         """The mesh that flags, environment or the saved context name; else this machine's agent."""
         from mesh_cli.progress import Progress
         from meshd.client import Client
+        from meshd.client.context import find_mesh
 
         with Progress() as progress:
-            nodes, token, ca_pem = self.target()
+            mesh = find_mesh(self.nodes, self.context)
             with Client(
-                nodes, token=token, ca_pem=ca_pem, is_stale_ok=self.is_stale, on_progress=progress.bytes
+                mesh.nodes,
+                token=mesh.token,
+                ca_pem=mesh.ca_pem,
+                is_stale_ok=self.is_stale,
+                on_progress=progress.bytes,
             ) as client:
                 yield client
-
-    def target(self) -> tuple[tuple[str, ...], str, str]:
-        """Nodes, token and CA: --node with MESH_TOKEN, or --context, or the current context."""
-        from meshd.client.context import load_contexts
-
-        token = os.environ.get("MESH_TOKEN", "")
-        if self.nodes:
-            return self.nodes, token, ""
-        contexts = load_contexts()
-        name = self.context or contexts.current
-        if not name:
-            return (), token, ""
-        saved = contexts.get(name)
-        return saved.nodes, token or saved.token, "" if token and token != saved.token else saved.ca_pem
 
 
 def is_terminal() -> bool:
@@ -85,7 +76,9 @@ def _set(field: str, parse: Callable[[Any], Any] = lambda value: value) -> Calla
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
+    from meshd.client.context import split_nodes
+
+    return split_nodes(text)
 
 
 def target_options(command: F) -> F:

@@ -25,6 +25,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from meshd.client.address import Address, local_address, parse_address
+from meshd.client.context import find_mesh
 from meshd.client.files import PIECE_BYTES, files_below, tar_of, untar, upload_references
 from meshd.client.http import ANSWER_S, Body, Requester
 from meshd.client.live import live_events, parse_events, raise_if_error
@@ -112,11 +113,15 @@ class Client:
         is_stale_ok: bool = False,
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
-        """`nodes`: HOST:PORT or unix:PATH, tried in turn; none is this machine's agent. `token` is needed over TCP.
+        """`nodes`: HOST:PORT or unix:PATH, tried in turn. `token` is needed over TCP. Without nodes it is the mesh that the
+        `mesh` command would speak to: MESH_NODE and MESH_TOKEN, a saved context, or else this machine's agent.
 
         With `is_stale_ok` what is asked of the queue is answered from what a node knows at once, perhaps a little
         old, and also when no majority of the voters can be reached.
         """
+        if not nodes:
+            mesh = find_mesh(token=token)
+            nodes, token, ca_pem = mesh.nodes, mesh.token, ca_pem or mesh.ca_pem
         addresses = [parse_address(text) for text in nodes] or [local_address()]
         self._token = token.strip()
         self._is_stale_ok = is_stale_ok

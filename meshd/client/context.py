@@ -1,9 +1,10 @@
-"""Saved meshes: where a mesh is, with which token, and its CA. One private file, `~/.config/meshd/contexts.json`."""
+"""Which mesh is meant: by name, by the environment, or by what was saved in one private file, `~/.config/meshd/contexts.json`."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,30 @@ class Contexts:
             known = ", ".join(sorted(self.saved)) or "none"
             raise NotFound(f"no saved context {name!r}", hint=f"there are: {known}; `mesh context add` saves one")
         return self.saved[name]
+
+
+def find_mesh(nodes: Sequence[str] = (), name: str = "", *, token: str = "") -> Context:
+    """These nodes, or the saved context of that name; else what MESH_NODE or MESH_CONTEXT say; else the current context.
+
+    No nodes in the answer: this machine's agent. This token, or MESH_TOKEN, goes before a saved one. Raises NotFound, Corrupt.
+    """
+    token = token or os.environ.get("MESH_TOKEN", "")
+    if not nodes and not name:
+        nodes, name = split_nodes(os.environ.get("MESH_NODE", "")), os.environ.get("MESH_CONTEXT", "")
+    if nodes:
+        return Context(tuple(nodes), token)
+    contexts = load_contexts()
+    name = name or contexts.current
+    if not name:
+        return Context((), token)
+    saved = contexts.get(name)
+    # A saved CA is of the mesh that the saved token names.
+    return Context(saved.nodes, token or saved.token, "" if token and token != saved.token else saved.ca_pem)
+
+
+def split_nodes(text: str) -> tuple[str, ...]:
+    """Several with commas between them."""
+    return tuple(part for part in text.split(",") if part)
 
 
 def contexts_file() -> Path:

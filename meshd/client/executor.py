@@ -1,6 +1,6 @@
 """`MeshExecutor`: Python functions on a mesh, as `concurrent.futures` has them.
 
-    with MeshExecutor() as mesh:                              # this machine's agent
+    with MeshExecutor() as mesh:                              # where `mesh` goes: MESH_NODE, or this machine's agent
         total = sum(mesh.map(slow_square, range(1000)))
 
 A call travels in a task of a job: it is in the replicated queue once its job is agreed, a few
