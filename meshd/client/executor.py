@@ -51,6 +51,9 @@ class MeshExecutor(Executor):
         of this one; meshd must be installed there, for the same version of Python.
 
         `job` is what else the jobs shall say, as in a job file: `{"needs": {"cpu": 0.5}, "retry": {"crash_limit": 3}}`.
+
+        Raises what `Client.me` does: an address, token or mesh that is not there is told now, not by each future after
+        two minutes of trying.
         """
         self._board = Board()
 
@@ -62,6 +65,8 @@ class MeshExecutor(Executor):
         watcher = Watcher(self._board, connect())
         gatherer = Gatherer(self._board, connect(), watcher)
         self._threads = (watcher, gatherer, Courier(self._board, connect(), job or {}, python))
+        with connect() as client:
+            client.me()
         for thread in self._threads:
             thread.start()
 

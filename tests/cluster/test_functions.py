@@ -137,9 +137,18 @@ def test_shutdown_takes_nothing_new_and_can_cancel(mesh3: Mesh) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mesh-executor")]
 
 
-def test_a_mesh_that_is_not_there_is_said_by_the_future(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mesh_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"nobody\.sock"):
+        MeshExecutor([f"unix:{tmp_path}/nobody.sock"])
+
+
+def test_a_mesh_that_goes_away_is_said_by_the_future(
+    make_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("meshd.client.couriers.GIVE_UP_S", 0.5)
-    with MeshExecutor([f"unix:{tmp_path}/nobody.sock"]) as executor:
+    mesh = make_mesh("node1")
+    with MeshExecutor([mesh.socket("node1")]) as executor:
+        mesh.kill("node1")
         assert isinstance(executor.submit(abs, 1).exception(WAIT_S), Unavailable)
 
 
