@@ -25,7 +25,7 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
 from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
-from meshd.items import LIST_BYTES_MAX, Strings, item_of, split_lines
+from meshd.items import LIST_BYTES_MAX, LISTS_BYTES_KEPT, Lines, Strings, item_of
 from meshd.model import (
     INLINE_BYTES_MAX,
     AttemptKey,
@@ -50,8 +50,6 @@ REPLICATE_S = 30.0
 REPLICATE_PAUSE_S = 1.0
 REMAINS_MAX = 64
 """Directories of ended attempts that wait to be removed; beyond that an attempt removes its own before it is told of."""
-LISTS_KEPT = 16
-"""Trees and item lists held in memory: the tasks of one array share them."""
 
 log = structlog.get_logger()
 
@@ -77,7 +75,7 @@ class Executor:
         self._replicator = replicator
         self._backends = backends
         self._offered = offered
-        self._lists: dict[str, Tree | tuple[str, ...]] = {}
+        self._lists: dict[BlobRef, Tree | Lines] = {}
         self._running: dict[int, Path] = {}
         self.planned = PlannedRuns(directory=directory, me=me, store=store, supplies=self)
         self._remains, self._removable = trio.open_memory_channel[Path](REMAINS_MAX)
@@ -184,7 +182,7 @@ class Executor:
         if isinstance(items, ItemsFiles):
             entries = (await self._tree(items.tree)).entries[task * items.per_task : (task + 1) * items.per_task]
             return "\n".join(entry.path for entry in entries), list(entries)
-        lines = await self.lines(items.blob) if isinstance(items, ItemsBlob) else ()
+        lines = await self.lines(items.blob) if isinstance(items, ItemsBlob) else Lines()
         return item_of(task, spec, lines), []
 
     async def fetch(self, ref: BlobRef) -> None:
@@ -195,17 +193,18 @@ class Executor:
                 raise Unavailable(f"no node that can be reached has blob {ref.hash}", hint=error.hint) from error
 
     async def _tree(self, ref: TreeRef) -> Tree:
-        found = self._lists.get(ref.blob.hash)
+        found = self._lists.get(ref.blob)
         if not isinstance(found, Tree):
-            found = codec.decode(await self._bytes(ref.blob), Tree, bytes_max=LIST_BYTES_MAX)
-            self._remember(ref.blob.hash, found)
+            data = await self._bytes(ref.blob)
+            found = await trio.to_thread.run_sync(lambda: codec.decode(data, Tree, bytes_max=LIST_BYTES_MAX))
+            self._remember(ref.blob, found)
         return found
 
-    async def lines(self, ref: BlobRef) -> tuple[str, ...]:
-        found = self._lists.get(ref.hash)
-        if not isinstance(found, tuple):
-            found = split_lines(await self._bytes(ref))
-            self._remember(ref.hash, found)
+    async def lines(self, ref: BlobRef) -> Lines:
+        found = self._lists.get(ref)
+        if not isinstance(found, Lines):
+            found = await trio.to_thread.run_sync(Lines, await self._bytes(ref))
+            self._remember(ref, found)
         return found
 
     async def _bytes(self, ref: BlobRef) -> bytes:
@@ -214,10 +213,10 @@ class Executor:
         await self.fetch(ref)
         return await self._store.get_bytes(ref, bytes_max=LIST_BYTES_MAX)
 
-    def _remember(self, blob: str, value: Tree | tuple[str, ...]) -> None:
-        if len(self._lists) >= LISTS_KEPT:
+    def _remember(self, ref: BlobRef, value: Tree | Lines) -> None:
+        self._lists[ref] = value
+        while len(self._lists) > 1 and sum(kept.size for kept in self._lists) > LISTS_BYTES_KEPT:
             del self._lists[next(iter(self._lists))]
-        self._lists[blob] = value
 
     async def _execution(
         self, directory: Path, workdir: Path, key: AttemptKey, spec: JobSpec, item: str, leash: Leash

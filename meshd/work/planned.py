@@ -20,7 +20,7 @@ import structlog
 import trio
 
 from meshd.errors import InvalidRequest, MeshError
-from meshd.items import Strings, item_of
+from meshd.items import LISTS_BYTES_KEPT, Lines, Strings, item_of
 from meshd.model import (
     AttemptKey,
     BlobRef,
@@ -53,7 +53,7 @@ class Supplies(Protocol):
         ...
 
     async def fetch(self, ref: BlobRef) -> None: ...
-    async def lines(self, ref: BlobRef) -> tuple[str, ...]: ...
+    async def lines(self, ref: BlobRef) -> Lines: ...
 
     async def keep(self, outcome: Outcome, stdout: Path | None, stderr: Path | None, spec: JobSpec) -> Outcome:
         """With these files as blobs, on as many disks as the job asks for; they are removed."""
@@ -65,7 +65,7 @@ class Prepared:
     spec: JobSpec
     backend: BatchBackend
     plan: Plan
-    lines: tuple[str, ...]
+    lines: Lines
     strings: Strings
 
 
@@ -182,8 +182,7 @@ class PlannedRuns:
         del self._preparing[job]
         if refusal is None:
             self._prepared[job] = prepared
-            if len(self._prepared) > JOBS_KEPT:
-                self._forget_one()
+            self._forget()
         for lane, keys, ended in preparing.starts:
             if refusal is not None:
                 ended([(key, refusal) for key in keys])
@@ -194,7 +193,9 @@ class PlannedRuns:
         run, resources = spec.run, spec.needs.resources
         backend = self._supplies.choose(spec)
         assert isinstance(backend, BatchBackend), "takes() said so"
-        lines = await self._supplies.lines(spec.array.items.blob) if isinstance(spec.array.items, ItemsBlob) else ()
+        lines = (
+            await self._supplies.lines(spec.array.items.blob) if isinstance(spec.array.items, ItemsBlob) else Lines()
+        )
         module = None
         if run.module is not None:
             await self._supplies.fetch(run.module)
@@ -220,13 +221,14 @@ class PlannedRuns:
         )
         return Prepared(spec, backend, plan, lines, Strings(run))
 
-    def _forget_one(self) -> None:
-        """Of those that nothing runs of: a lane keeps its own plan, but its leash moves through here."""
-        busy = {job for job, prepared in self._prepared.items() if prepared.plan.leash.watchers}
-        for job in self._prepared:
-            if job not in busy:
-                del self._prepared[job]
+    def _forget(self) -> None:
+        """The oldest that nothing runs of: a lane keeps its own plan, but its leash moves through here."""
+        for job in list(self._prepared)[:-1]:
+            size = sum(prepared.lines.size for prepared in self._prepared.values())
+            if len(self._prepared) <= JOBS_KEPT and size <= LISTS_BYTES_KEPT:
                 return
+            if not self._prepared[job].plan.leash.watchers:
+                del self._prepared[job]
 
     def _begin(self, prepared: Prepared, lane: int, keys: Sequence[AttemptKey], ended: Callable[[Ends], None]) -> None:
         assert self._nursery is not None

@@ -76,6 +76,23 @@ async def test_items_come_from_their_list_and_one_too_many_has_none(tmp_path):
     assert ends.outcomes[2].reason is EndReason.INVALID and "2 lines" in ends.outcomes[2].message
 
 
+async def test_lists_of_jobs_that_are_done_with_do_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("meshd.work.planned.LISTS_BYTES_KEPT", 5_000)
+    monkeypatch.setattr("meshd.work.executor.LISTS_BYTES_KEPT", 5_000)
+    async with node(tmp_path) as (executor, store):
+        for number in range(5):
+            lines = await store.put_bytes(b"%d\n" % number + b"x\n" * 2000)
+            spec, key = (
+                shell("echo {item}", array=Array(2001, ItemsBlob(lines))),
+                AttemptKey(JobId(str(number)), 0, 1, number),
+            )
+            ends = Ends()
+            executor.planned.start(1, (key,), spec, None, ends.told)
+            await ends.wait(1)
+            assert ends.outcomes[0].stdout == Inline(b"%d\n" % number)
+    assert list(executor.planned._prepared) == ["4"] and list(executor._lists) == [lines]
+
+
 async def test_only_a_newline_ends_an_item_whatever_else_it_contains(tmp_path):
     items = ["a\fb", "a\rb", "a\x85b", "a\u2028b", "a\x1cb\x1db\x1eb\vb", "", "crlf", "last\r"]
     text = "\n".join(items).replace("crlf\n", "crlf\r\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshd.items import LineCount, Strings, split_lines
+from meshd.items import LineCount, Lines, Strings
 from meshd.model import Run
 
 BYTES = st.lists(st.sampled_from([b"\n", b"\r\n", b"\r", b"a", b"", "\u2028".encode(), b"\xe2", b"\x85", b"\f"])).map(
@@ -21,13 +21,13 @@ def test_as_many_lines_are_counted_chunk_by_chunk_as_there_are_items(chunks: lis
     counted = LineCount()
     for chunk in chunks:
         counted.add(chunk)
-    assert counted.lines == len(split_lines(b"".join(chunks)))
+    assert counted.lines == len(Lines(b"".join(chunks)))
 
 
 @given(st.lists(st.text().filter(lambda text: "\n" not in text and not text.endswith("\r"))))
 def test_lines_come_back_as_they_were_written(lines: list[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)
-    assert split_lines(text.encode()) == split_lines(text.replace("\n", "\r\n").encode()) == tuple(lines)
+    assert list(Lines(text.encode())) == list(Lines(text.replace("\n", "\r\n").encode())) == lines
 
 
 TEXT = st.lists(st.sampled_from(["{item}", "{", "item}", "{{item}}", "ü", "x"])).map("".join)
