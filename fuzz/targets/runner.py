@@ -104,7 +104,7 @@ async def _hear_spawner(stream: bytes) -> None:
         ended: list[Finished] = []
         spawner.give(1, Plan(JobId("job"), ("true",), (), Path("spill")), attempts, ended.extend)
         await spawner.read()
-        assert not spawner.is_alive
+        assert spawner.buried.is_set()
         for waiter in waiters:
             assert waiter.outcome is not None
             _fits_log(waiter.outcome)

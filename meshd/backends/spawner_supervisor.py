@@ -80,12 +80,15 @@ class Supervisor:
             self._singles -= 1
 
     def start(self, start: Start) -> None:
-        if self._spawner is not None and self._spawner.is_alive and not self._pending:
+        if self._spawner is not None and not self._spawner.is_ending and not self._pending:
             self._give(self._spawner, start)
         else:
-            self._pending.append(start)
-            if len(self._pending) == 1:
-                self._nursery.start_soon(self._give_pending)
+            self._pend(start, len(self._pending))
+
+    def _pend(self, start: Start, place: int) -> None:
+        if not self._pending:
+            self._nursery.start_soon(self._give_pending)
+        self._pending.insert(place, start)
 
     def stop(self, fence: int) -> bool:
         """Whether it runs or waits here."""
@@ -134,7 +137,7 @@ class Supervisor:
                 await spawner.end()
         spawner = self._spawner
         before_s = now_s - self._spawning.term_grace_s - spawners.LATE_S
-        if spawner is not None and spawner.is_alive and spawner.silent_since(before_s):
+        if spawner is not None and not spawner.is_ending and spawner.silent_since(before_s):
             log.warning("process.spawner_silent", pid=spawner.child.pid)
             await spawner.end(is_now=True)
 
@@ -149,10 +152,14 @@ class Supervisor:
 
     async def _live_spawner(self) -> Spawner:
         """Raises OSError."""
-        if self._spawner is not None and self._spawner.is_alive:
+        if self._spawner is not None and not self._spawner.is_ending:
             return self._spawner
         async with self._starting:
-            if self._spawner is None or not self._spawner.is_alive:
+            if self._spawner is not None and self._spawner.is_ending:
+                # What is left of it dies by its mark, and the commands of the next carry the same.
+                await self._spawner.buried.wait()
+                self._spawner = None
+            if self._spawner is None:
                 common = self._spawning
                 self._spawner = await Spawner.start(
                     self._token, common.term_grace_s, str(common.scratch), common.lock, self._nursery, self
@@ -186,7 +193,8 @@ class Supervisor:
             lane.ended([Finished(each.key, _stopping()) for each in attempts])
             return
         log.info("process.run_elsewhere", job=lane.plan.job, attempts=len(attempts))
-        self.start(Start(lane.number, lane.plan, list(attempts), lane.ended))
+        # Before what the lane has been given since.
+        self._pend(Start(lane.number, lane.plan, list(attempts), lane.ended), 0)
 
 
 async def tell(start: Start, outcome: Outcome) -> None:

@@ -115,13 +115,15 @@ class Spawner:
     def __init__(self, child: Child, link: Link, token: str, nursery: trio.Nursery, owner: Owner) -> None:
         self.child = child
         self._token = token
-        self.is_alive = True
+        self.buried = trio.Event()
+        """Nothing of it is left, and what it had is told of or placed elsewhere."""
         self.used_at_s = trio.current_time()
         self.waiting: dict[int, Waiter] = {}
         self.lanes: dict[int, Lane] = {}
         self._link = link
         self._nursery = nursery
         self._owner = owner
+        self._is_ending = False
         self._burying = trio.Lock()
         self._ids = 0
         self._lane_of: dict[int, Lane] = {}
@@ -143,6 +145,11 @@ class Spawner:
         nursery.start_soon(spawner.read)
         log.info("process.spawner_started", pid=child.pid)
         return spawner
+
+    @property
+    def is_ending(self) -> bool:
+        """What it is given now would be taken for lost with it."""
+        return self._is_ending or not self.child.is_running
 
     @property
     def is_idle(self) -> bool:
@@ -227,7 +234,7 @@ class Spawner:
     async def _see_it_end(self, number: int, term_grace_s: float) -> None:
         for patience_s in (term_grace_s + LATE_S, HEARD_S):
             await trio.sleep(patience_s)
-        if number in self._lane_of and self.is_alive:
+        if number in self._lane_of:
             await self.end(is_now=True)
 
     async def give_back(self, numbers: Sequence[int]) -> list[Planned]:
@@ -274,6 +281,7 @@ class Spawner:
 
     async def end(self, *, is_now: bool = False) -> None:
         """Gone, with all that it started, when this returns. `is_now`: it did not answer in time."""
+        self._is_ending = True
         with trio.CancelScope(shield=True):
             if not is_now:
                 self._link.finish()
@@ -290,6 +298,7 @@ class Spawner:
             if pause_s := gathering.pause_s(heard, left, trio.current_time()):
                 await trio.sleep(pause_s)
         # It has died, or cleans up and exits.
+        self._is_ending = True
         with trio.CancelScope(shield=True):
             with trio.move_on_after(LATE_S):
                 await self.child.wait()
@@ -297,7 +306,7 @@ class Spawner:
 
     async def _bury(self, why: str | None = None) -> None:
         async with self._burying:
-            if not self.is_alive:
+            if self.buried.is_set():
                 return  # and there may be a successor, whose commands carry the same mark
             self.child.kill()
             await self.child.wait()
@@ -310,7 +319,7 @@ class Spawner:
             self.child.close()
 
     def _fail_all(self, why: str) -> None:
-        self.is_alive = False
+        self.buried.set()
         lost = Outcome(EndReason.BACKEND, message=f"the spawner {why}"[:2048])
         told: list[tuple[Lane, list[Finished]]] = []
         for waiter in self.waiting.values():

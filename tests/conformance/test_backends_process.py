@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 import trio
 
 from meshd.backends import process, spawners
-from meshd.model import EndReason, Resources
-from meshd.ports import Backend, BatchBackend, Leash, Limits
-from meshd.testing.backend_suite import BackendSuite, Program, boottime, build, nothing_left, poll
+from meshd.backends.spawner import kill_strays
+from meshd.model import AttemptKey, EndReason, Resources
+from meshd.ports import Backend, BatchBackend, Leash, Limits, Planned
+from meshd.testing.backend_suite import JOB, BackendSuite, Program, boottime, build, nothing_left, poll
 from tests.conformance.test_backends_suite import GUEST
 
 
@@ -262,6 +264,52 @@ async def test_what_waited_in_a_killed_spawner_runs_in_the_next(
         await batch.wait(14)
         assert sorted(task for task, end in batch.ends.items() if not end.outcome.is_success) == [2, 3]
         assert {batch.outcome(task).reason for task in (2, 3)} == {EndReason.BACKEND}
+
+
+async def test_what_is_started_while_a_killed_spawner_is_buried_runs_in_the_next_behind_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SPAWNERS_MAX", 1)
+    burying, may_go_on = threading.Event(), threading.Event()
+
+    def kill_strays_slowly(token: str) -> None:
+        burying.set()
+        assert may_go_on.wait(10)
+        kill_strays(token)
+
+    began = tmp_path / "began"
+    async with serving(tmp_path) as bench:
+        monkeypatch.setattr(spawners, "kill_strays", kill_strays_slowly)
+        shell = Program(("sh", "-c", f"echo $MESHD_TASK >> {began}; {{item}}"))
+        batch = bench.start(shell, ["sleep 60", "true", "true"])
+        with trio.fail_after(10):
+            while not began.exists():
+                await trio.sleep(0.01)
+        os.kill(spawner_of(os.getpid()), signal.SIGKILL)
+        assert await trio.to_thread.run_sync(burying.wait, 10)
+        bench.add(batch, 3, ["true"])
+        assert isinstance(bench.backend, BatchBackend)
+        of_a_new_lane = Planned(AttemptKey(JOB, 4, 1, 5), "true")
+        bench.backend.start(batch.plan, 1, [of_a_new_lane], batch.told)
+        may_go_on.set()
+        await batch.wait(5)
+        assert [batch.outcome(task).is_success for task in range(5)] == [False, True, True, True, True]
+        assert [task for task in began.read_text().split() if task != "4"] == ["0", "1", "2", "3"]
+
+
+async def test_what_is_started_in_the_moment_of_a_spawners_death_runs_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SPAWNERS_MAX", 1)
+    async with serving(tmp_path) as bench:
+        await bench.run(bench.attempt(program("exit", "0")))
+        spawner = spawner_of(os.getpid())
+        os.kill(spawner, signal.SIGKILL)
+        poll(lambda: Path(f"/proc/{spawner}/stat").read_text().split()[2] == "Z", "it did not die")
+        batch = bench.start(program("exit", "0"), [""])
+        assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+        await batch.wait(1)
+        assert batch.outcome(0).is_success
 
 
 async def test_commands_are_dealt_out_to_spawners_and_each_dies_alone(
