@@ -96,7 +96,7 @@ class _Owner:
 async def _hear_spawner(stream: bytes) -> None:
     async with trio.open_nursery() as nursery:
         owner = _Owner()
-        spawner = Spawner(_Child(), _link(stream), "token", nursery, owner)  # type: ignore[arg-type]
+        spawner = Spawner(_Child(), _link(stream), "token", "scratch", nursery, owner)  # type: ignore[arg-type]
         waiters = [Waiter(number) for number in range(1, 4)]
         spawner.waiting = {waiter.id: waiter for waiter in waiters}
         spawner._ids = 3

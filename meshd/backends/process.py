@@ -149,7 +149,9 @@ class ProcessBackend:
 
     async def _tidy(self) -> None:
         async for directory in self._removable:
-            if Path(directory).parent == self._scratch:  # as a spawner of ours says
+            path = Path(directory)
+            # As a spawner of ours says.
+            if self._scratch in path.parents and ".." not in path.relative_to(self._scratch).parts:
                 await trio.to_thread.run_sync(remove, directory)
 
     async def _try_command(self) -> Outcome:

@@ -84,7 +84,7 @@ class Desks:
         if self._free:
             return self._free.pop()
         self._made += 1
-        path = os.path.join(self._directory, f"{os.getpid()}-{self._made}")
+        path = os.path.join(self._directory, str(self._made))
         os.makedirs(path, mode=0o700)
         return path
 

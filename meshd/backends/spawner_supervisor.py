@@ -5,6 +5,7 @@ What is asked while there is none waits here; what had not begun when one died r
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,12 @@ class Spawning:
     """What all spawners of a backend have in common."""
 
     scratch: Path
+    """Absolute; each spawner has a directory of its own in it."""
     term_grace_s: float
     lock: int | None
     """Every spawner inherits it (leftovers.py)."""
     remove: Callable[[str], None]
-    """A command left something in this directory; must not wait."""
+    """What commands left in this directory; must not wait."""
 
 
 class Start(NamedTuple):
@@ -161,8 +163,10 @@ class Supervisor:
                 self._spawner = None
             if self._spawner is None:
                 common = self._spawning
+                # Never a former one's name: what that left may not be removed yet.
+                scratch = str(common.scratch / secrets.token_hex(8))
                 self._spawner = await Spawner.start(
-                    self._token, common.term_grace_s, str(common.scratch), common.lock, self._nursery, self
+                    self._token, common.term_grace_s, scratch, common.lock, self._nursery, self
                 )
             return self._spawner
 

@@ -101,7 +101,7 @@ class Owner(Protocol):
     """Must not wait."""
 
     def remove(self, directory: str) -> None:
-        """A command left something in it."""
+        """A command left something in it, or its spawner is gone."""
         ...
 
     def run_elsewhere(self, lane: Lane, attempts: Sequence[Planned]) -> None:
@@ -112,9 +112,11 @@ class Owner(Protocol):
 class Spawner:
     """The spawner process, and who waits for what in it."""
 
-    def __init__(self, child: Child, link: Link, token: str, nursery: trio.Nursery, owner: Owner) -> None:
+    def __init__(self, child: Child, link: Link, token: str, scratch: str, nursery: trio.Nursery, owner: Owner) -> None:
+        """`scratch` is its own: it is removed with all that its commands left when it is gone."""
         self.child = child
         self._token = token
+        self._scratch = scratch
         self.buried = trio.Event()
         """Nothing of it is left, and what it had is told of or placed elsewhere."""
         self.used_at_s = trio.current_time()
@@ -141,7 +143,7 @@ class Spawner:
         except BaseException:
             ours.close()
             raise
-        spawner = cls(child, Link(ours), token, nursery, owner)
+        spawner = cls(child, Link(ours), token, scratch, nursery, owner)
         nursery.start_soon(spawner.read)
         log.info("process.spawner_started", pid=child.pid)
         return spawner
@@ -316,6 +318,7 @@ class Spawner:
             self._hear(self._link.receive_rest())
             self._link.close()
             self._fail_all(why or self.child.describe_end())
+            self._owner.remove(self._scratch)
             self.child.close()
 
     def _fail_all(self, why: str) -> None:

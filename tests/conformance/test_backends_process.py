@@ -342,7 +342,7 @@ async def test_a_command_of_a_batch_finds_nothing_of_the_one_before_not_even_rig
         await batch.wait(4)
         assert [batch.stdout(task) for task in range(4)] == [b"700\n"] * 4
         with trio.fail_after(10):
-            while len(os.listdir(tmp_path / "backend" / "scratch")) > 1:
+            while len(list((tmp_path / "backend" / "scratch").glob("*/*"))) > 1:
                 await trio.sleep(0.01)
 
 
@@ -579,15 +579,32 @@ async def test_a_recall_waits_for_a_spawner_that_is_slow_and_takes_nothing_from_
             assert [batch.outcome(task).is_success for task in range(3)] == [False, True, True]
 
 
-async def test_an_idle_spawner_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_spawner_ends_and_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "IDLE_S", 0.2)
+    scratch = tmp_path / "backend" / "scratch"
     async with serving(tmp_path) as bench:
-        await bench.run(bench.attempt(program("exit", "0")))
+        batch = bench.start(program("exit", "0"), [""])
+        await batch.wait(1)
         spawner = spawner_of(os.getpid())
+        assert os.listdir(scratch)
         with trio.fail_after(10):
-            while Path(f"/proc/{spawner}").exists():
+            while Path(f"/proc/{spawner}").exists() or os.listdir(scratch):
                 await trio.sleep(0.02)
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+
+
+async def test_nothing_that_commands_of_a_killed_spawner_wrote_stays(tmp_path: Path) -> None:
+    scratch = tmp_path / "backend" / "scratch"
+    async with serving(tmp_path) as bench:
+        batch = bench.start(Program(("sh", "-c", "mkdir a; echo x > a/b; chmod 0 a; {item}")), ["sleep 60"])
+        with trio.fail_after(10):
+            while not list(scratch.rglob("b")):
+                await trio.sleep(0.01)
+        os.kill(spawner_of(os.getpid()), signal.SIGKILL)
+        await batch.wait(1)
+        with trio.fail_after(10):
+            while os.listdir(scratch):
+                await trio.sleep(0.02)
 
 
 def test_the_spawner_needs_nothing_but_the_standard_library() -> None:

@@ -86,7 +86,7 @@ async def test_of_each_lane_the_first_died_with_its_spawner_and_what_was_told_to
     ended: list[Finished] = []
     async with trio.open_nursery() as nursery:
         owner = Owner()
-        spawner = Spawner(DeadChild(), Link(ours), "token", nursery, owner)  # type: ignore[arg-type]
+        spawner = Spawner(DeadChild(), Link(ours), "token", "scratch", nursery, owner)  # type: ignore[arg-type]
         spawner.give(1, PLAN, THREE, ended.extend)
         spawner.give(2, PLAN, [Planned(AttemptKey(JOB, 4, 1, 4), "")], ended.extend)
         number = spawner.find(3)
@@ -105,7 +105,7 @@ async def test_what_a_spawner_said_before_it_was_killed_is_heard() -> None:
     ended: list[Finished] = []
     async with trio.open_nursery() as nursery:
         owner = Owner()
-        spawner = Spawner(DeadChild(), Link(ours), "token", nursery, owner)  # type: ignore[arg-type]
+        spawner = Spawner(DeadChild(), Link(ours), "token", "scratch", nursery, owner)  # type: ignore[arg-type]
         spawner.give(1, PLAN, THREE, ended.extend)
         for task in (1, 2):
             frame = b'{"ended": [[%d, "exit", 0, "", 1, "", "", ""]]}' % task
@@ -120,7 +120,7 @@ async def test_what_is_left_of_all_lanes_is_placed_before_anybody_hears_of_an_en
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
         owner = Owner()
-        spawner = Spawner(DeadChild(), Link(ours), "token", nursery, owner)  # type: ignore[arg-type]
+        spawner = Spawner(DeadChild(), Link(ours), "token", "scratch", nursery, owner)  # type: ignore[arg-type]
         for lane in (1, 2):
             spawner.give(lane, PLAN, THREE, lambda finished: owner.happened.append("an end"))
         theirs.close()
