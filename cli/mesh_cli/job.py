@@ -139,20 +139,25 @@ def wait(session: Session, jobs: tuple[str, ...], label: tuple[str, ...], timeou
 @click.pass_obj
 def logs(session: Session, selector: str, follow: bool, stream: str) -> None:
     """What a job wrote: stdout here on stdout, stderr on stderr. JOB:TASK is one task of an array."""
+    from mesh_cli.run import written
+    from meshd.errors import NotFound
+
     chosen = parse_selector(selector)
     streams: Any = ("stdout", "stderr") if stream == "both" else (stream,)
     targets = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
     with session.client() as client:
         view = client.job(chosen.job)
         for start, stop in chosen.tasks or ((0, view.tasks),):
-            for task in range(start, stop):
-                if follow:
-                    for piece in client.follow(view.id, task, streams=streams):
+            if stop > view.tasks:
+                raise NotFound(f"job {view.id} has no task {stop - 1}", hint=f"its tasks are 0 to {view.tasks - 1}")
+            for task in client.tasks(view.id, start=start, stop=stop):
+                if follow and not task.state.is_final:
+                    for piece in client.follow(view.id, task.task, streams=streams):
                         targets[piece.stream].write(piece.data)
                         targets[piece.stream].flush()
                     continue
                 for name in streams:
-                    for chunk in client.output_chunks(view.id, task, name):
+                    for chunk in written(client, task, name):
                         targets[name].write(chunk)
                     targets[name].flush()
 

@@ -7,6 +7,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from mesh_cli.document import job_options, make_document
 from mesh_cli.session import Session, output_options, say, target_options
 
 if TYPE_CHECKING:
-    from meshd.client.client import Client
-    from meshd.views import JobView
+    from meshd.client.client import Client, LogStream
+    from meshd.views import JobView, TaskView
 
 INTERRUPTED = 130
 UNPLACED_S = 3.0
@@ -86,13 +87,29 @@ def attend(client: Client, job: str) -> int:
         return exit_code_of(client.wait(view.id), client)
     view = wait_with_bar(client, view.id)
     shown = min(view.tasks, SHOWN_TASKS_MAX)
-    for task in range(shown):
-        for chunk in client.output_chunks(view.id, task):
+    for task in client.tasks(view.id, stop=shown):
+        for chunk in written(client, task, "stdout"):
             sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
     if shown < view.tasks:
         say(f"output of the other {view.tasks - shown} tasks: mesh job logs {view.id}:TASK")
     return exit_code_of(view, client)
+
+
+def written(client: Client, task: TaskView, stream: LogStream) -> Iterator[bytes]:
+    """What a listed task wrote until now. Only what the list does not say is asked for: an array can have millions."""
+    from meshd.model import Inline
+
+    if task.outcome is not None and task.state.is_final:
+        content = task.outcome.stdout if stream == "stdout" else task.outcome.stderr
+        if content is None:
+            return
+        if isinstance(content, Inline):
+            yield content.data
+            return
+    elif task.node is None:
+        return
+    yield from client.output_chunks(task.job, task.task, stream)
 
 
 def wait_with_bar(client: Client, job: str, timeout_s: float | None = None) -> JobView:

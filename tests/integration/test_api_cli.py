@@ -18,6 +18,7 @@ import yaml
 from mesh_cli import main
 
 from meshd.client import Client
+from meshd.client.client import LogStream
 from tests.integration.api_server import Served, served
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +232,30 @@ def test_logs_result_and_retry(mesh: Mesh, tmp_path: Path) -> None:
     assert "exit 9" in mesh("job", "show", bad).out
     again = mesh("job", "retry", bad).out.strip()
     assert again != bad and bad in mesh("job", "show", again).out
+
+
+def test_logs_asks_only_for_what_the_list_of_tasks_does_not_say(
+    mesh: Mesh, api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    output_chunks = Client.output_chunks
+
+    def counted(client: Client, job: str, task: int = 0, stream: LogStream = "stdout") -> Iterator[bytes]:
+        asked.append(task)
+        return output_chunks(client, job, task, stream)
+
+    monkeypatch.setattr(Client, "output_chunks", counted)
+    small = mesh("submit", "--array", "1-1500", "--", "echo", "hi").out.strip()
+    assert mesh("job", "logs", small) == Said(0, "hi\n" * 1500, "")
+    assert mesh("job", "logs", "-f", f"{small}:0-9") == Said(0, "hi\n" * 10, "") and asked == []
+    large = mesh("submit", "--array", "2", "--", "echo", "x" * 5000).out.strip()
+    assert mesh("job", "logs", large).out == ("x" * 5000 + "\n") * 2 and asked == [0, 1]
+    asked.clear()
+    cut = mesh("submit", "--array", "1-2000", "--at-once", "3", "--", "hang").out.strip()
+    assert mesh("job", "logs", cut) == Said(0, "", "") and asked == [0, 0, 1, 1, 2, 2]
+    mesh("job", "cancel", cut)
+    assert mesh("job", "logs", cut) == Said(0, "", "") and asked == [0, 0, 1, 1, 2, 2]
+    assert mesh("job", "logs", f"{cut}:2000").code == 3
 
 
 # --- everything else ----------------------------------------------------------------------------------------------------
