@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from meshd import codec
 from meshd.errors import MeshError
@@ -13,9 +13,11 @@ from meshd.model import (
     Array,
     AttemptKey,
     AttemptRun,
+    BackendOffer,
     EndReason,
     Inline,
     JobId,
+    Offer,
     OnLost,
     Outcome,
     Retry,
@@ -43,7 +45,7 @@ from meshd.raft.state.lineage import RECOVERIES_MAX
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.ranges import Ranges
 from meshd.views import PAGE_MAX, Explain, GetMembers, GetSummary, ListJobs, ListTasks
-from tests.scene import BAD, GOOD, WALL_MS, A, B, C, Scene, job_id, spec
+from tests.scene import BAD, GOOD, OFFER, WALL_MS, A, B, C, Scene, job_id, spec
 
 NODES = (A, B, C)
 numbers = st.integers(0, 30)
@@ -124,15 +126,20 @@ def test_an_entry_that_is_none_changes_nothing(data: bytes) -> None:
         assert scene.machine.capture()() == was
 
 
+backends = st.sampled_from([("wasm", "process"), ("process", "wasm"), ("wasm",), ("process",)])
 specs = st.builds(
-    lambda count, at_once, max_fails, attempts, on_lost, lost_after, queue_ms, total_ms, priority, backoff: spec(
-        array=Array(count=count, at_once=at_once, max_fails=max_fails),
-        retry=Retry(attempts=attempts, backoff_min_ms=backoff, crash_limit=4),
-        on_lost=on_lost,
-        lost_after_ms=lost_after,
-        timeout=Timeout(queue_ms=queue_ms, total_ms=total_ms),
-        priority=priority,
+    lambda backend, count, at_once, max_fails, attempts, on_lost, lost_after, queue_ms, total_ms, priority, backoff: (
+        spec(
+            backend=backend,
+            array=Array(count=count, at_once=at_once, max_fails=max_fails),
+            retry=Retry(attempts=attempts, backoff_min_ms=backoff, crash_limit=4),
+            on_lost=on_lost,
+            lost_after_ms=lost_after,
+            timeout=Timeout(queue_ms=queue_ms, total_ms=total_ms),
+            priority=priority,
+        )
     ),
+    backend=backends,
     count=st.integers(1, 5),
     at_once=st.integers(0, 2),
     max_fails=st.integers(0, 2),
@@ -144,6 +151,8 @@ specs = st.builds(
     priority=st.integers(0, 100),
     backoff=st.sampled_from([0, 100]),
 )
+both = Offer((BackendOffer("wasm"), BackendOffer("process")), OFFER.resources)
+offers = st.sampled_from([OFFER, Offer((BackendOffer("process"),), OFFER.resources), both])
 outcomes = st.sampled_from(
     [
         Outcome(reason=EndReason.EXIT, exit_code=0),
@@ -157,11 +166,14 @@ index = st.integers(0, 7)
 
 
 class MachineLaws(RuleBasedStateMachine):
-    """Three replicas: one applies, one applies the same bytes, one is restored from a snapshot now and then."""
+    """Three replicas: one applies, one applies the same bytes, one is restored from a snapshot now and then.
+
+    And for each entry a fourth, restored just before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.scene = Scene(*NODES, slots=2)
+        self.scene = Scene(*NODES, slots=2, offer=both)
         self.twin, self.restored = Machine(), Machine()
         self.replayed = 0
         self.ids: list[JobId] = []
@@ -176,8 +188,11 @@ class MachineLaws(RuleBasedStateMachine):
         machine = self.scene.machine
         for entry in self.scene.entries[self.replayed :]:
             self.replayed += 1
+            fresh = Machine()
+            fresh.restore(self.twin.capture()())
             answers = self.twin.apply(self.replayed, entry)
-            assert self.restored.apply(self.replayed, entry) == answers
+            assert self.restored.apply(self.replayed, entry) == fresh.apply(self.replayed, entry) == answers
+            assert fresh.digest() == self.twin.digest()
             assert self.twin.take_events() == self.restored.take_events()
         assert machine.digest() == self.twin.digest() == self.restored.digest()
         new = [key.fence for key in self.scene.notices()]
@@ -215,16 +230,16 @@ class MachineLaws(RuleBasedStateMachine):
             epoch=self.epochs[node],
         )
 
-    @rule(node=nodes, slots=st.integers(0, 3))
-    def claim(self, node, slots):
-        self.scene.claim(node, slots, epoch=self.epochs[node])
+    @rule(node=nodes, slots=st.integers(0, 3), offer=offers)
+    def claim(self, node, slots, offer):
+        self.scene.claim(node, slots, epoch=self.epochs[node], offer=offer)
 
-    @rule(node=nodes, step=st.integers(0, 2), keep=st.integers(0, 3), slots=st.integers(1, 2))
-    def open(self, node, step, keep, slots):
+    @rule(node=nodes, step=st.integers(0, 2), keep=st.integers(0, 3), slots=st.integers(1, 2), offer=offers)
+    def open(self, node, step, keep, slots, offer):
         epoch = self.epochs[node] + step
         if step:
             self.epochs[node] = epoch
-        self.scene.open(node, epoch, tuple(self.keys[-keep:] if keep else ()), slots=slots)
+        self.scene.open(node, epoch, tuple(self.keys[-keep:] if keep else ()), slots=slots, offer=offer)
 
     @rule(node=nodes)
     def end(self, node):
@@ -355,18 +370,24 @@ def _values(key: AttemptKey) -> tuple[JobId, int, int, int]:
 
 
 class SmallEntries(MachineLaws):
-    """The same where an entry may lease two at most, so that what is left goes on with the next one, here and elsewhere.
+    """The same where an entry may lease one run at most, so that what is left goes on with the next one, here and elsewhere.
 
     And where a task is soon one that was lost often.
     """
 
     def __init__(self) -> None:
         self.were = leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX
-        leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = 2, 1
+        leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = 1, 1
         super().__init__()
 
     def teardown(self) -> None:
         leases.LEASES_PER_ENTRY_MAX, jobs.AHEAD_LOSSES_MAX = self.were
+
+    @initialize(backends=st.lists(backends, min_size=6, max_size=12))
+    def begin_with_lines(self, backends):
+        """More than there are slots for, so that several kinds wait, and the first job of one may end before others."""
+        for backend in backends:
+            self.submit(spec(backend=backend), A)
 
     @rule()
     def go_on(self):
@@ -379,7 +400,7 @@ class SmallEntries(MachineLaws):
 
 
 TestSmallEntries = SmallEntries.TestCase
-TestSmallEntries.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSmallEntries.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 TestMachineLaws = MachineLaws.TestCase
 TestMachineLaws.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

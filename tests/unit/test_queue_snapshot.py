@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshd.errors import Corrupt
-from meshd.model import EndReason, Inline, Needs, NodeId, Outcome, Resources
+from meshd.model import BackendOffer, EndReason, Inline, Needs, NodeId, Offer, Outcome, Resources
 from meshd.raft.state import leases
 from meshd.raft.state.commands import Cancel, Command, OpenSession, Report, Submit
 from meshd.raft.state.machine import Machine
@@ -109,6 +109,28 @@ def test_what_one_entry_brought_and_could_not_lease_comes_in_the_same_order_to_a
         copy.apply(scene.index, scene.entries[-1])
         assert copy.digest() == scene.machine.digest()
     assert [scene.task(job_id(number)).fence for number in (1, 4, 2, 5, 3)] == [1, 2, 3, 4, 5]
+
+
+def test_what_woke_is_the_same_to_a_replica_that_was_restored_after_the_first_job_of_a_kind_had_ended(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(leases, "LEASES_PER_ENTRY_MAX", 1)
+    offer = Offer((BackendOffer("wasm"), BackendOffer("process")), OFFER.resources)
+    one, other = spec(backend=("wasm", "process")), spec(backend=("process", "wasm"))
+    scene = Scene(A, B, slots=0)
+    for kind in (one, other, other, other, one, one):
+        scene.submit(kind)
+    scene.open(B, 1, slots=1, offer=offer)
+    scene.finish(B)
+    copy = Machine()
+    copy.restore(scene.machine.capture()())
+    scene.open(A, 1, slots=4, offer=offer)
+    while scene.machine.next_timer_ms() == 0:
+        copy.apply(scene.index, scene.entries[-1])
+        assert copy.digest() == scene.machine.digest()
+        assert copy.capture()() == scene.machine.capture()()
+        scene.batch()
+    assert len(scene.leases(A)) == 4
 
 
 def test_an_entry_that_leased_just_as_much_as_it_may_has_nothing_left(monkeypatch: pytest.MonkeyPatch):

@@ -300,9 +300,13 @@ class Matching:
         return bool(self._gained or self._woken or self._hungry)
 
     def unsettled(self) -> tuple[list[NodeId], list[int], list[NodeId]]:
-        """For `settle`, elsewhere: nodes that gained room, the first job of each kind that woke, hungry nodes."""
-        heads = [kind.line.first() for kind in self._woken.values()]
-        return list(self._gained), [head[1] for head in heads if head is not None], list(self._hungry)
+        """For `settle`, elsewhere: nodes that gained room, the first job of each kind that woke, hungry nodes.
+
+        Kinds are known in the order in which their first job came, here, and the first that still lives, where the
+        state was restored: so the jobs are sorted, as `next_pair` takes them.
+        """
+        heads = sorted([head for kind in self._woken.values() if (head := kind.line.first()) is not None])
+        return list(self._gained), [number for _, number in heads], list(self._hungry)
 
     def take_apart(self) -> None:
         """Free what stands in line, one job's number after the other."""
