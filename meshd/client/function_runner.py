@@ -2,7 +2,7 @@
 
 Reads its part of the pack from stdin. Each result is written to stdout the moment it is there, so that a call which
 takes the process down with it (a segmentation fault, `os._exit`, the memory limit) costs none of those before it.
-What functions print goes to the task's stderr.
+What functions print goes to the task's stderr; their stdin is empty.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ def main() -> int:
     results = _keep_stdout()
     task = int(os.environ["MESHD_TASK"])
     try:
-        part = calls.read_part(sys.stdin.buffer, task)
+        # Not through sys.stdin, which would keep what it has read ahead.
+        with open(0, "rb", closefd=False) as stdin:
+            part = calls.read_part(stdin, task)
     except calls.Mismatch as error:
         print(error, file=sys.stderr)
         return 2
+    _empty_stdin()
     try:
         function = pickles.load_function(part.function)
     except BaseException as error:
@@ -50,6 +53,13 @@ def _keep_stdout() -> int:
     results = os.dup(1)
     os.dup2(2, 1)
     return results
+
+
+def _empty_stdin() -> None:
+    """Functions, and what they start, read nothing: the pack holds other calls too."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def _write(file: int, data: bytes) -> None:

@@ -111,6 +111,19 @@ def test_an_exception_that_cannot_be_carried_over_is_named() -> None:
     assert isinstance(found[0], TypeError) and "generator" in str(found[0])
 
 
+def test_a_function_and_what_it_starts_read_nothing_of_the_calls_around_it() -> None:
+    def read(secret: str) -> tuple[str, bytes]:
+        try:
+            said = input()
+        except EOFError:
+            said = "nothing"
+        return said, subprocess.run(["cat"], capture_output=True).stdout
+
+    # More of them than the reader of the pack takes into its buffer.
+    found, _, _ = run(read, [("secret " * 2000,), ("secret " * 2000,)])
+    assert found == [("nothing", b"")] * 2
+
+
 def test_a_call_that_takes_the_process_down_costs_none_of_those_before_it() -> None:
     def careless(number: int) -> int:
         if number == 2:
