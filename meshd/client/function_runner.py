@@ -32,6 +32,7 @@ def main() -> int:
         _write(results, calls.record(calls.BEGIN, b"") + failure * len(part.calls) + calls.end_record(0.0))
         return 0
     _write(results, calls.record(calls.BEGIN, b""))
+    process = os.getpid()
     began_s = now_s = time.monotonic()
     ends_s = began_s + part.budget_s if part.budget_s else float("inf")
     for call in part.calls:
@@ -41,7 +42,11 @@ def main() -> int:
             args, kwargs = pickles.load_call(call)
             answer = calls.record(calls.RESULT, pickles.dump_result(function(*args, **kwargs)))
         except BaseException as error:  # whatever it raises is its answer, SystemExit too
+            if os.getpid() != process:
+                raise
             answer = calls.record(calls.ERROR, pickles.dump_error(error))
+        if os.getpid() != process:
+            return 0  # a child that the function forked, and that came back from it: its parent has the answer
         _write(results, answer)
         now_s = time.monotonic()
     _write(results, calls.end_record(now_s - began_s))

@@ -134,6 +134,21 @@ def test_a_call_that_takes_the_process_down_costs_none_of_those_before_it() -> N
     assert (found, seconds, done.returncode) == ([0, 1], None, 9)
 
 
+def test_a_forked_child_that_comes_back_answers_no_call() -> None:
+    def fork(ends: str) -> tuple[str, int] | str:
+        child = os.fork()
+        if child:
+            return "parent", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if ends == "badly":
+            raise LookupError("in the child")
+        print("the child was here")
+        return "child"
+
+    found, seconds, done = run(fork, [("well",), ("badly",), ("well",)])
+    assert found == [("parent", 0), ("parent", 1), ("parent", 0)] and seconds is not None
+    assert b"the child was here" in done.stderr and b"in the child" in done.stderr
+
+
 def test_what_the_budget_does_not_cover_is_handed_back() -> None:
     def slow(number: int) -> int:
         time.sleep(0.05)
