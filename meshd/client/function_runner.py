@@ -10,8 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 
 from meshd.client import calls, pickles
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def main() -> int:
@@ -72,5 +77,16 @@ def _write(file: int, data: bytes) -> None:
         data = data[os.write(file, data) :]
 
 
+def _end(code: int) -> NoReturn:
+    """At once, as a worker of `concurrent.futures`: its results are read when it has ended, so a thread that a function
+    has left behind would hold them. Processes left behind are the node's to end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A function may have closed it, or put something else there.
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

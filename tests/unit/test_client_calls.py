@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def run(
         stdin.seek(0)
         done = subprocess.run(
             [sys.executable, "-m", "meshd.client.function_runner"],
-            stdin=stdin, capture_output=True, env={**os.environ, "MESHD_TASK": "0"}, timeout=60,
+            stdin=stdin, capture_output=True, env={**os.environ, "MESHD_TASK": "0"}, timeout=20,
         )  # fmt: skip
     records, seconds = calls.read_records(done.stdout)
     if records:
@@ -147,6 +148,17 @@ def test_a_forked_child_that_comes_back_answers_no_call() -> None:
     found, seconds, done = run(fork, [("well",), ("badly",), ("well",)])
     assert found == [("parent", 0), ("parent", 1), ("parent", 0)] and seconds is not None
     assert b"the child was here" in done.stderr and b"in the child" in done.stderr
+
+
+def test_a_thread_that_a_function_leaves_behind_holds_no_result() -> None:
+    def leave(word: str) -> str:
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+        print("printed", word)
+        return word
+
+    found, seconds, done = run(leave, [("a",), ("b",)])
+    assert found == ["a", "b"] and seconds is not None and done.returncode == 0
+    assert b"printed b" in done.stderr
 
 
 def test_what_the_budget_does_not_cover_is_handed_back() -> None:
