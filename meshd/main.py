@@ -38,7 +38,7 @@ def main() -> None:
 @click.option("--role", "roles", type=click.Choice(["server", "worker"]), multiple=True, help="Of a founder.  [both]")
 @click.option("--label", "labels", metavar="KEY=VALUE", multiple=True, help="For placement.")
 @click.option("--backend", "backends", multiple=True, help="Offer only these backends.")
-@click.option("--slots", type=int, help="Attempts held at a time.  [four for each core]")
+@click.option("--slots", type=int, help="Attempts held at a time; 0 takes no work.  [four for each core]")
 @click.option("--cpu", type=float, help="Cores offered.  [all]")
 @click.option("--memory", help="Memory offered, as 4Gi.  [nine tenths]")
 @click.option(
@@ -90,11 +90,7 @@ def dev(nodes: int, data_dir: Path | None) -> None:
 def _up(invite_text: str | None, is_resume: bool, config_file: Path | None, flags: dict[str, Any]) -> None:
     from meshd import config
     from meshd.admission import invites
-    from meshd.units import parse_size
 
-    for size in ("memory", "disk_free"):
-        if flags.get(size):
-            flags[size] = parse_size(flags[size])
     settings = config.load(flags, os.environ, config_file)
     invite = invites.parse(invite_text) if invite_text else None
     _set_up_logging(settings.log_level)

@@ -12,10 +12,9 @@ from importlib.metadata import EntryPoint, entry_points
 import structlog
 import trio
 
+from meshd.config import BACKENDS
 from meshd.model import BackendProbe, EndReason, Outcome
 from meshd.ports import Backend, BackendSettings, Execution
-
-GROUP = "meshd.backends"
 
 PROBE_S_MAX = 30.0
 """Longer than any backend of ours gives itself; for plug-ins that give themselves no end."""
@@ -51,7 +50,7 @@ def load(
 
     `more` are built besides the installed ones (the mock, for drills), and win over one of the same name.
     """
-    found = entry_points(group=GROUP) if installed is None else installed
+    found = entry_points(group=BACKENDS) if installed is None else installed
     factories: dict[str, Callable[[], Callable[[BackendSettings], Backend]]] = {
         point.name: point.load for point in sorted(found, key=lambda point: point.name)
     }

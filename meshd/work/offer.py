@@ -8,8 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from meshd.config import Config, parse_pairs
-from meshd.errors import InvalidRequest
+from meshd.config import Config
 from meshd.model import BackendOffer, BackendProbe, Offer, Resources
 
 SLOTS_PER_CORE = 4
@@ -17,7 +16,7 @@ SLOTS_PER_CORE = 4
 
 
 def make_offer(config: Config, name: str, version: str, probes: Sequence[BackendProbe]) -> Offer:
-    labels = dict(parse_pairs(config.labels, "label"))
+    labels = dict(config.labels)
     labels |= {"arch": platform.machine(), "os": platform.system().lower(), "name": name}
     works = [probe for probe in probes if probe.works]
     return Offer(
@@ -31,23 +30,19 @@ def make_offer(config: Config, name: str, version: str, probes: Sequence[Backend
 
 def zone(config: Config) -> str:
     """What fails together with this machine, by its label; empty when nobody said."""
-    return dict(parse_pairs(config.labels, "label")).get("zone", "")
+    return dict(config.labels).get("zone", "")
 
 
 def slots(config: Config) -> int:
-    return config.slots or SLOTS_PER_CORE * _cores()
+    return SLOTS_PER_CORE * _cores() if config.slots is None else config.slots
 
 
 def _resources(config: Config) -> Resources:
-    custom: dict[str, int] = {}
-    for key, value in parse_pairs(config.custom, "resource"):
-        if not value.isdigit():
-            raise InvalidRequest(f"resource {key}={value}: the amount is not a whole number")
-        custom[key] = int(value)
+    custom = dict(config.custom)
     home = config.home
     return Resources(
-        cpu_milli=int((config.cpu or _cores()) * 1000),
-        memory=config.memory or _memory() * 9 // 10,
+        cpu_milli=int((_cores() if config.cpu is None else config.cpu) * 1000),
+        memory=_memory() * 9 // 10 if config.memory is None else config.memory,
         disk=shutil.disk_usage(home if home.exists() else "/").free,
         gpu=custom.pop("gpu", 0),
         custom=tuple(sorted(custom.items())),

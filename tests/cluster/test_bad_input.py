@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from contextlib import suppress
 
@@ -277,3 +279,33 @@ def test_a_wrong_token_over_tls_is_not_allowed_and_a_right_one_is(make_mesh):
     for connection in standing:
         connection.close()
     assert mesh.agents["node1"].poll() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--cpu", "nan"), "error: --cpu: 'nan'"),
+        (("--slots", "-3"), "error: --slots: '-3'"),
+        (("--backend", "docker"), "error: --backend: there is no backend 'docker'\ntry:   there are: process, wasm"),
+        (("--api", "127.0.0.1:bad"), "error: --api: '127.0.0.1:bad' is not HOST:PORT"),
+        (("--resource", "gpu"), "error: --resource: 'gpu' is not key=value"),
+    ],
+)
+def test_up_refuses_what_makes_no_sense_before_it_founds_anything(tmp_path, flags, words):
+    command = [sys.executable, "-m", "meshd.main", "up", "--data-dir", str(tmp_path / "d"), "--listen", "127.0.0.1:0"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(words) and not (tmp_path / "d").exists()
+
+
+def test_a_founder_that_comes_back_alone_says_how_others_join(make_mesh):
+    mesh = make_mesh("node1")
+    said = lambda: (mesh.home("node1") / "agent.log").read_text()  # noqa: E731
+    assert "meshd up --join meshd1-" in said() and "nobody else" not in said()
+    mesh.kill("node1", signal.SIGTERM)
+    mesh.start("node1")
+    assert "nobody else is in this mesh yet: `mesh node invite`" in said()
+    with mesh.client("node1") as client:
+        mesh.start("node2", "--join", client.invite())
+    mesh.kill("node1", signal.SIGTERM)
+    mesh.start("node1")
+    assert said().count("nobody else") == 1

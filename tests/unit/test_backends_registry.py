@@ -34,7 +34,7 @@ def refuse(settings: BackendSettings) -> MockBackend:
 
 
 def point(name: str, target: str) -> EntryPoint:
-    return EntryPoint(name, target, registry.GROUP)
+    return EntryPoint(name, target, registry.BACKENDS)
 
 
 def test_the_installed_ones_are_ours(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from meshd.errors import Busy, Corrupt, InvalidRequest, StartRefused
 from meshd.model import NodeId, Role
 from meshd.raft.storage.disk import DirectoryDisk
 from meshd.raft.storage.opening import open_log
+from meshd.work.offer import make_offer, slots
 
 
 def test_flags_beat_the_environment_and_that_beats_the_file(tmp_path):
@@ -24,7 +26,7 @@ def test_flags_beat_the_environment_and_that_beats_the_file(tmp_path):
     environ = {"MESHD_LISTEN": "2.2.2.2:2", "MESHD_LABELS": "b=2,c=3", "MESHD_ROLES": "server", "OTHER": "x"}
     found = config.load({"slots": 9, "name": None, "labels": ()}, environ, file)
     assert (found.name, found.listen, found.slots) == ("file", "2.2.2.2:2", 9)
-    assert found.labels == ("b=2", "c=3") and found.roles == (Role.SERVER,)
+    assert found.labels == (("b", "2"), ("c", "3")) and found.roles == (Role.SERVER,)
 
 
 @pytest.mark.parametrize("text", ["nonsense = 1", "slots = 'many'", "[", "roles = ['king']"])
@@ -33,6 +35,69 @@ def test_a_wrong_setting_is_named(tmp_path, text):
     file.write_text(text)
     with pytest.raises(InvalidRequest):
         config.load({}, {}, file)
+
+
+@pytest.mark.parametrize(
+    ("field", "flag", "value"),
+    [
+        ("cpu", "--cpu", "nan"),
+        ("cpu", "--cpu", "inf"),
+        ("cpu", "--cpu", -1.0),
+        ("slots", "--slots", -3),
+        ("memory", "--memory", "-1"),
+        ("disk_free", "--disk-free", "lots"),
+        ("api", "--api", "host:bad"),
+        ("listen", "--listen", "7373"),
+        ("advertise", "--advertise", "host"),
+        ("custom", "--resource", "gpu"),
+        ("custom", "--resource", "gpu=-1"),
+        ("custom", "--resource", "gpu=99999999999999999999"),
+        ("labels", "--label", "zone"),
+        ("labels", "--label", "zone=" + "z" * 300),
+        ("backends", "--backend", "docker"),
+        ("roles", "--role", "king"),
+        ("name", "--name", "n" * 300),
+        ("term_grace_s", "--term-grace-s", "nan"),
+        ("log_level", "--log-level", "loud"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_the_name_under_which_it_was_given(tmp_path, field, flag, value):
+    is_list = field in ("advertise", "custom", "labels", "backends", "roles")
+    file = tmp_path / "meshd.toml"
+    file.write_text(f"{field} = {json.dumps([value] if is_list else value)}")
+    ways = {
+        flag: ({field: (value,) if is_list else value}, {}, None),
+        f"MESHD_{field.upper()}": ({}, {f"MESHD_{field.upper()}": str(value)}, None),
+        f"{field} in {file}": ({}, {}, file),
+    }
+    for where, given in ways.items():
+        with pytest.raises(InvalidRequest) as caught:
+            config.load(*given)
+        assert caught.value.message.startswith(f"{where}: ") and len(caught.value.message) < 300 + len(str(file))
+
+
+def test_none_of_something_is_none_of_it_and_not_given_is_what_the_machine_has():
+    nothing = config.load({"cpu": 0.0, "slots": 0, "memory": "0"}, {})
+    assert (nothing.cpu, nothing.slots, nothing.memory) == (0.0, 0, 0)
+    offered = make_offer(nothing, "n", "1", ()).resources
+    assert (offered.cpu_milli, offered.memory, slots(nothing)) == (0, 0, 0)
+    silent = config.load({}, {})
+    offered = make_offer(silent, "n", "1", ()).resources
+    assert offered.cpu_milli and offered.memory and slots(silent)
+
+
+def test_sizes_and_amounts_are_read_in_every_way(tmp_path):
+    file = tmp_path / "meshd.toml"
+    file.write_text('disk_free = "4Gi"\ncustom = ["gpu=2", "license=3"]\n')
+    found = config.load({}, {"MESHD_MEMORY": "1Gi"}, file)
+    assert (found.disk_free, found.memory, found.custom) == (4 << 30, 1 << 30, (("gpu", 2), ("license", 3)))
+
+
+def test_a_backend_that_is_not_installed_is_refused_with_those_that_are():
+    with pytest.raises(InvalidRequest) as caught:
+        config.load({"backends": ("docker",)}, {})
+    assert "process" in caught.value.hint and "wasm" in caught.value.hint
+    assert config.load({"backends": ("wasm",)}, {}).backends == ("wasm",)
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:x", "host:70000"])
