@@ -92,6 +92,8 @@ class Started:
     name: str
     mesh: str
     is_founded: bool
+    is_alone: bool
+    """No other member is known."""
     addresses: tuple[str, ...]
     api_port: int | None
     node: Node
@@ -237,6 +239,7 @@ class _Daemon:
             self.records.mesh_file.name,
             self.mesh,
             is_founded,
+            not self.directory.members(),
             self.introduction.addresses,
             api_port,
             self.node,

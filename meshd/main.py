@@ -183,6 +183,8 @@ async def _announce(started: Any, home: Path) -> None:
             "Join other machines within the hour (10 of them; more: `mesh node invite`):",
             f"  meshd up --join {invite}",
         ]
+    elif started.is_alone:
+        lines += ["", "nobody else is in this mesh yet: `mesh node invite` prints what lets other machines join"]
     click.echo("\n".join(lines))
     click.echo("ready")
     sys.stdout.flush()
