@@ -19,7 +19,7 @@ import trio
 from blake3 import blake3
 
 from meshd import codec
-from meshd.errors import Corrupt, MeshError, NotFound, PeerFault, Unavailable
+from meshd.errors import Corrupt, MeshError, NotFound, PeerFault, TooLarge, Unavailable
 from meshd.history.index import Archived, Bounds, Index, content_of
 from meshd.history.keeping import Work, work_of
 from meshd.history.reading import explanation, one_page, pieces_of, tasks_page
@@ -284,7 +284,11 @@ class Archive:
                 # Damaged, it was put aside: the next look finds it missing, and fetches it.
                 log.warning("history.segment_damaged", segment=segment.number, error=str(error))
                 continue
-            await self._write_index(self._index.add, segment.hash, content)
+            except TooLarge as error:
+                # It cannot become less: its jobs are not found here, and what else there is does not wait for it.
+                log.error("history.segment_not_indexed", segment=segment.number, error=str(error))
+            else:
+                await self._write_index(self._index.add, segment.hash, content)
             self._indexed[segment.number] = segment.hash
             has_indexed, self._has_indexed = self._has_indexed, trio.Event()
             has_indexed.set()

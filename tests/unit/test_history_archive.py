@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from meshd import codec
 from meshd.blobs.store import Store
 from meshd.errors import Conflict, Corrupt, MeshError, NotFound, Unavailable
+from meshd.history import archive as archive_module
 from meshd.history.archive import Archive
 from meshd.history.index import Index
 from meshd.history.segment import entries, pack
@@ -312,6 +313,24 @@ async def test_what_is_too_old_leaves_the_disk_also_when_it_could_not_be_removed
         monkeypatch.setattr(history, "HISTORY_JOBS_MAX", scene.machine._queue.archived_jobs - 1)
         scene.tick(1)
         await until(lambda: not store.has(first.hash) and 1 not in archive._indexed, archive)
+
+
+async def test_a_segment_too_large_for_the_index_keeps_no_other_job_from_being_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scene = Scene(A, slots=2)
+    small, large = scene.submit(), scene.submit(spec(count=20))
+    after = [scene.submit() for _ in range(10)]
+    while scene.leases(A):
+        scene.finish(A, Outcome(EndReason.EXIT, exit_code=0, stdout=Inline(random.Random(1).randbytes(4000))))
+    monkeypatch.setattr(archive_module, "SEGMENT_BYTES_MAX", 40_000)
+    monkeypatch.setattr(history, "SEGMENT_ROWS_MAX", 5)
+    async with serving(scene, tmp_path) as (archive, _):
+        await until(lambda: len(scene.machine._queue.finished) <= 5, archive)
+        page = await archive.answer(ListJobs(), timeout_s=5)
+        assert {job.id for job in page.jobs} == {small, *after}
+        with pytest.raises(NotFound):
+            await archive.answer(GetJob(large), timeout_s=5)
 
 
 async def test_what_became_too_old_while_it_was_fetched_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
