@@ -25,7 +25,16 @@ JobId = NewType("JobId", str)
 """A UUIDv7 in canonical text form, made by the client."""
 
 INLINE_BYTES_MAX = 4096
-"""What may travel inside a command; anything larger is a blob (protocol.md 6)."""
+"""What may travel inside a command; anything larger is a blob (protocol.md 6). Of results in large arrays less."""
+
+INLINE_STREAM_BYTES_MAX = INLINE_BYTES_MAX // 4
+"""… and of a task's stdout or stderr: hundreds of ends share one command."""
+
+RESULTS_BYTES = 64 << 20
+"""For what all tasks of one job have inline: their stdout, as much again of stderr, and of outputs."""
+
+REFERENCE_BYTES = 96
+"""Of a blob, as it stands in an outcome: what is not longer costs a replica less inline than as a blob."""
 
 TASKS_MAX = 10_000_000
 """Tasks in one job."""
@@ -238,6 +247,14 @@ class JobSpec(Struct, frozen=True, gc=False, omit_defaults=True):
     """The job's own labels, for `-l key=value`."""
 
     @property
+    def inline_bytes_max(self) -> int:
+        """How much of a task's stdout, of its stderr and of its outputs stays in the log; what is longer is a blob.
+
+        Every voter holds it in memory until the job has ended: of an array of 10⁶ tasks 4 KiB each would be gigabytes.
+        """
+        return max(REFERENCE_BYTES, min(INLINE_BYTES_MAX, RESULTS_BYTES // self.array.count))
+
+    @property
     def promises_one_at_a_time(self) -> bool:
         """A given `lost_after` of 30 s or more: never two at a time (protocol.md 5)."""
         return self.on_lost is OnLost.RERUN and self.lost_after_ms is not None and self.lost_after_ms >= 30_000
@@ -272,7 +289,7 @@ class Outcome(Struct, frozen=True, gc=False, omit_defaults=True):
     stdout: Content | None = None
     stderr: Content | None = None
     outputs: Inline | TreeRef | None = None
-    """Inline: the msgpack of a `Tree` whose contents are all inline, when all of it fits 4 KiB."""
+    """Inline: the msgpack of a `Tree` whose contents are all inline, when all of it fits `JobSpec.inline_bytes_max`."""
     holders: tuple[NodeId, ...] = ()
     """Who has the blobs that this names."""
     run_ms: Count = 0

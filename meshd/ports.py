@@ -15,7 +15,16 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import trio
 
-from meshd.model import AttemptKey, BackendProbe, BlobRef, JobId, NodeId, Outcome, Resources
+from meshd.model import (
+    INLINE_STREAM_BYTES_MAX,
+    AttemptKey,
+    BackendProbe,
+    BlobRef,
+    JobId,
+    NodeId,
+    Outcome,
+    Resources,
+)
 
 # --- peers -----------------------------------------------------------------------------------------------------------
 
@@ -217,6 +226,8 @@ class Limits:
     cpu_milli: int | None = None
     output_bytes_max: int = 64 << 20
     """stdout and stderr, each."""
+    inline_bytes_max: int = INLINE_STREAM_BYTES_MAX
+    """… of which so much is told with the end of an attempt of a plan. More is left in its file."""
 
 
 class Leash:

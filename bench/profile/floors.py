@@ -74,7 +74,7 @@ def _guests(scratch: Path) -> tuple[float, Cpu]:
     workdir.mkdir()
     capture = Capture(str(scratch))
     stdout, stderr = (f"/proc/self/fd/{file}" for file in (capture.stdout, capture.stderr))
-    plan = Plan(0, str(guest("noop")), "", (), (), None, str(scratch), None, None, None, 1 << 20, None, None)
+    plan = Plan(0, str(guest("noop")), "", (), (), None, str(scratch), None, None, None, 1 << 20, 1 << 10, None, None)
     guests = Guests(linked, plan, workdir=str(workdir), stdin=None, stdout=stdout, stderr=stderr)
     task = Task(0, 0, 1, 1, "0")
 

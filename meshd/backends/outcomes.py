@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from meshd.backends.output import INLINE_BYTES_MAX
 from meshd.model import AttemptKey, Inline, Outcome
 from meshd.ports import Finished
 
@@ -26,7 +25,9 @@ def outcome_of(*, reason: object, exit_code: object, message: object, run_ms: ob
     return outcome
 
 
-def finished_with_output(key: AttemptKey, outcome: Outcome, stdout: object, stderr: object, spill: str) -> Finished:
+def finished_with_output(
+    key: AttemptKey, outcome: Outcome, stdout: object, stderr: object, *, spill: str, inline_bytes_max: int
+) -> Finished:
     """Each as the helper sent it; None stands for the file that it left in `spill`. Raises ValueError."""
     kept: list[Inline | None] = []
     files: list[Path | None] = []
@@ -34,7 +35,7 @@ def finished_with_output(key: AttemptKey, outcome: Outcome, stdout: object, stde
         if data is None:
             kept.append(None)
             files.append(Path(spill, f"{key.fence:x}.{stream}"))
-        elif isinstance(data, bytes) and len(data) <= INLINE_BYTES_MAX:
+        elif isinstance(data, bytes) and len(data) <= inline_bytes_max:
             kept.append(Inline(data) if data else None)
             files.append(None)
         else:

@@ -18,9 +18,6 @@ from contextlib import suppress
 CHECK_S = 0.05
 """How often a running job's output is measured: at 2 GB/s it can be 100 MB over its limit before it is cut back."""
 
-INLINE_BYTES_MAX = 1024
-"""Of each of the two: what a helper tells with the end of an attempt, small enough for a command. More is left in a file."""
-
 COPY_BYTES = 1 << 20
 
 
@@ -55,9 +52,12 @@ class Capture:
             os.close(self.stdout)
             raise
 
-    def take(self, name: str) -> tuple[bytes | None, bytes | None]:
-        """What was written to each; None: more than travels, now in the file `directory/name.stdout` or `.stderr`."""
-        return self._take("stdout", self.stdout, name), self._take("stderr", self.stderr, name)
+    def take(self, name: str, inline_bytes_max: int) -> tuple[bytes | None, bytes | None]:
+        """What was written to each; None: more than that, now in the file `directory/name.stdout` or `.stderr`."""
+        return (
+            self._take("stdout", self.stdout, name, inline_bytes_max),
+            self._take("stderr", self.stderr, name, inline_bytes_max),
+        )
 
     def renew(self) -> bool:
         """Empty again; whether one of the files is another now.
@@ -75,9 +75,9 @@ class Capture:
             was_used = True
         return was_used
 
-    def _take(self, stream: str, file: int, name: str) -> bytes | None:
+    def _take(self, stream: str, file: int, name: str, inline_bytes_max: int) -> bytes | None:
         size = _size(file)
-        if size <= INLINE_BYTES_MAX:
+        if size <= inline_bytes_max:
             return os.pread(file, size, 0) if size else b""
         _give_name(file, os.path.join(self._directory, f"{name}.{stream}"))
         return None

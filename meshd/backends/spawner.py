@@ -207,7 +207,7 @@ class Spawner:
         stdout: str | None = ""
         stderr: str | None = ""
         try:
-            stdout, stderr = map(_text, seat.capture.take(seat.name))
+            stdout, stderr = map(_text, seat.capture.take(seat.name, seat.lane.plan["inline_bytes_max"]))
         except OSError as error:
             reason, code, message = "backend", None, f"its output cannot be kept: {error}"
         seat.capture.close()

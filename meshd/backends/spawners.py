@@ -392,7 +392,10 @@ class Spawner:
             return
         stdout, stderr = (None if text is None else _bytes(text) for text in (end.stdout, end.stderr))
         key = lane.given[end.id].key
-        told = finished_with_output(key, outcome, stdout, stderr, str(lane.plan.spill))
+        plan = lane.plan
+        told = finished_with_output(
+            key, outcome, stdout, stderr, spill=str(plan.spill), inline_bytes_max=plan.limits.inline_bytes_max
+        )
         del lane.given[end.id], self._lane_of[end.id]
         self._stopped.discard(end.id)
         lane.heard_s = self.used_at_s = trio.current_time()
@@ -431,7 +434,11 @@ def _request(spawned: int, execution: Execution, leash_s: float | None) -> dict[
 
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
-    return {**_limits(plan, plan.leash.deadline_s), "spill": str(plan.spill.absolute())}
+    return {
+        **_limits(plan, plan.leash.deadline_s),
+        "spill": str(plan.spill.absolute()),
+        "inline_bytes_max": plan.limits.inline_bytes_max,
+    }
 
 
 def _limits(source: Execution | Plan, leash_s: float | None) -> dict[str, Any]:

@@ -46,11 +46,13 @@ class Plan(NamedTuple):
     env: tuple[tuple[str, str], ...]
     files: Files | None
     spill: str
-    """Without `files`: where output over the limit is left, as FENCE.stdout and FENCE.stderr."""
+    """Without `files`: where output is left that is longer than what is told, as FENCE.stdout and FENCE.stderr."""
     run_s: float | None
     memory: int | None
     fuel: int | None
     output_bytes_max: int
+    inline_bytes_max: int
+    """Without `files`: so much of stdout and of stderr is told with the end."""
     file_bytes_max: int | None
     leash_s: float | None
     """On CLOCK_BOOTTIME."""

@@ -240,18 +240,18 @@ class Runner:
         stderr: bytes | None = None
         if plan.files is None:
             try:
-                stdout, stderr = self._tidy(task)
+                stdout, stderr = self._tidy(task, plan)
             except OSError as error:
                 reason, code, message = "backend", None, f"its output cannot be kept: {error}"
                 stdout = stderr = b""
         return Ended(task.id, reason, code, message[:MESSAGE_CHARS_MAX], run_ms, stdout, stderr)
 
-    def _tidy(self, task: Task) -> tuple[bytes | None, bytes | None]:
+    def _tidy(self, task: Task, plan: Plan) -> tuple[bytes | None, bytes | None]:
         """What it wrote; and nothing of it is left for the next."""
         if os.listdir(self._scratch):
             _empty(self._scratch)
         assert self._capture is not None
-        taken = self._capture.take(f"{task.fence:x}")
+        taken = self._capture.take(f"{task.fence:x}", plan.inline_bytes_max)
         if self._capture.renew():
             self._output = None  # it names the files
             if self._guests is not None:
@@ -352,7 +352,7 @@ class Runner:
         stdout: bytes | None = None
         stderr: bytes | None = None
         if attempt.plan.files is None and self._capture is not None:
-            stdout, stderr = self._capture.take(f"{attempt.task.fence:x}")
+            stdout, stderr = self._capture.take(f"{attempt.task.fence:x}", attempt.plan.inline_bytes_max)
         run_ms = attempt.run_ms(now)
         self._reply(ENDED, *Ended(attempt.task.id, stop.reason, None, stop.message, run_ms, stdout, stderr, True))
         os._exit(0)

@@ -92,6 +92,7 @@ def lane_for(source: Plan | Execution, ended: Callable[[Sequence[Finished]], Non
         memory=limits.memory,
         fuel=limits.fuel,
         output_bytes_max=limits.output_bytes_max,
+        inline_bytes_max=limits.inline_bytes_max,
         file_bytes_max=file_bytes_max(source),
         leash_s=None,
     )
@@ -336,7 +337,14 @@ class Runner:
         finished = Finished(attempt.key, outcome)
         plan = self.lane.plan
         if plan.files is None and (ended.stdout != b"" or ended.stderr != b""):
-            finished = finished_with_output(attempt.key, outcome, ended.stdout, ended.stderr, plan.spill)
+            finished = finished_with_output(
+                attempt.key,
+                outcome,
+                ended.stdout,
+                ended.stderr,
+                spill=plan.spill,
+                inline_bytes_max=plan.inline_bytes_max,
+            )
         del self.given[ended.id]
         self.cancelled.discard(ended.id)
         if ended.is_last:

@@ -54,15 +54,20 @@ T = TypeVar("T")
 
 
 async def collect(
-    workdir: Path, patterns: Sequence[str], store: BlobStore, *, bytes_max: int = OUTPUTS_BYTES_MAX
+    workdir: Path,
+    patterns: Sequence[str],
+    store: BlobStore,
+    *,
+    bytes_max: int = OUTPUTS_BYTES_MAX,
+    inline_bytes_max: int = INLINE_BYTES_MAX,
 ) -> Inline | TreeRef | None:
-    """What the patterns name (see `match`), in the store; in itself when all of it fits a command. None for no patterns.
+    """What the patterns name (see `match`), in the store; in itself when it is that little. None for no patterns.
 
     Raises InvalidRequest (missing, a link, a FIFO, unreadable), TooLarge, Busy (disk full).
     """
     if not patterns:
         return None
-    return await _pack(workdir, patterns, store, bytes_max, inline_bytes_max=INLINE_BYTES_MAX)
+    return await _pack(workdir, patterns, store, bytes_max, inline_bytes_max=inline_bytes_max)
 
 
 async def pack_tree(directory: Path, store: BlobStore, *, bytes_max: int = OUTPUTS_BYTES_MAX) -> TreeRef:

@@ -423,6 +423,16 @@ class BackendSuite:
                     assert end.outcome.stdout is None and end.stdout is not None
                     assert end.stdout.read_bytes() == b"x" * size
 
+    async def test_output_over_what_a_task_of_its_job_may_tell_is_a_file(self, tmp_path: Path) -> None:
+        async with self.serving(tmp_path) as bench:
+            limits = Limits(inline_bytes_max=100)
+            batch = bench.start(self.program("say", "{item}", "e"), ["x" * 100, "x" * 101], limits=limits)
+            await batch.wait(2)
+            told, left = batch.ends[0], batch.ends[1]
+            assert told.outcome.stdout == Inline(b"x" * 100) and told.stdout is None
+            assert left.outcome.stdout is None and left.outcome.stderr == Inline(b"e")
+            assert left.stdout is not None and left.stdout.read_bytes() == b"x" * 101
+
     async def test_a_flood_in_a_batch_stops_at_the_limit_and_the_next_runs(self, tmp_path: Path) -> None:
         async with self.serving(tmp_path) as bench:
             batch = bench.start(self.program("flood"), ["a", "b"], limits=Limits(output_bytes_max=1 << 20))

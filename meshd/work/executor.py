@@ -20,14 +20,13 @@ import trio
 from msgspec.structs import replace
 
 from meshd import codec
-from meshd.backends import output, remains
+from meshd.backends import remains
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
 from meshd.blobs.tree import check_tree, collect, materialise, refs_of
 from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
 from meshd.items import LIST_BYTES_MAX, LISTS_BYTES_KEPT, Lines, Strings, item_of
 from meshd.model import (
-    INLINE_BYTES_MAX,
     AttemptKey,
     BlobRef,
     EndReason,
@@ -41,8 +40,8 @@ from meshd.model import (
     TreeEntry,
     TreeRef,
 )
-from meshd.ports import Backend, BlobStore, Execution, Leash, Limits
-from meshd.work.planned import PlannedRuns
+from meshd.ports import Backend, BlobStore, Execution, Leash
+from meshd.work.planned import PlannedRuns, limits_of
 
 FETCH_S = 300.0
 """For one input; a peer that stalls is left much earlier."""
@@ -254,13 +253,7 @@ class Executor:
             stdin=stdin,
             module=module,
             module_hash=run.module.hash if run.module is not None else "",
-            limits=Limits(
-                run_s=spec.timeout.run_ms / 1000 if spec.timeout.run_ms else None,
-                memory=spec.needs.resources.memory or None,
-                fuel=run.fuel,
-                cpu_milli=spec.needs.resources.cpu_milli or None,
-                output_bytes_max=spec.output_bytes_max,
-            ),
+            limits=limits_of(spec),
             needs=spec.needs.resources,
             leash=leash,
         )
@@ -271,13 +264,18 @@ class Executor:
         if not spec.outputs or not outcome.is_success:
             return outcome
         try:
-            return replace(outcome, outputs=await collect(workdir, spec.outputs, self._store))
+            return replace(
+                outcome,
+                outputs=await collect(workdir, spec.outputs, self._store, inline_bytes_max=spec.inline_bytes_max),
+            )
         except (InvalidRequest, NotFound) as error:
             # It said success but did not leave what it promised: its next try would not either.
             return replace(outcome, reason=EndReason.INVALID, message=str(error)[:2000])
 
     async def _keep_logs(self, outcome: Outcome, execution: Execution) -> Outcome:
-        small = await trio.to_thread.run_sync(_read_small, (execution.stdout, execution.stderr))
+        small = await trio.to_thread.run_sync(
+            _read_small, (execution.stdout, execution.stderr), execution.limits.inline_bytes_max
+        )
         stdout, stderr = [
             Inline(data) if data else None if data is not None else await self._store.put_file(path)
             for path, data in small
@@ -319,19 +317,19 @@ def _prepare(directory: Path, workdir: Path) -> None:
     os.mkdir(workdir, 0o700)
 
 
-def _read_small(paths: Sequence[Path]) -> list[tuple[Path, bytes | None]]:
-    """Each with its bytes, or None when it is too large to travel inside a command."""
-    return [(path, _small_bytes(path)) for path in paths]
+def _read_small(paths: Sequence[Path], bytes_max: int) -> list[tuple[Path, bytes | None]]:
+    """Each with its bytes, or None when it has more than that."""
+    return [(path, _small_bytes(path, bytes_max)) for path in paths]
 
 
-def _small_bytes(path: Path) -> bytes | None:
+def _small_bytes(path: Path, bytes_max: int) -> bytes | None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         return b""  # it was refused before it could say anything
     if size == 0:
         return b""
-    return path.read_bytes() if size <= output.INLINE_BYTES_MAX else None
+    return path.read_bytes() if size <= bytes_max else None
 
 
 def _read(path: Path, offset: int, bytes_max: int) -> bytes:
@@ -340,6 +338,3 @@ def _read(path: Path, offset: int, bytes_max: int) -> bytes:
             return os.pread(file.fileno(), bytes_max, offset)
     except FileNotFoundError:
         return b""
-
-
-assert output.INLINE_BYTES_MAX * 2 < INLINE_BYTES_MAX

@@ -22,6 +22,7 @@ import trio
 from meshd.errors import InvalidRequest, MeshError
 from meshd.items import LISTS_BYTES_KEPT, Lines, Strings, item_of
 from meshd.model import (
+    INLINE_STREAM_BYTES_MAX,
     AttemptKey,
     BlobRef,
     EndReason,
@@ -190,7 +191,7 @@ class PlannedRuns:
                 self._begin(prepared, lane, keys, ended)
 
     async def _plan(self, job: JobId, spec: JobSpec, leash: Leash) -> Prepared:
-        run, resources = spec.run, spec.needs.resources
+        run = spec.run
         backend = self._supplies.choose(spec)
         assert isinstance(backend, BatchBackend), "takes() said so"
         lines = (
@@ -209,14 +210,8 @@ class PlannedRuns:
             spill=self._directory,
             module=module,
             module_hash=run.module.hash if run.module is not None else "",
-            limits=Limits(
-                run_s=spec.timeout.run_ms / 1000 if spec.timeout.run_ms else None,
-                memory=resources.memory or None,
-                fuel=run.fuel,
-                cpu_milli=resources.cpu_milli or None,
-                output_bytes_max=spec.output_bytes_max,
-            ),
-            needs=resources,
+            limits=limits_of(spec),
+            needs=spec.needs.resources,
             leash=leash,
         )
         return Prepared(spec, backend, plan, lines, Strings(run))
@@ -289,6 +284,17 @@ class PlannedRuns:
         finally:
             del self._keeping[key.fence]
         ended([(key, kept)])
+
+
+def limits_of(spec: JobSpec) -> Limits:
+    return Limits(
+        run_s=spec.timeout.run_ms / 1000 if spec.timeout.run_ms else None,
+        memory=spec.needs.resources.memory or None,
+        fuel=spec.run.fuel,
+        cpu_milli=spec.needs.resources.cpu_milli or None,
+        output_bytes_max=spec.output_bytes_max,
+        inline_bytes_max=min(INLINE_STREAM_BYTES_MAX, spec.inline_bytes_max),
+    )
 
 
 async def _tell(ended: Callable[[Ends], None], ends: Ends) -> None:

@@ -43,6 +43,7 @@ from meshd.raft.state.commands import (
     Reported,
     SessionOpened,
 )
+from meshd.raft.state.jobs import bounded
 from meshd.work.attempts import Attempt, Attempts, Batch, Phase, cut_off_allowance_ms, fit, places
 from meshd.work.pace import AHEAD_MAX, Pace, may_batch
 from meshd.work.session_messages import Granted, Notice, Refusal, Refused, Renew, RenewAnswer, digest_of
@@ -459,7 +460,7 @@ class Worker:
             if attempt is not None and attempt.phase is not Phase.ENDED:
                 attempt.batch.front_ms = now_ms
                 attempt.batch.is_slow = False
-                self.attempts.end(attempt, outcome if outcome.is_bare else _checked(outcome))
+                self.attempts.end(attempt, outcome if outcome.is_bare else _checked(attempt.batch.spec, outcome))
 
     def _recalled(self, keys: tuple[AttemptKey, ...]) -> None:
         again: list[Attempt] = []
@@ -680,9 +681,9 @@ def _unstarted(reason: EndReason) -> Outcome:
     return Outcome(reason, message="stopped before it started")
 
 
-def _checked(outcome: Outcome) -> Outcome:
+def _checked(spec: JobSpec, outcome: Outcome) -> Outcome:
     """The outcome as the log will take it. A backend's mistake must not become a report that is refused for ever."""
     try:
-        return codec.decode(codec.encode(outcome), Outcome, bytes_max=REPORT_BYTES_MAX)
+        return bounded(spec, codec.decode(codec.encode(outcome), Outcome, bytes_max=REPORT_BYTES_MAX))
     except InvalidRequest as error:
         return Outcome(EndReason.BACKEND, message=f"the backend's outcome breaks a limit: {error.message}"[:2048])

@@ -169,6 +169,21 @@ async def test_large_output_becomes_a_blob_and_small_output_travels_with_the_out
         assert isinstance(outcome.stdout, BlobRef) and store.has(outcome.stdout.hash)
 
 
+async def test_a_task_of_a_large_array_leaves_little_in_the_log_and_a_number_still_stays_there(tmp_path):
+    large = shell(
+        "head -c $MESHD_ITEM /dev/zero > out; head -c $MESHD_ITEM /dev/zero; echo $MESHD_ITEM >&2",
+        outputs=("out",),
+        array=Array(1_000_000, ItemsInline(("10", "97"))),
+    )
+    async with node(tmp_path) as (executor, store):
+        number, more = await run(executor, large, 0), await run(executor, large, 1)
+        assert number.stdout == Inline(bytes(10)) and isinstance(number.outputs, Inline)
+        assert more.stderr == Inline(b"97\n")
+        assert await store.get_bytes(more.stdout, bytes_max=1 << 20) == bytes(97)
+        found = codec.decode(await store.get_bytes(more.outputs.blob, bytes_max=1 << 20), Tree)
+        assert found.entries[0].content == Inline(bytes(97))
+
+
 async def test_an_output_that_was_promised_and_is_missing_is_the_jobs_fault(tmp_path):
     async with node(tmp_path) as (executor, _store):
         outcome = await run(executor, shell("true", outputs=("report.json",)))

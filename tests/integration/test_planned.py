@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import trio
+from msgspec.structs import replace
 
+from meshd import model
 from meshd.blobs.tree import pack_tree
 from meshd.model import (
     Array,
     AttemptKey,
+    BackendOffer,
     BlobRef,
     EndReason,
     Inline,
@@ -19,11 +22,17 @@ from meshd.model import (
     ItemsRange,
     JobId,
     JobSpec,
+    Needs,
+    Offer,
+    Resources,
     Run,
 )
 from tests.integration.test_executor import node, shell
+from tests.scene import A, Scene
 
 JOB = JobId("j")
+NAMED_BYTES = 500
+"""Of one task: three references to blobs, and who holds them."""
 
 
 class Ends:
@@ -145,6 +154,26 @@ async def test_large_output_of_a_batch_is_a_blob_with_its_holders_before_it_is_t
             assert isinstance(outcome.stdout, BlobRef) and outcome.holders == ("me",)
             assert await store.get_bytes(outcome.stdout, bytes_max=1 << 20) == bytes(size)
             assert outcome.stderr == Inline(b"oops\n")
+
+
+async def test_an_array_whose_tasks_all_say_much_fills_no_replica_and_is_read_whole(tmp_path, monkeypatch):
+    """As 10⁶ tasks with 1 KiB each would; its 20 have as small a share."""
+    monkeypatch.setattr(model, "RESULTS_BYTES", 20 * 100)
+    tasks = range(20)
+    spec = replace(shell("printf '%0900d' $MESHD_ITEM; echo ok >&2", array=Array(20)), needs=Needs(Resources()))
+    scene = Scene(A, slots=20, offer=Offer(backends=(BackendOffer("process"),)))
+    job = scene.submit(spec)
+    leases = scene.leases(A)
+    async with node(tmp_path) as (executor, store):
+        ends = start(executor, spec, *tasks)
+        await ends.wait(20)
+        scene.report(A, *((leases[task], ends.outcomes[task]) for task in tasks))
+        assert scene.job(job).counts.done == 20
+        assert scene.machine._queue.outcome_bytes < 3 * model.RESULTS_BYTES + 20 * NAMED_BYTES
+        for task in tasks:
+            outcome = scene.task(job, task).outcome
+            assert await store.get_bytes(outcome.stdout, bytes_max=1 << 20) == b"%0900d" % task
+            assert outcome.stderr == Inline(b"ok\n")
 
 
 async def test_list_that_nobody_has_is_not_the_jobs_fault(tmp_path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from meshd import model
 from meshd.model import (
     Array,
     AttemptKey,
     AttemptRun,
     EndReason,
+    Inline,
     JobId,
     JobSpec,
     Offer,
@@ -363,6 +366,19 @@ def test_a_backends_impossible_outcome_becomes_one_that_the_log_takes() -> None:
     [report] = only(worker.handle(ended(1, Outcome(EndReason.EXIT, message="x" * 3000)), T0), Propose)
 
     assert report.command.ended[0].outcome.reason is EndReason.BACKEND
+
+
+def test_an_outcome_over_its_tasks_share_becomes_one_that_the_log_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "RESULTS_BYTES", 2 * 300)
+    worker = open_worker()
+    worker.handle(notice(worker, 1, of=replace(spec(), array=Array(count=2))), T0)
+    said = Outcome(EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * 301))
+
+    [report] = only(worker.handle(ended(1, said), T0), Propose)
+
+    assert report.command.ended[0].outcome.reason is EndReason.BACKEND
+    assert "stdout of 301 bytes inline, not 300" in report.command.ended[0].outcome.message
+    assert worker.state is State.OPEN
 
 
 def test_its_timer_is_never_in_the_past() -> None:

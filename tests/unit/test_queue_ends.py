@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from meshd import model
 from meshd.model import (
     Array,
     AttemptRun,
     EndReason,
+    Inline,
     Needs,
     OnLost,
     Outcome,
@@ -17,7 +19,7 @@ from meshd.model import (
     TaskState,
     Timeout,
 )
-from meshd.raft.state.commands import Accepted, Cancel, JobChanged, Reason, RetryJob, Submitted
+from meshd.raft.state.commands import Accepted, Cancel, JobChanged, Reason, Reported, RetryJob, Submitted
 from meshd.raft.state.machine import Machine
 from meshd.raft.state.queue import Queue
 from tests.scene import BAD, GOOD, A, B, C, Scene, job_id, spec
@@ -120,6 +122,36 @@ def test_held_work_can_be_cancelled():
     scene.end(A)
     scene.do(A, Cancel(job))
     assert scene.state(job) is TaskState.CANCELLED
+
+
+def test_a_task_that_leaves_more_in_the_log_than_its_share_is_lost_by_its_node_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "RESULTS_BYTES", 20 * 200)
+    scene = Scene(A, slots=4)
+    job = scene.submit(spec(count=20, retry=Retry(backoff_min_ms=1000)))
+    ends = [
+        Outcome(EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * 201)),
+        Outcome(EndReason.EXIT, exit_code=0, outputs=Inline(b"x" * 201)),
+        Outcome(EndReason.EXIT, exit_code=0, stdout=Inline(b"x" * 200), stderr=Inline(b"y" * 200)),
+        Outcome(EndReason.TRAP, message="z" * 2000),
+    ]
+
+    answer = scene.report(A, *zip(scene.leases(A), ends, strict=True))
+
+    assert answer == Reported(), "its node goes on"
+    assert [scene.state(job, task) for task in range(4)] == [
+        TaskState.WAITING,
+        TaskState.WAITING,
+        TaskState.DONE,
+        TaskState.FAILED,
+    ]
+    assert (scene.task(job, 0).losses, scene.task(job, 0).tries) == (1, 0)
+    assert "stdout of 201 bytes inline, not 200" in scene.task(job, 0).reason
+    assert scene.task(job, 3).outcome.message == "z" * 256
+    assert scene.machine._queue.outcome_bytes < 1500
+    scene.tick(1000)
+    assert scene.state(job, 0) is TaskState.READY, "for whoever has room next"
 
 
 def test_some_tasks_can_be_cancelled():

@@ -3,9 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from meshd import codec
 from meshd.errors import InvalidRequest
 from meshd.model import (
+    REFERENCE_BYTES,
+    TASKS_MAX,
     Array,
     BlobRef,
     Inline,
@@ -168,3 +172,10 @@ def test_references_are_written_as_they_are_read() -> None:
 def test_a_name_may_not_look_like_an_id() -> None:
     with pytest.raises(InvalidRequest, match="looks like the id of a job"):
         parse_job(echo(name="0199aaaa-bbbb-7ccc-8ddd-eeeeeeeeeeee"))
+
+
+def test_the_larger_an_array_the_less_of_each_task_stays_in_the_log() -> None:
+    shares = {tasks: replace(parse_job(echo()), array=Array(tasks)).inline_bytes_max for tasks in (1, 16_384, 65_536)}
+    assert shares == {1: 4096, 16_384: 4096, 65_536: 1024}
+    assert replace(parse_job(echo()), array=Array(TASKS_MAX)).inline_bytes_max == REFERENCE_BYTES
+    assert len(codec.encode(BlobRef(HASH, 1 << 40))) == REFERENCE_BYTES, "as a blob it would be more"

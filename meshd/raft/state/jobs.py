@@ -27,6 +27,7 @@ from meshd.model import (
     FINAL_STATES,
     AttemptKey,
     EndReason,
+    Inline,
     JobId,
     JobSpec,
     NodeId,
@@ -49,6 +50,9 @@ AHEAD_LOSSES_MAX = 3
 with it, for which that counts as a loss as well."""
 
 REASON_CHARS_MAX = 200
+
+MESSAGE_CHARS = 256
+"""Of an outcome, however many tasks its job has: enough for the first lines of a trap."""
 
 BARE_OUTCOME = Outcome(reason=EndReason.EXIT, exit_code=0)
 """The outcome of a done task without a row."""
@@ -373,6 +377,21 @@ def row_of(run: Run, task: int) -> Row:
         epoch=run.epoch,
         is_ahead=run.is_ahead,
     )
+
+
+def bounded(spec: JobSpec, outcome: Outcome) -> Outcome:
+    """The outcome as the log takes it of a task of this job; instead of one that leaves too much, what says so.
+
+    A node asks before it reports, so that nothing of its is refused; apply asks again, since workers may lie.
+    """
+    most = spec.inline_bytes_max
+    for name, content in (("stdout", outcome.stdout), ("stderr", outcome.stderr), ("outputs", outcome.outputs)):
+        if isinstance(content, Inline) and len(content.data) > most:
+            why = f"the backend's outcome breaks a limit: {name} of {len(content.data)} bytes inline, not {most}"
+            return Outcome(EndReason.BACKEND, message=why)
+    if len(outcome.message) > (chars := max(most, MESSAGE_CHARS)):
+        return replace(outcome, message=outcome.message[:chars])
+    return outcome
 
 
 def after_outcome(spec: JobSpec, row: Row, outcome: Outcome, encoded: bytes | None, now_ms: int) -> Row:

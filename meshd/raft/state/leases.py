@@ -15,7 +15,16 @@ from msgspec.structs import replace
 from meshd import codec
 from meshd.model import AttemptKey, AttemptRun, Outcome, TaskState, runs_of
 from meshd.raft.state.commands import Leased
-from meshd.raft.state.jobs import BARE_OUTCOME, Job, Row, after_loss, after_outcome, after_recovery, lost_after_ms
+from meshd.raft.state.jobs import (
+    BARE_OUTCOME,
+    Job,
+    Row,
+    after_loss,
+    after_outcome,
+    after_recovery,
+    bounded,
+    lost_after_ms,
+)
 from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
@@ -170,6 +179,8 @@ class Leases:
         if job.key(task, row) != key:
             return False
         self._matching.give_back(node, key.fence, is_ahead=row.is_ahead)
+        if not outcome.is_bare:
+            outcome = bounded(job.spec, outcome)
         # A good end that carries nothing is one more number in a range, not a row.
         encoded = None if outcome.is_bare and row.stop is None else codec.encode(outcome)
         self._queue.move(job, task, after_outcome(job.spec, row, outcome, encoded, self._moment.now_ms))
