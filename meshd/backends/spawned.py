@@ -13,6 +13,7 @@ its processor, as a rule at its end. Starting a command then took 620 us instead
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -35,6 +36,9 @@ OWN_DATA_BYTES = 64 << 20
 
 So a command with a lower limit begins with this one.
 """
+
+FILES_OPEN = 1024
+"""Soft limit, whatever the spawner and its agent have raised their own to: old programs use select(2)."""
 
 OOM_SCORE_ADJUST = "500"
 """When the machine runs out of memory the kernel should take a job, not the agent."""
@@ -206,6 +210,7 @@ class Spawned:
                     stdout, stderr = self._capture.stdout, self._capture.stderr
             except OSError as error:
                 raise Refused("backend", f"the attempt's files cannot be opened: {error}") from error
+            files.enter_context(_inherited(resource.RLIMIT_NOFILE, FILES_OPEN))
             files.enter_context(_inherited(resource.RLIMIT_FSIZE, self._file_bytes_max))
             files.enter_context(
                 _inherited(resource.RLIMIT_DATA, None if self._memory is None else max(self._memory, OWN_DATA_BYTES))
@@ -264,7 +269,7 @@ def _spawn_first(
                 path,
                 args,
                 environment,
-                file_actions=[(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in enumerate(streams)],
+                file_actions=[_hand_on(ours, theirs) for theirs, ours in enumerate(streams)],
                 setpgroup=0,
                 # Python ignores these; a command expects them.
                 setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
@@ -273,6 +278,14 @@ def _spawn_first(
             if isinstance(failure, FileNotFoundError | NotADirectoryError):
                 failure = error
     raise failure
+
+
+def _hand_on(ours: int, theirs: int) -> tuple[Any, ...]:
+    """glibc copies no descriptor that is over the command's limit; so such a file is opened once more."""
+    if ours < FILES_OPEN:
+        return os.POSIX_SPAWN_DUP2, ours, theirs
+    flags = fcntl.fcntl(ours, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+    return os.POSIX_SPAWN_OPEN, theirs, f"/proc/self/fd/{ours}", flags, 0
 
 
 def _places_of(command: str, environment: Mapping[str, str]) -> list[str]:

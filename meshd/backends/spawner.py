@@ -47,9 +47,6 @@ SWEEP_AGAIN_S = 0.02
 ENVIRONMENT_BYTES_MAX = 256 << 10
 """How far to look for the mark: more than the kernel passes in one string, less than an attack on our memory."""
 
-FILES_OPEN = 1024
-"""Soft limit, whatever the agent has raised its own to: old programs use select(2)."""
-
 _PR_SET_CHILD_SUBREAPER = 36
 _length = struct.Struct("<I")
 
@@ -393,7 +390,8 @@ def main() -> None:
     # What all commands have in common they inherit.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, files_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES_OPEN, files_hard), files_hard))
+    # Of each command that runs in a lane two files are held here: for those together FILES_OPEN is too few.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_hard, files_hard))
     kill_strays(token)
     Spawner(socket.socket(fileno=int(number)), token, float(term_grace_s), scratch).serve()
 

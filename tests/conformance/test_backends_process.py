@@ -20,8 +20,9 @@ import pytest
 import trio
 
 from meshd.backends import process, spawners
+from meshd.backends.spawned import FILES_OPEN
 from meshd.backends.spawner import kill_strays
-from meshd.model import AttemptKey, EndReason, Resources
+from meshd.model import AttemptKey, EndReason, Inline, Resources
 from meshd.ports import Backend, BatchBackend, Leash, Limits, Planned
 from meshd.testing.backend_suite import JOB, BackendSuite, Program, boottime, build, nothing_left, poll
 from tests.conformance.test_backends_suite import GUEST
@@ -493,6 +494,21 @@ async def test_a_spawner_without_a_free_descriptor_refuses_commands_and_lives(tm
         assert spawner_of(os.getpid()) == spawner
         resource.prlimit(spawner, resource.RLIMIT_NOFILE, before)
         assert (await bench.run(bench.attempt(program("exit", "0")))).is_success
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048, reason="this machine allows no more")
+async def test_a_spawner_holds_more_files_than_a_command_may_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SPAWNERS_MAX", 1)
+    many = FILES_OPEN // 2
+    async with serving(tmp_path) as bench:
+        says = "ulimit -Sn; cat; echo said >&2; echo more"
+        batch = bench.start(Program(("sh", "-c", "{item}")), [*["exec sleep 60"] * many, says], lanes=many + 1)
+        await batch.wait(1)
+        assert batch.ends.keys() == {many} and batch.outcome(many).is_success, batch.ends
+        assert batch.stdout(many) == b"%d\nmore\n" % FILES_OPEN
+        assert batch.outcome(many).stderr == Inline(b"said\n")
 
 
 def test_a_spawner_may_be_started_where_it_may_not_enter(tmp_path: Path) -> None:
