@@ -118,8 +118,8 @@ class Board:
     def add(self, calls: Iterable[MeshFuture[Any]]) -> None:
         """Raises RuntimeError once it is closed or broken."""
         with self._lock:
-            if self._broken is not None:
-                raise Closed("this executor is broken: see the exceptions of its futures") from self._broken
+            if (broken := self._broken) is not None:
+                raise Closed(f"this executor is broken: {type(broken).__name__}: {broken}") from broken
             if self._is_closed:
                 raise Closed("cannot schedule new futures after shutdown")
             was_empty = not self._waiting
@@ -239,11 +239,12 @@ class Board:
 
     def break_down(self, error: BaseException) -> None:
         """A courier met what it was not made for: nobody may wait for ever."""
-        for call in self.unresolved():
-            self.resolve(call, None, error)
         with self._lock:
             self._broken = error
             self._is_closed = True
+        for call in self.unresolved():
+            self.resolve(call, None, error)
+        with self._lock:
             self._waiting.clear()
             self._in_hand = []
             self._jobs.clear()
@@ -257,7 +258,7 @@ class Board:
         self._changed[job.id] = job
 
     def _is_over(self) -> bool:
-        return self._is_closed and not (self._waiting or self._in_hand or self._jobs)
+        return self._is_closed and (self._broken is not None or not (self._waiting or self._in_hand or self._jobs))
 
     def _wake_if_over(self) -> None:
         if self._is_over():

@@ -67,7 +67,8 @@ class _Thread(threading.Thread):
             self.serve()
         except BaseException as error:  # nobody may wait for ever for a thread that is gone
             self._board.break_down(error)
-            raise
+            if not isinstance(error, MeshError):
+                raise
         finally:
             self.client.close()
 
