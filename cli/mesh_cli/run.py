@@ -39,7 +39,7 @@ def run(session: Session, /, detach: bool, **flags: Any) -> int:
     \b
     mesh run -- echo hello
     mesh run wordcount.wasm < book.txt
-    mesh run --array 1-100 --cpu 2 -- ./simulate.sh
+    mesh run --array 1-100 --cpu 2 --input simulate.sh=simulate.sh -- ./simulate.sh
     mesh run --file job.yaml
 
     Ctrl-C leaves the job running and says how to come back to it.
@@ -184,6 +184,8 @@ def _submit(client: Client, flags: dict[str, Any], *, reads_stdin: bool) -> str:
     if flags["interactive"] and flags["stdin"]:
         raise click.UsageError("--interactive and --stdin exclude each other")
     document, base = make_document(flags)
+    if (command := flags["command"][:1]) and (how := _how_to_send(command[0], document)):
+        say(f"{command[0]} is not on the nodes unless you send it: add --input {how}")
     if flags["interactive"] or (reads_stdin and not flags["stdin"] and _is_file(0) and "stdin" not in document["run"]):
         with tempfile.NamedTemporaryFile(prefix="mesh-stdin-") as spool:
             while piece := sys.stdin.buffer.read(1 << 18):
@@ -191,6 +193,19 @@ def _submit(client: Client, flags: dict[str, Any], *, reads_stdin: bool) -> str:
             spool.flush()
             document["run"]["stdin"] = content_of(Path(spool.name), client)
     return client.submit(document, job_id=job_id, base=base)
+
+
+def _how_to_send(command: str, document: dict[str, Any]) -> str:
+    """A command that lies here and that a task, which starts in an empty directory, will not find; else nothing."""
+    if "module" in document["run"] or "/" not in command or os.path.isabs(command) or not os.path.isfile(command):
+        return ""
+    name = os.path.normpath(command)
+    inputs = document.get("inputs")
+    sent = [os.path.normpath(str(path)) for path in inputs] if isinstance(inputs, dict) else []
+    if any(path in (".", name) or name.startswith(f"{path}/") for path in sent):
+        return ""
+    name = os.path.basename(name) if name.startswith("../") else name
+    return f"{name}={command} -- ./{name}"
 
 
 def _is_file(descriptor: int) -> bool:

@@ -127,6 +127,24 @@ def test_flags_and_a_job_file_say_the_same(mesh: Mesh, api: Served, tmp_path: Pa
         mesh("job", "cancel", job)
 
 
+def test_a_program_that_lies_here_and_is_not_sent_is_spoken_of(mesh: Mesh, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("tool", "bin/tool"):
+        (tmp_path / name).write_text("#!/bin/sh")
+    unsent = "is not on the nodes unless you send it: add --input"
+    assert f"./tool {unsent} tool=./tool -- ./tool" in mesh("submit", "--", "./tool").err
+    assert f"bin/tool {unsent} bin/tool=bin/tool -- ./bin/tool" in mesh("submit", "--", "bin/tool").err
+    for line in (
+        "--input tool=tool -- ./tool",
+        "--input bin=bin -- bin/tool",
+        "--input ./=. -- ./tool",
+        "-- tool",
+        "-- ./other",
+        "-- /bin/sh",
+    ):
+        assert mesh("submit", *line.split()).err == "", line
+
+
 def test_inputs_and_arrays_from_files(mesh: Mesh, tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("a\nb\nc\n")
     (tmp_path / "many").mkdir()
