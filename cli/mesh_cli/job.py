@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mesh_cli.selectors import complete_jobs, parse_labels, parse_selector, select
+from mesh_cli.selectors import Selection, complete_jobs, parse_labels, parse_selector, select
 from mesh_cli.session import Session, output_options, say, stale_option, target_options
 
 if TYPE_CHECKING:
@@ -171,10 +171,16 @@ def cancel(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> N
     """Stop jobs, or tasks of them (JOB:1-10). What has ended stays as it is."""
     from mesh_cli.output import print_one
 
+    def one(client: Client, chosen: Selection) -> None:
+        view = client.cancel(chosen.job, chosen.tasks)
+        if view.is_final:
+            now = view.state.value
+        else:
+            now = "is being cancelled" if chosen.tasks is None else f"{view.state}; those tasks are being cancelled"
+        print_one(session, view, lambda: [f"{view.id} {now}"], lambda: view.id)
+
     with session.client() as client:
-        for chosen in select(client, jobs, label):
-            view = client.cancel(chosen.job, chosen.tasks)
-            print_one(session, view, lambda view=view: [f"{view.id} {view.state.value}"], lambda view=view: view.id)  # type: ignore[misc]
+        _each(client, select(client, jobs, label), one)
 
 
 @job.command()
@@ -186,10 +192,12 @@ def release(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> 
     """Let jobs go on that `meshd recover` holds. Make sure first that nothing of them runs any more."""
     from mesh_cli.output import print_one
 
+    def one(client: Client, chosen: Selection) -> None:
+        view = client.release(chosen.job)
+        print_one(session, view, lambda: [f"{view.id} {view.state.value}"], lambda: view.id)
+
     with session.client() as client:
-        for chosen in select(client, jobs, label):
-            view = client.release(chosen.job)
-            print_one(session, view, lambda view=view: [f"{view.id} {view.state.value}"], lambda view=view: view.id)  # type: ignore[misc]
+        _each(client, select(client, jobs, label), one)
 
 
 @job.command()
@@ -201,10 +209,12 @@ def retry(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> No
     """Run failed, cancelled and timed-out tasks again, as a new job. Prints its id."""
     from mesh_cli.output import print_one
 
+    def one(client: Client, chosen: Selection) -> None:
+        new = client.retry(chosen.job)
+        print_one(session, {"id": new, "retry_of": chosen.job}, lambda: [new], lambda: new)
+
     with session.client() as client:
-        for chosen in select(client, jobs, label):
-            new = client.retry(chosen.job)
-            print_one(session, {"id": new, "retry_of": chosen.job}, lambda new=new: [new], lambda new=new: new)  # type: ignore[misc]
+        _each(client, select(client, jobs, label), one)
 
 
 @job.command()
@@ -260,6 +270,22 @@ def result(session: Session, selector: str, save: str | None) -> int:
     return 0 if is_good else JobFailed.exit_code
 
 
+def _each(client: Client, selections: Iterable[Selection], act: Callable[[Client, Selection], None]) -> None:
+    """All of them, also when one is refused; then raises, with every refusal said."""
+    from meshd.errors import Conflict, InvalidRequest, MeshError, NotFound
+
+    refused: MeshError | None = None
+    for chosen in selections:
+        try:
+            act(client, chosen)
+        except (InvalidRequest, NotFound, Conflict) as error:
+            if refused is not None:
+                say(f"error: {refused.message}")
+            refused = error
+    if refused is not None:
+        raise refused
+
+
 def _save(client: Client, view: JobView, task: int | None, target: Path) -> int:
     """One task's files as they were named; a whole job's below the number of their task."""
     if task is None and view.tasks > 1:
@@ -277,13 +303,13 @@ def _say_position(view: JobView) -> None:
 
 def _job_lines(client: Client, view: JobView) -> Iterable[str]:
     from mesh_cli.output import age, facts
+    from mesh_cli.run import counted
 
-    counts = {state: getattr(view.counts, state) for state in view.counts.__struct_fields__}
     yield from facts(
         ("job", view.id),
         ("name", view.name),
         ("state", view.state.value),
-        ("tasks", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
+        ("tasks", counted(view)),
         ("runs", _command(view)),
         ("backend", ", ".join(view.spec.backend)),
         ("submitted", f"{age(view.submitted_wall_ms)} ago by {view.owner or 'nobody'}"),

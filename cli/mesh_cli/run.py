@@ -133,9 +133,15 @@ def exit_code_of(view: JobView, client: Client | None = None) -> int:
     if view.state is TaskState.DONE:
         return 0
     if view.tasks > 1 or client is None:
-        ended = f"{view.counts.failed + view.counts.timed_out} of {view.tasks} tasks failed" if view.tasks > 1 else view.state.value  # fmt: skip
-        say(f"job {view.id}: {ended}")
-        say(f"try: mesh job show {view.id} | mesh job retry {view.id}")
+        failed = view.counts.failed + view.counts.timed_out
+        if view.tasks == 1:
+            say(f"job {view.id}: {view.state.value}")
+        elif failed:
+            say(f"job {view.id}: {failed} of {view.tasks} tasks failed")
+        else:
+            say(f"job {view.id}: {view.state.value}: {counted(view)}")
+        again = "" if view.state is TaskState.CANCELLED else f" | mesh job retry {view.id}"
+        say(f"try: mesh job show {view.id}{again}")
         return JobFailed.exit_code
     task = client.task(view.id)
     outcome = task.outcome
@@ -147,6 +153,12 @@ def exit_code_of(view: JobView, client: Client | None = None) -> int:
     say(f"error: job {view.id} {view.state}: {why or task.reason or 'it gave no reason'}")
     say(f"try: mesh job show {view.id}")
     return JobFailed.exit_code
+
+
+def counted(view: JobView) -> str:
+    """`733 done, 267 cancelled`."""
+    counts = ((getattr(view.counts, state), state) for state in view.counts.__struct_fields__)
+    return ", ".join(f"{count} {state}" for count, state in counts if count)
 
 
 def _wait_for_start(client: Client, job: str) -> JobView:

@@ -238,6 +238,24 @@ def test_waiting_tells_good_from_bad_from_not_yet(mesh: Mesh) -> None:
     mesh("job", "cancel", long)
 
 
+def test_a_cancelled_array_says_what_was_done_and_what_was_not(mesh: Mesh) -> None:
+    job = mesh("submit", "--name", "cut", "--array", "1-10", "--at-once", "4", "--", "hang").out.strip()
+    assert mesh("job", "cancel", f"{job}:5-9") == Said(0, f"{job} running; those tasks are being cancelled\n", "")
+    assert mesh("job", "cancel", job).out in (f"{job} is being cancelled\n", f"{job} cancelled\n")
+    assert mesh("job", "wait", job) == Said(5, "", f"job {job}: cancelled: 10 cancelled\ntry: mesh job show {job}\n")
+
+
+def test_one_name_that_is_wrong_keeps_nobody_from_the_others(mesh: Mesh) -> None:
+    job = mesh("submit", "--", "hang").out.strip()
+    said = mesh("job", "cancel", "nosuch", job, "nobody")
+    assert said.code == 3 and job in said.out
+    assert "error: no job nosuch" in said.err and "error: no job nobody" in said.err
+    assert mesh("job", "wait", job).code == 5
+    said = mesh("job", "retry", "nosuch", job)
+    assert said.code == 3 and len(said.out.splitlines()) == 1
+    mesh("job", "cancel", said.out.strip())
+
+
 def test_logs_result_and_retry(mesh: Mesh, tmp_path: Path) -> None:
     job = mesh("submit", "--array", "1-3", "--output", "out.txt", "--", "files").out.strip()
     assert mesh("job", "result", job, "--save", "all").code == 0
