@@ -39,6 +39,8 @@ class Session:
         from meshd.client import Client
         from meshd.client.context import find_mesh
 
+        if self.nodes and self.context:
+            raise click.UsageError("--node and --context each name a mesh: give one of them")
         with Progress() as progress:
             mesh = find_mesh(self.nodes, self.context)
             with Client(
@@ -82,13 +84,13 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def target_options(command: F) -> F:
-    """--node and --context, at the front or at the end of a line."""
+    """--node and --context, at the front or at the end of a line. Where neither stands, `find_mesh` reads the environment."""
     command = click.option(
-        "--node", "-n", metavar="HOST:PORT", envvar="MESH_NODE", expose_value=False, callback=_set("nodes", _split),
+        "--node", "-n", metavar="HOST:PORT", allow_from_autoenv=False, expose_value=False, callback=_set("nodes", _split),
         help="Ask this node (several: comma). unix:PATH is a local agent.",
     )(command)  # fmt: skip
     return click.option(
-        "--context", "-c", metavar="NAME", envvar="MESH_CONTEXT", expose_value=False, callback=_set("context"),
+        "--context", "-c", metavar="NAME", allow_from_autoenv=False, expose_value=False, callback=_set("context"),
         help="Ask this saved mesh; see `mesh context`.",
     )(command)  # fmt: skip
 

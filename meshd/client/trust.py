@@ -22,13 +22,14 @@ def pinned_context(address: Address, token: str, ca_pem: str) -> tuple[ssl.SSLCo
     """A context that accepts only nodes of the token's mesh, and the CA. Raises NotAllowed, Unavailable."""
     if not ca_pem:
         expected = fingerprint_of(token)
-        ca_pem = _fetch(address)
-        found = hashlib.sha256(_der_of(ca_pem, address)).hexdigest()
-        if not found.startswith(expected):
+        certificate = _der_of(_fetch(address), address)
+        if not hashlib.sha256(certificate).hexdigest().startswith(expected):
             raise NotAllowed(
                 f"{address} belongs to another mesh than this token, or somebody is in between",
                 hint="check the address; the token was not sent",
             )
+        # Trusted is what was hashed and nothing else of the text: whoever is in between may have put another behind it.
+        ca_pem = ssl.DER_cert_to_PEM_cert(certificate)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cadata=ca_pem)

@@ -344,6 +344,12 @@ def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, m
     assert saved.stat().st_mode & 0o777 == 0o600
     assert mesh("token", "ls").code == 7
     assert mesh("--context", "nowhere", "ps").code == 3
+    monkeypatch.setenv("MESH_NODE", "unix:/nowhere/api.sock")
+    assert mesh("ps").code == 8
+    assert mesh("--context", "lab", "ps").code == mesh("ps", "-c", "lab").code == 0, "a flag wins"
+    both = mesh("-c", "lab", "ps", "--node", api.node)
+    assert both.code == 2 and "give one of them" in both.err
+    monkeypatch.delenv("MESH_NODE")
     assert mesh("context", "rm", "lab").code == 0
 
 
