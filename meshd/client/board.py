@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -62,6 +62,13 @@ class MeshFuture(Future[T]):
         self.board.drop(self)
         return True
 
+    def running(self) -> bool:
+        """Whether the mesh says that its task runs, as far as was heard. For `concurrent.futures` it is pending until it
+        is done: there one that runs can no longer be cancelled.
+        """
+        task = self.task
+        return task is not None and task.number in task.job.running and not self.done()
+
 
 class SentTask:
     """The calls that one task of a job carries."""
@@ -81,6 +88,8 @@ class SentJob:
         self.id = job_id
         self.tasks = tasks
         self.is_agreed = False
+        self.running: Set[int] = frozenset()
+        """Numbers of its tasks, at the last look."""
         self.low = 0
         """All tasks before this one are settled."""
         self.failing_since_s: float | None = None

@@ -41,6 +41,7 @@ CORES_AGAIN_S = 10.0
 STDERR_CHARS = 1000
 
 _ALSO = frozenset({"name", "inputs", "needs", "retry", "timeout", "on_lost", "lost_after", "priority", "replicas", "labels", "run"})  # fmt: skip
+_TOLD = (TaskState.RUNNING, *sorted(FINAL_STATES))
 _OWN_DOING = frozenset(
     {EndReason.EXIT, EndReason.SIGNAL, EndReason.TIMEOUT, EndReason.MEMORY_LIMIT, EndReason.OUTPUT_LIMIT}
 )
@@ -181,7 +182,7 @@ class Gatherer(_Thread):
                 changed, unwanted = news
                 self._cancel(unwanted)
                 for job in changed:
-                    self._look(job)
+                    self.look(job)
         finally:
             self._watcher.client.close()
 
@@ -195,12 +196,17 @@ class Gatherer(_Thread):
             except (Unavailable, NotFound):
                 continue  # it runs for nothing; nobody waits for it
 
-    def _look(self, job: SentJob) -> None:
+    def look(self, job: SentJob) -> None:
+        """Which of its tasks run, and how others have ended."""
+        running: set[int] = set()
         try:
-            for view in self.client.tasks(job.id, states=sorted(FINAL_STATES), start=job.low):
+            for view in self.client.tasks(job.id, states=_TOLD, start=job.low):
                 task = job.tasks[view.task]
-                if not task.is_settled:
+                if view.state is TaskState.RUNNING:
+                    running.add(view.task)
+                elif not task.is_settled:
                     self._settle(task, view)
+            job.running = running
             job.failing_since_s = None
         except (Unavailable, NotFound) as error:
             now_s = time.monotonic()

@@ -98,8 +98,8 @@ def test_a_running_call_is_stopped_by_cancel(executor: MeshExecutor, mesh3: Mesh
         time.sleep(3600)
 
     future = executor.submit(stand, str(tmp_path))
-    eventually(lambda: (tmp_path / "began").exists(), within_s=WAIT_S)
-    assert future.cancel() and future.cancelled()
+    eventually(lambda: (tmp_path / "began").exists() and future.running(), within_s=WAIT_S)
+    assert future.cancel() and future.cancelled() and not future.running()
     with pytest.raises(CancelledError):
         future.result(0)
     with mesh3.client() as client:
