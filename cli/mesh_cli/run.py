@@ -163,7 +163,8 @@ def counted(view: JobView) -> str:
 
 def _wait_for_start(client: Client, job: str) -> JobView:
     """When some of it runs or is over. Raises Unplaceable when no node could ever run it."""
-    from meshd.errors import Unplaceable, WaitTimeout
+    from meshd.client.client import cannot_run
+    from meshd.errors import WaitTimeout
 
     asked_s = time.monotonic() + UNPLACED_S
     is_told = False
@@ -178,11 +179,7 @@ def _wait_for_start(client: Client, job: str) -> JobView:
         if time.monotonic() >= asked_s:
             found = client.explain(job)
             if not found.can_ever_run:
-                lacks = "".join(f"\n  {node.name}: {', '.join(node.lacks)}" for node in found.nodes)
-                raise Unplaceable(
-                    f"no node can run job {job}: {found.summary}{lacks}",
-                    hint=f"it waits for such a node: mesh job explain {job} | mesh job cancel {job}",
-                )
+                raise cannot_run(found)
             if not is_told:
                 say(f"waiting: {found.summary}")
                 is_told = True

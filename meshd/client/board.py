@@ -87,7 +87,9 @@ class SentJob:
     def __init__(self, job_id: JobId, tasks: list[SentTask]) -> None:
         self.id = job_id
         self.tasks = tasks
+        self.made_s = time.monotonic()
         self.is_agreed = False
+        self.has_begun = False
         self.running: Set[int] = frozenset()
         """Numbers of its tasks, at the last look."""
         self.low = 0

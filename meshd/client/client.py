@@ -29,7 +29,7 @@ from meshd.client.context import find_mesh
 from meshd.client.files import PIECE_BYTES, files_below, tar_of, untar, upload_references
 from meshd.client.http import ANSWER_S, Body, Requester
 from meshd.client.live import live_events, parse_events, raise_if_error
-from meshd.errors import InvalidRequest, MeshError, WaitTimeout
+from meshd.errors import InvalidRequest, MeshError, Unplaceable, WaitTimeout
 from meshd.ids import new_job_id
 from meshd.model import BlobRef, Inline, JobId, Role, TaskState, Tree, TreeRef
 from meshd.views import (
@@ -486,6 +486,15 @@ class Client:
 
             self._tls_context, self.ca_pem = pinned_context(address, self._token, self.ca_pem)
         return self._tls_context
+
+
+def cannot_run(found: Explanation) -> Unplaceable:
+    """For whoever waits for a job that no node can run as it is now."""
+    lacks = "".join(f"\n  {node.name}: {', '.join(node.lacks)}" for node in found.nodes)
+    return Unplaceable(
+        f"no node can run job {found.job}: {found.summary}{lacks}",
+        hint=f"it waits for such a node: mesh job explain {found.job} | mesh job cancel {found.job}",
+    )
 
 
 def _decode(data: bytes, kind: type[T]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import sys
 import threading
 import time
@@ -18,13 +19,15 @@ from typing import Any
 
 from meshd.client import calls, pickles
 from meshd.client.board import Board, MeshFuture, SentJob, SentTask
-from meshd.client.client import Client
+from meshd.client.client import Client, cannot_run
 from meshd.client.files import INLINE_BYTES, upload_references
 from meshd.client.grouping import BUDGET_S, group_size
 from meshd.errors import InvalidRequest, JobFailed, MeshError, NotFound, Unavailable
 from meshd.model import FINAL_STATES, BlobRef, EndReason, Inline, TaskState
 from meshd.spec import parse_job, write_blob
 from meshd.views import TaskView
+
+_log = logging.getLogger("meshd.client")
 
 RUNNER = ("-m", "meshd.client.function_runner")
 PACK_BYTES_MAX = 8 << 20
@@ -36,6 +39,8 @@ RESULTS_MAX = "1Gi"
 GIVE_UP_S = 120.0
 """A mesh that takes no jobs, or has no results, for so long: then the futures say so."""
 PAUSE_S = 0.25
+UNPLACED_S = 3.0
+"""A job of which nothing runs for so long is asked about, and so often."""
 CORES_AGAIN_S = 10.0
 """How long the mesh's size is believed."""
 STDERR_CHARS = 1000
@@ -175,6 +180,7 @@ class Gatherer(_Thread):
     def __init__(self, board: Board, client: Client, watcher: Watcher) -> None:
         super().__init__(board, client)
         self._watcher = watcher
+        self._ask_at_s = 0.0
 
     def serve(self) -> None:
         try:
@@ -201,12 +207,14 @@ class Gatherer(_Thread):
         running: set[int] = set()
         try:
             for view in self.client.tasks(job.id, states=_TOLD, start=job.low):
+                job.has_begun = True
                 task = job.tasks[view.task]
                 if view.state is TaskState.RUNNING:
                     running.add(view.task)
                 elif not task.is_settled:
                     self._settle(task, view)
             job.running = running
+            self._warn_unplaced(job)
             job.failing_since_s = None
         except (Unavailable, NotFound) as error:
             now_s = time.monotonic()
@@ -216,6 +224,18 @@ class Gatherer(_Thread):
                     if not task.is_settled:
                         _fail_all(self._board, task, error)
                         self._board.settled(task, [])
+
+    def _warn_unplaced(self, job: SentJob) -> None:
+        """Once, as all jobs of an executor need the same. Its futures wait on: a node that fits may join."""
+        now_s = time.monotonic()
+        if job.has_begun or now_s < max(job.made_s + UNPLACED_S, self._ask_at_s):
+            return
+        self._ask_at_s = now_s + UNPLACED_S
+        found = self.client.explain(job.id)
+        if found.state is TaskState.READY and not found.can_ever_run:
+            self._ask_at_s = float("inf")
+            error = cannot_run(found)
+            _log.warning("%s\n%s", error.message, error.hint)
 
     def _settle(self, task: SentTask, view: TaskView) -> None:
         """Raises Unavailable, NotFound when its results cannot be had now."""

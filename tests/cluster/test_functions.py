@@ -152,6 +152,13 @@ def test_a_mesh_that_goes_away_is_said_by_the_future(
         assert isinstance(executor.submit(abs, 1).exception(WAIT_S), Unavailable)
 
 
+def test_a_call_that_no_node_can_run_is_warned_of(mesh3: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+    with MeshExecutor([mesh3.socket("node1")], job={"needs": {"cpu": 100_000}}) as executor:
+        future = executor.submit(pow, 1, 2)
+        eventually(lambda: "node3: " in caplog.text, within_s=WAIT_S)
+        assert "no node can run" in caplog.text and future.cancel()
+
+
 def test_what_cannot_be_sent_is_refused_where_it_is_written(executor: MeshExecutor) -> None:
     with pytest.raises(TypeError):
         executor.submit(len, threading.Lock())  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from meshd.client import Client, MeshExecutor
 from meshd.client.board import Board, MeshFuture, SentJob, SentTask
 from meshd.client.couriers import Gatherer, Watcher
 from meshd.errors import NotAllowed
-from meshd.model import JobId, TaskState
-from meshd.views import EventView, TaskView
+from meshd.model import JobId, NodeId, TaskState
+from meshd.views import EventView, Explanation, Lack, TaskView
 
 
 class Revoked(Client):
@@ -28,6 +28,13 @@ class Standing(Client):
     def __init__(self, looks: list[list[TaskState]]) -> None:
         super().__init__(["unix:/nowhere"])
         self.looks = looks
+        self.state = TaskState.READY
+        self.can_ever_run = False
+
+    def explain(self, job: str, task: int = 0) -> Explanation:
+        lacks = Lack(NodeId("n"), "small", ("100 cores (has 2)",), is_permanent=True)
+        summary = "cannot run: no node has what it needs"
+        return Explanation(JobId(job), task, self.state, summary, (lacks,), self.can_ever_run)
 
     def tasks(
         self, job: str, *, states: Sequence[TaskState | str] = (), start: int = 0, stop: int | None = None
@@ -37,27 +44,57 @@ class Standing(Client):
                 yield TaskView(JobId(job), number, state, 1, 1, 0, 1, None, None)
 
 
-def standing(board: Board, looks: list[list[TaskState]]) -> tuple[Gatherer, SentJob, list[MeshFuture[int]]]:
+def standing(board: Board, client: Standing) -> tuple[Gatherer, SentJob, list[MeshFuture[int]]]:
     """A gatherer, and a job with a call in each of its tasks."""
-    calls: list[MeshFuture[int]] = [MeshFuture(board, b"f", b"x", 0) for _ in looks[0]]
+    calls: list[MeshFuture[int]] = [MeshFuture(board, b"f", b"x", 0) for _ in client.looks[0]]
     board.add(calls)
     board.take()
     job = SentJob(JobId("job"), [SentTask([call], 0) for call in calls])
     board.sending(job)
     board.agreed(job)
-    client = Standing(looks)
     return Gatherer(board, client, Watcher(board, client)), job, calls
 
 
 def test_a_future_runs_while_the_mesh_says_so_and_can_still_be_cancelled() -> None:
     ready, runs = TaskState.READY, TaskState.RUNNING
-    gatherer, job, (a, b) = standing(Board(), [[ready, runs], [runs, runs], [runs, ready]])
+    gatherer, job, (a, b) = standing(Board(), Standing([[ready, runs], [runs, runs], [runs, ready]]))
     found = []
     for _ in range(3):
         gatherer.look(job)
         found.append((a.running(), b.running()))
     assert found == [(False, True), (True, True), (True, False)], "the second's node was lost"
     assert a.cancel() and not a.running()
+
+
+def test_that_no_node_can_run_a_call_is_warned_of_once_and_the_call_goes_on_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready = TaskState.READY
+    now_s = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    gatherer, job, (call,) = standing(Board(), Standing([[ready]] * 4))
+    gatherer.look(job)
+    assert not caplog.records, "a node that is about to join has had no time"
+    for _ in range(3):
+        now_s += 10
+        gatherer.look(job)
+    (told,) = caplog.records
+    assert told.name == "meshd.client"
+    assert "cannot run: no node has what it needs\n  small: 100 cores (has 2)" in told.getMessage()
+    assert not call.done()
+
+
+def test_a_call_that_waits_for_its_turn_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("meshd.client.couriers.UNPLACED_S", 0)
+    client = Standing([[TaskState.READY], [TaskState.LEASED]])
+    gatherer, job, _ = standing(Board(), client)
+    client.can_ever_run = True
+    gatherer.look(job)
+    client.can_ever_run, client.state = False, TaskState.LEASED
+    gatherer.look(job)
+    assert not caplog.records
 
 
 def test_what_a_thread_dies_of_is_told_to_callers_and_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
