@@ -9,15 +9,32 @@ import time
 from collections.abc import Callable
 from typing import cast
 
+import pytest
+
 from bench.scale import grow
 from meshd.directory import Directory
 from meshd.gossip.service import GossipService
-from meshd.model import AttemptKey, AttemptRun, JobId, JobSpec, Member, NodeId, Resources, Role, Run
+from meshd.model import (
+    AttemptKey,
+    AttemptRun,
+    BackendOffer,
+    JobId,
+    JobSpec,
+    Member,
+    Needs,
+    NodeId,
+    Offer,
+    Resources,
+    Role,
+    Run,
+)
 from meshd.neighbours import Neighbours
+from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import Leased
 from meshd.raft.state.matching import Matching, Node
 from meshd.views import MembersView, MemberView
 from meshd.work.keeper import Applied, Keeper, NoticeEnded, SendNotice
+from tests.scene import OFFER, A, B, Scene, spec
 
 JOB = JobId("018f0000-0000-7000-8000-000000000001")
 SPEC = JobSpec(backend=("process",), run=Run(args=("true",)))
@@ -128,6 +145,28 @@ def test_telling_a_node_of_a_lease_costs_the_same_while_a_thousand_others_are_be
 
 def test_asking_for_more_ahead_costs_the_same_among_a_thousand_that_ask() -> None:
     assert asking_ahead_s(1_000) < 2 * asking_ahead_s(10)
+
+
+def test_a_claim_in_a_full_mesh_looks_at_each_kind_that_waits_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all of them once more for each that fits nowhere. The kinds have two backends: a claim may change which is best."""
+    offer = Offer((BackendOffer("wasm"), BackendOffer("process")), OFFER.resources)
+    scene = Scene(A, B, slots=0)
+    scene.open(A, 1, slots=1, offer=offer)
+    kinds = 200
+    for number in range(kinds):
+        scene.submit(spec(backend=("wasm", "process"), needs=Needs(Resources(memory=number + 1))))
+    scene.open(B, 1, slots=0, offer=offer)
+    looked = 0
+    first = Agenda.first
+
+    def counted(agenda: Agenda[int]) -> tuple[int, int] | None:
+        nonlocal looked
+        looked += 1
+        return first(agenda)
+
+    monkeypatch.setattr(Agenda, "first", counted)
+    scene.claim(B, 0, offer=offer)
+    assert looked < 4 * kinds
 
 
 def test_a_worker_finds_the_voters_among_a_thousand_members_as_among_ten() -> None:

@@ -99,6 +99,10 @@ class Kind:
     """Live jobs of this kind."""
 
 
+Heads = list[tuple[tuple[int, int], int, Kind]]
+"""A heap of lines by what comes first in each: they are compared once for many leases in a row."""
+
+
 class Matching:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
@@ -110,8 +114,10 @@ class Matching:
         """Nodes that may have less ahead than they asked for."""
         self._asked_ahead: dict[JobId, list[NodeId]] = {}
         """By whom, sorted: the order must follow from the state."""
-        self._front: tuple[Node, list[tuple[tuple[int, int], int, Kind]]] | None = None
-        """The heads of the lines that fit the gained node being looked at, best first."""
+        self._front: tuple[Node, Heads] | None = None
+        """The lines that fit the gained node being looked at."""
+        self._woken_heads: Heads | None = None
+        """The lines that woke."""
 
     # --- kinds and their jobs
 
@@ -317,7 +323,7 @@ class Matching:
 
     def begin(self) -> None:
         """Before a row of `next_pair` with nothing but leases in between."""
-        self._front = None
+        self._front = self._woken_heads = None
 
     def next_pair(self) -> tuple[int, Node] | None:
         """A job's number and the node to lease its next task to; None when no waiting job fits any free slot."""
@@ -327,16 +333,16 @@ class Matching:
             if number is not None:
                 return number, node
             del self._gained[node.id]
-        while self._woken:
-            heads = [(head, kind) for kind in self._woken.values() if (head := kind.line.first()) is not None]
-            if not heads:
-                self._woken.clear()
-                break
-            head, kind = min(heads, key=lambda pair: pair[0])
+        if self._woken_heads is None:
+            self._woken_heads = _heads_of(self._woken.values())
+        while (first := _foremost(self._woken_heads)) is not None:
+            number, kind = first
             free = self._first_for(kind)
             if free is not None:
-                return head[1], free
+                return number, free
+            heappop(self._woken_heads)
             del self._woken[kind.demand]
+        self._woken.clear()
         return None
 
     def next_hungry(self) -> Node | None:
@@ -354,22 +360,15 @@ class Matching:
     def _best_for(self, node: Node) -> int | None:
         """The lines are compared once for all that is leased to the node in a row: its room only shrinks meanwhile."""
         if self._front is None or self._front[0] is not node:
-            lines = enumerate(self._kinds.values())
-            heads = [
-                (head, at, kind) for at, kind in lines if (head := kind.line.first()) and self.fits_now(node, kind)
-            ]
-            heapify(heads)
-            self._front = (node, heads)
+            self._front = (
+                node,
+                _heads_of(kind for kind in self._kinds.values() if kind.line and self.fits_now(node, kind)),
+            )
         heads = self._front[1]
-        while heads:
-            was, at, kind = heads[0]
-            head = kind.line.first()
-            if head is None or not self.fits_now(node, kind):
-                heappop(heads)
-            elif head != was:
-                heapreplace(heads, (head, at, kind))
-            else:
-                return head[1]
+        while (first := _foremost(heads)) is not None:
+            if self.fits_now(node, first[1]):
+                return first[0]
+            heappop(heads)
         return None
 
     def _first_for(self, kind: Kind) -> Node | None:
@@ -417,3 +416,23 @@ class Matching:
         if key is not None:
             insort(self._idle, key)
         node.idle_key = key
+
+
+def _heads_of(kinds: Iterable[Kind]) -> Heads:
+    heads = [(head, at, kind) for at, kind in enumerate(kinds) if (head := kind.line.first()) is not None]
+    heapify(heads)
+    return heads
+
+
+def _foremost(heads: Heads) -> tuple[int, Kind] | None:
+    """The job that comes first as the lines now stand: since they were compared each can only have moved on."""
+    while heads:
+        was, at, kind = heads[0]
+        head = kind.line.first()
+        if head is None:
+            heappop(heads)
+        elif head != was:
+            heapreplace(heads, (head, at, kind))
+        else:
+            return head[1], kind
+    return None
