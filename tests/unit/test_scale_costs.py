@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -29,6 +29,7 @@ from meshd.model import (
     Run,
 )
 from meshd.neighbours import Neighbours
+from meshd.raft.state import matching
 from meshd.raft.state.agenda import Agenda
 from meshd.raft.state.commands import Leased
 from meshd.raft.state.matching import Matching, Node
@@ -139,6 +140,19 @@ class Silence:
         return None
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
+    """As long as there were calls of it."""
+    calls: list[None] = []
+    original = getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(None)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
 def test_telling_a_node_of_a_lease_costs_the_same_while_a_thousand_others_are_being_told() -> None:
     assert notices_s(1_000) < 2 * notices_s(10)
 
@@ -156,17 +170,34 @@ def test_a_claim_in_a_full_mesh_looks_at_each_kind_that_waits_a_few_times(monkey
     for number in range(kinds):
         scene.submit(spec(backend=("wasm", "process"), needs=Needs(Resources(memory=number + 1))))
     scene.open(B, 1, slots=0, offer=offer)
-    looked = 0
-    first = Agenda.first
-
-    def counted(agenda: Agenda[int]) -> tuple[int, int] | None:
-        nonlocal looked
-        looked += 1
-        return first(agenda)
-
-    monkeypatch.setattr(Agenda, "first", counted)
+    looks = counted(monkeypatch, Agenda, "first")
     scene.claim(B, 0, offer=offer)
-    assert looked < 4 * kinds
+    assert len(looks) < 4 * kinds
+
+
+def test_a_claim_looks_at_few_nodes_for_each_kind_that_names_several_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is nowhere: as soon as one has the second, there is none better."""
+    nodes = [A, *(NodeId(f"node-{number}") for number in range(100))]
+    scene = Scene(*nodes)
+    kinds = 50
+    for number in range(len(nodes) + kinds):
+        needs = Needs(Resources(memory=max(number - len(nodes), 0)))
+        scene.submit(spec(backend=("process", "wasm"), needs=needs))
+    calls = counted(monkeypatch, matching, "rank")
+    scene.claim(A, 2, offer=OFFER)
+    assert len(calls) < 4 * kinds
+
+
+def test_explaining_looks_at_each_node_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all of them once more for each, to see whether another has a backend that the job prefers."""
+    nodes = [A, *(NodeId(f"node-{number}") for number in range(100))]
+    scene = Scene(*nodes)
+    jobs = [scene.submit(spec(backend=("process", "wasm"))) for _ in range(len(nodes) + 1)]
+    scene.finish(A)
+    calls = counted(monkeypatch, matching, "rank")
+    for job in jobs[0], jobs[-1]:
+        scene.explain(job)
+    assert len(calls) < 8 * len(nodes)
 
 
 def test_a_worker_finds_the_voters_among_a_thousand_members_as_among_ten() -> None:

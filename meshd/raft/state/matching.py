@@ -110,6 +110,8 @@ class Matching:
         self._idle: list[tuple[int, NodeId]] = []
         self._gained: dict[NodeId, Node] = {}
         self._woken: dict[Demand, Kind] = {}
+        self._offered: set[str] | None = None
+        """Names of all backends of working nodes; None: not known."""
         self._hungry: dict[NodeId, Node] = {}
         """Nodes that may have less ahead than they asked for."""
         self._asked_ahead: dict[JobId, list[NodeId]] = {}
@@ -182,7 +184,7 @@ class Matching:
 
     def changed(self, node: Node) -> None:
         """Its slots, offer, session or right to work changed: look at it again."""
-        self._front = None
+        self._front = self._offered = None
         for kind in self._kinds.values():
             kind.ranks.pop(node.id, None)
             if len(kind.demand.backends) > 1:
@@ -383,17 +385,28 @@ class Matching:
         mine = self._rank(node, kind)
         if mine is None or len(kind.demand.backends) == 1:
             return mine is not None
-        if not kind.is_best_known:
-            kind.best = self.best_rank(kind.demand)
-            kind.is_best_known = True
-        return mine == kind.best
+        return mine == self._best(kind)
 
     def best_rank(self, demand: Demand) -> int | None:
-        """The first backend alternative that a working node has, by position. Looks at every node."""
-        ranks = [
-            self.rank_of(node, demand) for node in self.nodes.values() if node.is_live and node.may_work and node.slots
-        ]
-        return min((rank for rank in ranks if rank is not None), default=None)
+        """The first backend alternative that a working node has, by position."""
+        return self._best(self._kinds.get(demand) or Kind(demand))
+
+    def _best(self, kind: Kind) -> int | None:
+        """Where it is not known, nodes are looked at until one has the first that is to be had at all."""
+        if not kind.is_best_known:
+            if self._offered is None:
+                offers = [node.offer for node in self.nodes.values() if _works(node) and node.offer is not None]
+                self._offered = {backend.name for offer in offers for backend in offer.backends}
+            backends = enumerate(kind.demand.backends)
+            least = next((at for at, name in backends if name in self._offered), None)
+            kind.best, kind.is_best_known = None, True
+            for node in self.nodes.values() if least is not None else ():
+                mine = self._rank(node, kind) if _works(node) else None
+                if mine is not None and (kind.best is None or mine < kind.best):
+                    kind.best = mine
+                if mine == least:
+                    break
+        return kind.best
 
     @staticmethod
     def rank_of(node: Node, demand: Demand) -> int | None:
@@ -416,6 +429,10 @@ class Matching:
         if key is not None:
             insort(self._idle, key)
         node.idle_key = key
+
+
+def _works(node: Node) -> bool:
+    return node.is_live and node.may_work and bool(node.slots)
 
 
 def _heads_of(kinds: Iterable[Kind]) -> Heads:

@@ -324,7 +324,8 @@ def _explain(state: State, query: Explain) -> Explanation:
     task_state = _shown(job, job.state_of(query.task))
     row = job.row(query.task)
     demand = Demand.of(job.spec)
-    lacks = [_lack(state, demand, record.member) for record in state.members.records.values()][:PAGE_MAX]
+    best = state.matching.best_rank(demand)
+    lacks = [_lack(state, demand, best, record.member) for record in state.members.records.values()][:PAGE_MAX]
     can_ever_run = any(not lack.is_permanent for lack in lacks)
     return Explanation(
         job=job.id,
@@ -336,7 +337,7 @@ def _explain(state: State, query: Explain) -> Explanation:
     )
 
 
-def _lack(state: State, demand: Demand, member: Member) -> Lack:
+def _lack(state: State, demand: Demand, best: int | None, member: Member) -> Lack:
     node = state.matching.nodes[member.node]
     if not member.is_worker:
         return Lack(member.node, member.name, ("it is a server only, it runs no jobs",), is_permanent=True)
@@ -353,16 +354,15 @@ def _lack(state: State, demand: Demand, member: Member) -> Lack:
             passing.append(f"a slot ({node.slots} of {node.slots} taken)")
         if node.offer is not None:
             passing.extend(passing_lacks(demand, node.offer, node.used))
-            passing.extend(_later_backend(state, demand, node))
+            passing.extend(_later_backend(state, demand, best, node))
     return Lack(member.node, member.name, permanent + tuple(passing), is_permanent=bool(permanent))
 
 
-def _later_backend(state: State, demand: Demand, node: Node) -> tuple[str, ...]:
+def _later_backend(state: State, demand: Demand, best: int | None, node: Node) -> tuple[str, ...]:
     """A node that has only a later alternative does not take the job while another has an earlier one."""
     if node.offer is None or len(demand.backends) == 1:
         return ()
     mine = state.matching.rank_of(node, demand)
-    best = state.matching.best_rank(demand)
     if mine is None or best is None or mine == best:
         return ()
     return (f"backend {demand.backends[best]}, which other nodes have and the job prefers",)
