@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserList
+from typing import Any
+
 import pytest
 
 from meshd.errors import Conflict, InvalidRequest, NotFound
 from meshd.model import Needs, Offer, OnLost, Resources, TaskState
+from meshd.raft.state import queries
 from meshd.raft.state.commands import Cancel, Submit
+from meshd.raft.state.ranges import Ranges
 from meshd.views import Explain, GetJob, GetMembers, GetSummary, ListJobs, ListTasks
 from tests.scene import BAD, GOOD, OFFER, WALL_MS, A, B, Scene, job_id, spec
 
@@ -65,6 +70,42 @@ def test_tasks_are_paged_in_order_and_filtered_by_state():
     assert [view.task for view in found.tasks] == [0, 2, 3] and found.next is None
     ready = scene.machine.answer(ListTasks(job, states=(TaskState.READY,), start=500, limit=2))
     assert [view.task for view in ready.tasks] == [500, 501] and ready.next == 502
+
+
+def test_a_page_of_a_job_looks_at_no_more_of_it_than_is_in_the_page():
+    """Whose every other task failed: half a million ranges."""
+    looked = 0
+
+    class Bounds(UserList[int]):
+        def __getitem__(self, at: Any) -> Any:
+            nonlocal looked
+            looked += 1
+            return super().__getitem__(at)
+
+    scene = Scene(A)
+    job = scene.submit(spec(count=1_000_000))
+    scene.machine._queue.jobs[job].ended[TaskState.FAILED] = Ranges(Bounds(range(1_000_000)), 500_000)
+    for start in (0, 500_000):
+        page = scene.machine.answer(ListTasks(job, states=(TaskState.FAILED, TaskState.SKIPPED), start=start))
+        assert [view.task for view in page.tasks] == list(range(start, start + 200, 2)) and page.next == start + 200
+    assert looked < 2_000
+
+
+def test_a_job_with_many_rows_is_looked_through_part_by_part(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queries, "SCAN_MAX", 4)
+    monkeypatch.setattr(queries, "TASKS_LOOKED_AT", 3)
+    scene = Scene(A, slots=10)
+    job = scene.submit(spec(count=10))
+    keys = scene.leases(A)
+    scene.report(A, running=(keys[8], keys[1], keys[5], keys[2], keys[9]))
+    found: list[int] = []
+    start: int | None = 0
+    pages = 0
+    while start is not None:
+        page = scene.machine.answer(ListTasks(job, states=(TaskState.RUNNING,), start=start))
+        found += [view.task for view in page.tasks]
+        start, pages = page.next, pages + 1
+    assert (found, pages) == ([1, 2, 5, 8, 9], 4)
 
 
 def test_explain_names_what_each_node_lacks():

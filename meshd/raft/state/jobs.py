@@ -271,7 +271,7 @@ class Job(Struct, eq=False, gc=False):
 
         Live tasks with a row must have been ended before.
         """
-        found = self.ready.within(start, stop)
+        found = list(self.ready.within(start, stop))
         for low, high in found:
             self._ended(state).add(low, high)
             self.ready.remove(low, high)

@@ -143,7 +143,7 @@ class Leases:
             return [attempts]
         stale: list[AttemptRun] = []
         task, stop = attempts.task, attempts.task + attempts.count
-        for part in job.runs.within(task, stop):
+        for part in tuple(job.runs.within(task, stop)):
             if not (
                 attempts.attempt == 1
                 and part.node == node.id

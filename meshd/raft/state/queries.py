@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from heapq import merge
 from typing import Any, assert_never
 
 from meshd import codec
@@ -20,6 +21,7 @@ from meshd.raft.state.matching import Matching, Node
 from meshd.raft.state.members import Members
 from meshd.raft.state.moment import Moment
 from meshd.raft.state.queue import Queue
+from meshd.raft.state.ranges import Ranges
 from meshd.views import (
     PAGE_MAX,
     AnyQuery,
@@ -51,7 +53,10 @@ from meshd.views import (
 PREFIX_CHARS_MIN = 4
 
 SCAN_MAX = 10_000
-"""Jobs or tasks looked at for one page: about 10 ms. A page may be short, or empty, and still have a `next`."""
+"""Jobs or rows looked at for one page: about 10 ms. A page may be short, or empty, and still have a `next`."""
+
+TASKS_LOOKED_AT = 100_000
+"""… and tasks, for a row each, where a job has more rows than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,36 +224,47 @@ def choose_tasks(job: Job, query: ListTasks) -> tuple[list[tuple[int, TaskState]
     count = job.spec.array.count
     stop = count if query.stop is None else min(query.stop, count)
     limit = page_limit(query.limit)
+    has_many_rows = len(job.rows) > SCAN_MAX and not all(state.is_final for state in query.states)
+    end = min(stop, query.start + TASKS_LOOKED_AT) if has_many_rows else stop
     chosen: list[tuple[int, TaskState]] = []
-    for looked, (task, task_state) in enumerate(_tasks(job, query.states, query.start, stop)):
-        if len(chosen) >= limit or looked >= SCAN_MAX:
+    for task, task_state in _tasks(job, query.states, query.start, end):
+        if len(chosen) >= limit:
             return chosen, task
         chosen.append((task, task_state))
-    return chosen, None
+    return chosen, end if end < stop else None
 
 
 def _tasks(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> Iterator[tuple[int, TaskState]]:
-    """The tasks of [start, stop) in order, with their states; only what is asked for is looked at."""
+    """The tasks of [start, stop) in order, with their states; only what is asked for is looked at, as it is asked for."""
     if not states:
         for task in range(start, stop):
             yield task, _shown(job, job.state_of(task))
         return
     states = tuple(state for state in TaskState if _shown(job, state) in states)
-    spans: list[tuple[int, int, TaskState]] = []
-    for wanted in states:
-        if wanted is TaskState.READY:
-            spans.extend((low, high, wanted) for low, high in job.ready.within(start, stop))
-        elif wanted in job.ended:
-            spans.extend((low, high, wanted) for low, high in job.ended[wanted].within(start, stop))
-    live = [state for state in states if not state.is_final and state is not TaskState.READY]
-    if live:
-        rows = job.rows.items()
-        spans.extend((task, task + 1, row.state) for task, row in rows if start <= task < stop and row.state in live)
-        if TaskState.LEASED in live:
-            spans.extend((run.start, run.stop, TaskState.LEASED) for run in job.runs.within(start, stop))
-    for low, high, task_state in sorted(spans):
+    sets = [(state, job.ready if state is TaskState.READY else job.ended.get(state)) for state in states]
+    spans = [_spans(tasks, state, start, stop) for state, tasks in sets if tasks is not None]
+    if TaskState.LEASED in states:
+        spans.append((run.start, run.stop, TaskState.LEASED) for run in job.runs.within(start, stop))
+    spans.append(_rows(job, states, start, stop))
+    for low, high, task_state in merge(*spans):
         for task in range(low, high):
             yield task, _shown(job, task_state)
+
+
+def _spans(tasks: Ranges, state: TaskState, start: int, stop: int) -> Iterator[tuple[int, int, TaskState]]:
+    return ((low, high, state) for low, high in tasks.within(start, stop))
+
+
+def _rows(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> Iterator[tuple[int, int, TaskState]]:
+    """Of live tasks; those that are ready are in ranges as well. Rows are in no order."""
+    rows = job.rows
+    live = [state for state in states if not state.is_final and state is not TaskState.READY]
+    if not live:
+        return
+    for task in range(start, stop) if len(rows) > SCAN_MAX else sorted(rows):
+        row = rows.get(task)
+        if row is not None and row.state in live and start <= task < stop:
+            yield task, task + 1, row.state
 
 
 def task_view(job: Job, task: int, task_state: TaskState) -> TaskView:

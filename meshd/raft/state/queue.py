@@ -294,7 +294,7 @@ class Queue:
         Each row is looked at once, however many ranges are wanted: a thousand of them held the loop for seconds.
         """
         for start, stop in wanted:
-            for run in job.runs.within(start, stop):
+            for run in tuple(job.runs.within(start, stop)):
                 for task in range(run.start, run.stop):
                     self.lay_out(job, task)
         for task in sorted(task for task in job.rows if task in wanted):

@@ -69,18 +69,16 @@ class Ranges(Struct, eq=False, gc=False):
     def remove(self, start: int, stop: int) -> None:
         self._replace(start, stop, keeps=1)
 
-    def within(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """What of [start, stop) is in the set."""
-        found = []
+    def within(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What of [start, stop) is in the set, in order and no sooner than it is asked for: it must not change meanwhile."""
         bounds = self._bounds
         i = bisect_right(bounds, start) - 1
         i = max(i - (i & 1), 0)  # to the start of a range, also when `start` lies in a gap
         while i < len(bounds) and bounds[i] < stop:
             low, high = max(bounds[i], start), min(bounds[i + 1], stop)
             if low < high:
-                found.append((low, high))
+                yield low, high
             i += 2
-        return found
 
     def packed(self) -> bytes:
         """An immutable copy; `unpacked` reads it."""

@@ -71,13 +71,11 @@ class Runs(Struct, eq=False, gc=False):
         at = bisect_right(runs, task, key=_start) - 1
         return runs[at] if at >= 0 and task < runs[at].stop else None
 
-    def within(self, start: int, stop: int) -> tuple[Run, ...]:
-        """What of [start, stop) is in runs, in order."""
+    def within(self, start: int, stop: int) -> Iterator[Run]:
+        """What of [start, stop) is in runs, in order and no sooner than it is asked for: they must not change meanwhile."""
         runs = self._runs
         low, high = bisect_right(runs, start, key=_stop), bisect_left(runs, stop, key=_start)
-        if low == high:
-            return ()
-        return tuple([run.within(start, stop) for run in runs[low:high]])
+        return (runs[at].within(start, stop) for at in range(low, high))
 
     def add(self, run: Run) -> None:
         self._replace(bisect_left(self._runs, run.start, key=_start), 0, [run])
