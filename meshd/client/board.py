@@ -110,7 +110,8 @@ class SentJob:
 
 class Board:
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Entered again by a thread that holds it when the collector finds a map there whose calls are to be cancelled.
+        self._lock = threading.RLock()
         self._calls_came = threading.Condition(self._lock)
         self._news_came = threading.Condition(self._lock)
         self._waiting: deque[MeshFuture[Any]] = deque()
@@ -216,9 +217,9 @@ class Board:
                     self._changed = {job.id: job for job in self._jobs.values() if job.is_agreed}
             changed = [job for job in self._changed.values() if job.is_agreed]
             self._changed = {}
-            unwanted = [task for task in self._unwanted if task.job.is_agreed]
-            self._unwanted = [task for task in self._unwanted if not task.job.is_agreed]
-            return changed, unwanted
+            unwanted, self._unwanted = self._unwanted, []
+            self._unwanted.extend(task for task in unwanted if not task.job.is_agreed)
+            return changed, [task for task in unwanted if task.job.is_agreed]
 
     def settled(self, task: SentTask, handed_back: list[MeshFuture[Any]]) -> None:
         """The task is done with; these of its calls are to be sent again, before all others."""

@@ -82,11 +82,12 @@ class MeshExecutor(Executor):
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = ADAPTIVE,
-    ) -> Iterator[T]:
+    ) -> Results[T]:
         """Results in order. A `chunksize` says how many calls make a task; 0 leaves it to how long they take.
 
         Raises TimeoutError when the next result is not there `timeout` seconds after `map` was called. When the
-        iterator ends early, the calls whose results were not taken are cancelled.
+        iterator ends early (it raises, it is closed, or it is dropped after the first result was asked for), the calls
+        whose results were not taken are cancelled.
         """
         ends_s = None if timeout is None else monotonic() + timeout
         if chunksize < 0:
@@ -99,7 +100,7 @@ class MeshExecutor(Executor):
                 group = next(self._groups)
             calls.append(self._call(function, args, {}, group))
         self._board.add(calls)
-        return _results(calls, ends_s)
+        return Results(calls, ends_s)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Takes nothing new. What was submitted goes on, unless it is cancelled; with `wait`, until it has ended."""
@@ -130,20 +131,33 @@ class MeshExecutor(Executor):
         return found
 
 
-def _results(futures: list[MeshFuture[T]], ends_s: float | None) -> Iterator[T]:
-    try:
-        futures.reverse()
-        while futures:
-            # Taken off before it is waited for: a result that was handed over is not kept here.
-            yield _wait(futures.pop(), ends_s)
-    finally:
-        for future in futures:
-            future.cancel()
+class Results(Iterator[T]):
+    """Of a map, in order. No generator: closing one that was never begun would cancel nothing."""
 
+    def __init__(self, calls: list[MeshFuture[T]], ends_s: float | None) -> None:
+        self._calls = calls[::-1]
+        self._ends_s = ends_s
+        self._is_begun = False
 
-def _wait(future: Future[T], ends_s: float | None) -> T:
-    try:
-        return future.result(None if ends_s is None else ends_s - monotonic())
-    except BaseException:
-        future.cancel()
-        raise
+    def __next__(self) -> T:
+        self._is_begun = True
+        if not self._calls:
+            raise StopIteration
+        # Taken off before it is waited for: a result that was handed over is not kept here.
+        call = self._calls.pop()
+        try:
+            return call.result(None if self._ends_s is None else self._ends_s - monotonic())
+        except BaseException:
+            call.cancel()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Cancels the calls whose results were not taken."""
+        while self._calls:
+            self._calls.pop().cancel()
+
+    def __del__(self) -> None:
+        # A map that nobody looks at is for its effects, as it is written with every executor of `concurrent.futures`.
+        if self._is_begun:
+            self.close()
