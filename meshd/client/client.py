@@ -25,7 +25,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from meshd.client.address import Address, local_address, parse_address
-from meshd.client.context import find_mesh
+from meshd.client.context import find_mesh, split_nodes
 from meshd.client.files import PIECE_BYTES, files_below, tar_of, untar, upload_references
 from meshd.client.http import ANSWER_S, Body, Requester
 from meshd.client.live import live_events, parse_events, raise_if_error
@@ -106,19 +106,22 @@ class _Token(msgspec.Struct):
 class Client:
     def __init__(
         self,
-        nodes: Sequence[str] = (),
+        nodes: str | Sequence[str] = (),
         *,
         token: str = "",
         ca_pem: str = "",
         is_stale_ok: bool = False,
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
-        """`nodes`: HOST:PORT or unix:PATH, tried in turn. `token` is needed over TCP. Without nodes it is the mesh that the
-        `mesh` command would speak to: MESH_NODE and MESH_TOKEN, a saved context, or else this machine's agent.
+        """`nodes`: HOST:PORT or unix:PATH, tried in turn; one string is read as MESH_NODE is. `token` is needed over TCP.
+        Without nodes it is the mesh that the `mesh` command would speak to: MESH_NODE and MESH_TOKEN, a saved context, or
+        else this machine's agent.
 
         With `is_stale_ok` what is asked of the queue is answered from what a node knows at once, perhaps a little
         old, and also when no majority of the voters can be reached.
         """
+        if isinstance(nodes, str):
+            nodes = split_nodes(nodes)
         if not nodes:
             mesh = find_mesh(token=token)
             nodes, token, ca_pem = mesh.nodes, mesh.token, ca_pem or mesh.ca_pem

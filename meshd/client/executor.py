@@ -40,7 +40,7 @@ ADAPTIVE = 0
 class MeshExecutor(Executor):
     def __init__(
         self,
-        nodes: Sequence[str] = (),
+        nodes: str | Sequence[str] = (),
         *,
         token: str = "",
         ca_pem: str = "",

@@ -45,7 +45,7 @@ def main() -> int:
             break
         try:
             args, kwargs = pickles.load_call(call)
-            answer = calls.record(calls.RESULT, pickles.dump_result(function(*args, **kwargs)))
+            answer = calls.record(calls.RESULT, pickles.dump_result(function(*args, **kwargs), function))
         except BaseException as error:  # whatever it raises is its answer, SystemExit too
             if os.getpid() != process:
                 raise

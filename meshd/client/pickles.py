@@ -43,17 +43,25 @@ def dump_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
 
 
 def load_function(data: bytes) -> Callable[..., Any]:
-    function: Callable[..., Any] = pickle.loads(data)  # noqa: S301 - in the job's own process
+    function: Callable[..., Any] = _load_here(data)
     return function
 
 
 def load_call(data: bytes) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    args, *kwargs = pickle.loads(data)  # noqa: S301 - in the job's own process
+    args, *kwargs = _load_here(data)
     return args, kwargs[0] if kwargs else {}
 
 
-def dump_result(value: Any) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL) if type(value) in _PLAIN else _dump(value)
+def dump_result(value: Any, function: Callable[..., Any]) -> bytes:
+    """What the function returned."""
+    if type(value) in _PLAIN:
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    try:
+        return _dump(value)
+    except Exception as error:
+        name = getattr(function, "__qualname__", repr(function))
+        error.add_note(f"the result of {name}, of type {type(value).__name__}, cannot be sent to its caller")
+        raise
 
 
 def load_result(data: bytes) -> Any:
@@ -85,6 +93,18 @@ def load_error(data: bytes) -> BaseException:
         error = found
     error.__cause__ = RemoteTraceback(text)
     return error
+
+
+def _load_here(data: bytes) -> Any:
+    """In the job's own process."""
+    try:
+        return pickle.loads(data)  # noqa: S301 - see above
+    except ModuleNotFoundError as error:
+        error.add_note(
+            "install it on the nodes, or send a module of your own along: "
+            f"cloudpickle.register_pickle_by_value({error.name or 'module'})"
+        )
+        raise
 
 
 def _dump(value: Any) -> bytes:

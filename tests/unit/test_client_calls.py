@@ -110,6 +110,8 @@ def test_an_exception_that_cannot_be_carried_over_is_named() -> None:
     assert isinstance(found[0], pickles.RemoteError) and "Awkward: says this" in str(found[0])
     found, _, _ = run(unpicklable, [()])
     assert isinstance(found[0], TypeError) and "generator" in str(found[0])
+    (note,) = found[0].__notes__
+    assert "the result of" in note and "unpicklable" in note
 
 
 def test_a_function_and_what_it_starts_read_nothing_of_the_calls_around_it() -> None:
@@ -178,6 +180,20 @@ def test_a_function_that_cannot_be_loaded_is_the_answer_to_each_call() -> None:
     found, seconds, done = run(len, [], data=calls.pack([part]))
     assert done.returncode == 0 and seconds == 0.0
     assert [type(error) for error in found] == [ModuleNotFoundError] * 2
+
+
+def test_what_the_node_lacks_comes_with_its_remedy() -> None:
+    data = calls.pack([Part(b"cmymod.part\nfunction\n.", [pickles.dump_call((), {})])])
+    (error,), _, _ = run(len, [], data=data)
+    (remedy,) = error.__notes__
+    assert "cloudpickle.register_pickle_by_value(mymod)" in remedy
+
+    class Far:
+        def __reduce__(self) -> tuple[object, ...]:
+            return __import__, ("mymod",)
+
+    (error,), _, _ = run(len, [(Far(),)])
+    assert isinstance(error, ModuleNotFoundError) and error.__notes__ == [remedy]
 
 
 def test_another_version_of_python_is_refused_in_words() -> None:

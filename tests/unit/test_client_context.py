@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from meshd.client import Client, MeshExecutor
 from meshd.client.context import Context, Contexts, find_mesh, save_contexts
-from meshd.errors import NotFound
+from meshd.errors import NotFound, Unavailable
 
 LAB = Context(("lab:7373",), "lab's token", "lab's CA")
 
@@ -48,3 +49,10 @@ def test_a_name_that_is_not_saved_is_told_with_those_that_are() -> None:
     save_contexts(Contexts("", {"lab": LAB}))
     with pytest.raises(NotFound, match="no saved context 'hom'"):
         find_mesh(name="hom")
+
+
+def test_one_address_needs_no_list() -> None:
+    with pytest.raises(Unavailable, match=r"/nowhere/api\.sock"):
+        MeshExecutor("unix:/nowhere/api.sock")
+    with Client("unix:/nowhere/api.sock,unix:/nowhere/else.sock") as client, pytest.raises(Unavailable, match="else"):
+        client.me()
