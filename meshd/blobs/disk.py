@@ -175,8 +175,11 @@ class Disk:
                 self._remember_verified(ref.hash)
 
     def is_whole(self, ref: BlobRef) -> bool:
-        """Known, and its file is still there with that size."""
-        if self.index.get(ref.hash) != ref.size:
+        """Known, seen to be right by this process, and its file is still there with that size.
+
+        Anything less is written anew: with the right bytes in hand nobody should find out later that the disk's are wrong.
+        """
+        if ref.hash not in self._verified or self.index.get(ref.hash) != ref.size:
             return False
         try:
             return os.stat(self.path_of(ref.hash)).st_size == ref.size

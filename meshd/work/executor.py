@@ -294,7 +294,10 @@ class Executor:
         return await self._replicate(outcome, spec)
 
     async def _replicate(self, outcome: Outcome, spec: JobSpec) -> Outcome:
-        """Waits as long as it takes: an outcome that rests on one disk is not told (protocol.md 6)."""
+        """Waits as long as it takes: an outcome that rests on one disk is not told (protocol.md 6).
+
+        Raises NotFound when one of its blobs is gone from this disk: only another attempt makes that again.
+        """
         refs = [content for content in (outcome.stdout, outcome.stderr) if isinstance(content, BlobRef)]
         if isinstance(outcome.outputs, TreeRef):
             refs.append(outcome.outputs.blob)
@@ -309,6 +312,11 @@ class Executor:
                 return replace(outcome, holders=holders)
             except Unavailable as error:
                 log.warning("outputs.not_replicated", blobs=len(refs), error=str(error))
+                if gone := [ref.hash for ref in refs if not self._store.has(ref.hash)]:
+                    raise NotFound(
+                        f"blob {gone[0]} of this outcome is not on this disk any more",
+                        hint="it was removed, or put aside as damaged: see the node's log",
+                    ) from error
                 await trio.sleep(REPLICATE_PAUSE_S)
 
 

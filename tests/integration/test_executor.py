@@ -35,6 +35,7 @@ from meshd.model import (
 from meshd.net.memory import MemoryNetwork
 from meshd.net.rpc import StreamRpc
 from meshd.ports import BackendSettings, Leash
+from meshd.work import executor as executor_module
 from meshd.work.executor import Executor
 
 ME = NodeId("me")
@@ -46,7 +47,7 @@ class Nobody:
 
 
 @asynccontextmanager
-async def node(tmp_path):
+async def node(tmp_path, peers=()):
     transport = MemoryNetwork().transport(ME, lambda p, q: True, lambda p: (), Nobody())
     rpc = StreamRpc(transport)
     store = await Store.open(tmp_path / "blobs")
@@ -58,7 +59,7 @@ async def node(tmp_path):
         me=ME,
         store=store,
         fetcher=fetcher,
-        replicator=Replicator(rpc, store, fetcher, lambda: ()),
+        replicator=Replicator(rpc, store, fetcher, lambda: peers),
         backends={"process": backend},
         offered=lambda: ("process",),
     )
@@ -237,3 +238,19 @@ async def test_an_input_that_rotted_on_this_disk_is_put_aside_and_never_given_to
         # Nobody else has it here: the mesh could not do it, and the job is not to blame.
         assert outcome.reason is EndReason.BACKEND and ref.hash in outcome.message
         assert not store.has(ref.hash)
+
+
+async def test_an_outcome_whose_blob_is_gone_before_it_lay_on_two_disks_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(executor_module, "REPLICATE_S", 0.2)
+    async with node(tmp_path, peers=(NodeId("unreachable"),)) as (executor, store):
+
+        async def remove_what_it_said():
+            while not (kept := await store.list()):
+                await trio.sleep(0.01)
+            await store.remove(kept[0].hash)
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(remove_what_it_said)
+                outcome = await run(executor, shell("head -c 100000 /dev/zero"))
+    assert outcome.reason is EndReason.BACKEND and "not on this disk any more" in outcome.message

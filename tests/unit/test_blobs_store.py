@@ -327,6 +327,14 @@ async def test_a_blob_whose_file_was_deleted_is_not_there_and_can_be_put_again(t
     assert not store.has(ref.hash)
 
 
+async def test_a_copy_that_went_bad_unseen_is_replaced_by_good_bytes_that_are_put(tmp_path: Path) -> None:
+    ref = await (await Store.open(tmp_path / "blobs")).put_bytes(b"right")
+    (tmp_path / "blobs" / "whole" / ref.hash).write_bytes(b"wrong")
+    store = await Store.open(tmp_path / "blobs")
+    assert await store.put_bytes(b"right") == ref
+    assert await store.get_bytes(ref, bytes_max=100) == b"right"
+
+
 async def test_every_coming_and_going_is_told_once(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "blobs")
     heard: list[tuple[str, bool]] = []
