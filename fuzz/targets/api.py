@@ -140,6 +140,11 @@ def _tars() -> Iterator[bytes]:
     yield packed("d", b"", type=tarfile.DIRTYPE) + packed("é" * 60) + end
     yield packed("big", size=2**60)
     yield packed("p", pax_headers={"size": "-1", "path": "q\0", "GNU.sparse.major": "1"}) + end
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+        yield packed("huge", type=kind, size=1 << 30) + end
+        yield packed("", b"", type=kind) * 60
+    yield packed("h", pax_headers={"GNU.sparse.map": "abc"}) + end
+    yield packed("h", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}) + end
     broken = bytearray(packed("n") + end)
     broken[124:136] = b"\x80" + b"\xff" * 11
     yield bytes(broken)

@@ -1,15 +1,15 @@
 """Directories over HTTP travel as tar: any language and any shell can make one and take one.
 
-A tar is untrusted input. It is read by the standard library in a thread, one member at a
-time; only plain files are taken, and their paths are held to the rules of job inputs.
+A tar is untrusted input. It is read by the standard library in a thread, one member at a time and no header larger than
+a path needs; only plain files are taken, and their paths are held to the rules of job inputs.
 """
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from typing import Annotated, cast
+from typing import IO, Annotated, cast
 
 import trio
 from msgspec import Meta, Struct
@@ -29,6 +29,11 @@ BATCH_FILES = 128
 """Small files of one upload that are stored, synced and copied to other nodes together: one by one, each would cost a
 sync on two disks and a round trip."""
 BATCHES_AT_ONCE = 4
+HEADERS_BYTES_MAX = 8 << 10
+"""Of what stands before one file in a tar: a path of 4 KiB, and twice its own block. `tarfile` needs time and memory that
+grow with the square of it: 70 ms and 16 MiB for these."""
+PADDING_BYTES_MAX = 1 << 20
+"""Of zeros after the end of a tar: `tar` fills a record, 10 KiB unless told otherwise."""
 TAR = "application/x-tar"
 
 _PARSERS = trio.CapacityLimiter(4)
@@ -65,7 +70,6 @@ class _Upload:
         self._face = call.face
         self._chunks = call.request.stream()
         self._replicas = replicas
-        self._rest = b""
         self._entries: dict[str, TreeEntry] = {}
         self._failure: MeshError | None = None
         self._room = trio.Semaphore(BATCHES_AT_ONCE)
@@ -77,7 +81,8 @@ class _Upload:
             try:
                 await trio.to_thread.run_sync(self._parse, limiter=_PARSERS)
                 await self._put_batch_soon()
-            except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+                await self._read_padding()
+            except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
                 self._fail(InvalidRequest(f"this is not a tar: {error}"))
             except ClientDisconnect:
                 self._fail(InvalidRequest("the upload ended before the tar did"))
@@ -95,44 +100,32 @@ class _Upload:
     # --- in the thread
 
     def _parse(self) -> None:
-        with tarfile.open(mode="r|", fileobj=cast("tarfile._Fileobj", self), bufsize=PIECE_BYTES) as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if not member.isreg():
-                    raise InvalidRequest(f"{member.name[:200]!r} is neither a file nor a directory")
-                name = member.name.removeprefix("./")
-                path = check_path(name, "path in the tar")
-                if path in self._entries:
-                    raise InvalidRequest(f"the tar has {path[:200]!r} twice")
-                if len(self._entries) >= TREE_FILES_MAX:
-                    raise TooLarge(f"a directory is limited to {TREE_FILES_MAX} files")
-                is_executable = bool(member.mode & 0o100)
-                file = tar.extractfile(member)
-                assert file is not None
-                if member.size <= INLINE_BYTES_MAX:
-                    self._entries[path] = TreeEntry(path, Inline(file.read()), is_executable)
-                elif member.size <= PIECE_BYTES:
-                    self._entries[path] = TreeEntry(path, Inline(b""), is_executable)
-                    trio.from_thread.run(self._put_soon, path, file.read(), is_executable)
-                else:
-                    ref = trio.from_thread.run(self._put_large, file)
-                    self._entries[path] = TreeEntry(path, ref, is_executable)
-
-    def read(self, size: int) -> bytes:
-        """What `tarfile` calls for more."""
-        return trio.from_thread.run(self._read, size)
+        for member, file in _files(_Tape(lambda: trio.from_thread.run(self._next_chunk))):
+            path = check_path(member.name.removeprefix("./"), "path in the tar")
+            if path in self._entries:
+                raise InvalidRequest(f"the tar has {path[:200]!r} twice")
+            if len(self._entries) >= TREE_FILES_MAX:
+                raise TooLarge(f"a directory is limited to {TREE_FILES_MAX} files")
+            is_executable = bool(member.mode & 0o100)
+            if member.size <= INLINE_BYTES_MAX:
+                self._entries[path] = TreeEntry(path, Inline(file.read()), is_executable)
+            elif member.size <= PIECE_BYTES:
+                self._entries[path] = TreeEntry(path, Inline(b""), is_executable)
+                trio.from_thread.run(self._put_soon, path, file.read(), is_executable)
+            else:
+                ref = trio.from_thread.run(self._put_large, file)
+                self._entries[path] = TreeEntry(path, ref, is_executable)
 
     # --- in the loop
 
-    async def _read(self, size: int) -> bytes:
-        while not self._rest:
-            chunk = await anext(self._chunks, None)
-            if chunk is None:
-                return b""
-            self._rest = chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
+    async def _next_chunk(self) -> bytes:
+        return await anext(self._chunks, b"")
+
+    async def _read_padding(self) -> None:
+        """What is left unread costs the client its connection."""
+        left = PADDING_BYTES_MAX
+        while left > 0 and (chunk := await self._next_chunk()):
+            left -= len(chunk)
 
     async def _put_soon(self, path: str, data: bytes, is_executable: bool) -> None:
         self._batch.append((path, data, is_executable))
@@ -155,16 +148,83 @@ class _Upload:
         finally:
             self._room.release()
 
-    async def _put_large(self, file: object) -> BlobRef:
+    async def _put_large(self, file: IO[bytes]) -> BlobRef:
         # The parser's thread is waiting for this very call, so another one may read from the file meanwhile;
         # what that one asks of the request comes back through `read`.
         async def chunks() -> AsyncGenerator[bytes, None]:
-            while data := await trio.to_thread.run_sync(file.read, PIECE_BYTES, limiter=_READERS):  # type: ignore[attr-defined]
+            while data := await trio.to_thread.run_sync(file.read, PIECE_BYTES, limiter=_READERS):
                 yield data
 
         async with aclosing(chunks()) as source:
             view = await self._face.put_blob(source, replicas=self._replicas)
         return BlobRef(view.hash, view.size)
+
+
+class _Tape:
+    """A tar as `tarfile` reads it: forward only. Headers it takes into memory as large as they say they are, and one
+    before the other without end; so what it may read before it comes to a file has a bound."""
+
+    def __init__(self, pull: Callable[[], bytes]) -> None:
+        """`pull` waits for more bytes; none are the end."""
+        self._pull = pull
+        self._chunk = memoryview(b"")
+        self._position = 0
+        self._headers_bytes_left: int | None = None
+
+    def bound_headers(self) -> None:
+        self._headers_bytes_left = HEADERS_BYTES_MAX
+
+    def begin_file(self) -> None:
+        self._headers_bytes_left = None
+
+    def read(self, size: int) -> bytes:
+        if self._headers_bytes_left is not None:
+            self._headers_bytes_left -= size
+            if self._headers_bytes_left < 0:
+                raise TooLarge(
+                    f"a file in the tar has headers over the limit of {HEADERS_BYTES_MAX} bytes",
+                    hint="leave extended attributes out: tar --no-xattrs",
+                )
+        parts: list[memoryview] = []
+        while size > 0 and (part := self._take(size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.StreamError("a file ends before it begins")
+        while self._position < position and self._take(position - self._position):
+            pass
+
+    def _take(self, size: int) -> memoryview:
+        if not self._chunk:
+            self._chunk = memoryview(self._pull())
+        part, self._chunk = self._chunk[:size], self._chunk[size:]
+        self._position += len(part)
+        return part
+
+
+def _files(tape: _Tape) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """Raises InvalidRequest, TooLarge, and what tarfile raises for what is no tar: TarError, ValueError."""
+    tape.bound_headers()
+    with tarfile.TarFile(fileobj=cast("IO[bytes]", tape)) as tar:
+        while (member := tar.next()) is not None:
+            # A hole costs nothing to send, and its zeros are as many as the header says.
+            if member.issparse() or not (member.isreg() or member.isdir()):
+                raise InvalidRequest(f"{member.name[:200]!r} is neither a plain file nor a directory")
+            if not member.isdir():
+                tape.begin_file()
+                file = tar.extractfile(member)
+                assert file is not None
+                yield member, file
+            # Else tarfile keeps each of them to the end.
+            tar.members.clear()  # type: ignore[attr-defined]
+            tar.pax_headers = {}
+            tape.bound_headers()
 
 
 async def _tar_of(face: Face, tree: Tree) -> AsyncGenerator[bytes, None]:

@@ -197,6 +197,34 @@ def test_a_tar_with_a_link_a_broken_tar_and_noise_are_refused(mesh: Client) -> N
             _post_tar(mesh, data)
 
 
+def test_a_tar_with_header_upon_header_is_refused(mesh: Client) -> None:
+    header = tarfile.TarInfo("more")
+    header.type = tarfile.GNUTYPE_LONGNAME
+    with pytest.raises(TooLarge, match="headers"):
+        _post_tar(mesh, header.tobuf(tarfile.GNU_FORMAT) * 2000)
+
+
+@pytest.mark.parametrize(
+    "holes", [{"GNU.sparse.map": "abc"}, {"GNU.sparse.map": "0,0", "GNU.sparse.realsize": str(1 << 40)}]
+)
+def test_a_tar_with_holes_is_refused(mesh: Client, holes: dict[str, str]) -> None:
+    member = tarfile.TarInfo("file")
+    member.pax_headers = holes
+    with pytest.raises(InvalidRequest):
+        _post_tar(mesh, member.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+
+
+def test_a_tar_may_say_where_it_comes_from_and_be_padded(mesh: Client) -> None:
+    """As `git archive` does with a global header, and `tar` with a record of 10 KiB."""
+    commit = tarfile.TarInfo("pax_global_header")
+    payload = b"52 comment=" + b"a" * 40 + b"\n"
+    commit.type, commit.size = tarfile.XGLTYPE, len(payload)
+    file = tarfile.TarInfo("p/" * 2000 + "file")
+    tar = commit.tobuf(tarfile.USTAR_FORMAT) + payload.ljust(512, b"\0") + file.tobuf(tarfile.PAX_FORMAT)
+    answers = [_post_tar(mesh, tar + bytes(200_000)) for _ in range(2)]
+    assert answers[0] == answers[1]
+
+
 def test_inputs_that_are_named_by_path_are_uploaded(mesh: Client, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(b"from a file" * 1000)
     (tmp_path / "lines").write_text("a\nb\nc")
@@ -376,5 +404,6 @@ def test_a_node_that_was_restarted_is_asked_over_a_new_connection() -> None:
         client.me()  # that socket is gone for good
 
 
-def _post_tar(mesh: Client, data: bytes) -> None:
-    mesh._requester.stream("POST", "/v1/trees", lambda: data, headers={"content-type": "application/x-tar"}).read()
+def _post_tar(mesh: Client, data: bytes) -> bytes:
+    headers = {"content-type": "application/x-tar"}
+    return mesh._requester.stream("POST", "/v1/trees", lambda: data, headers=headers).read()

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import stat
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -87,6 +88,16 @@ def test_a_large_body_is_refused_before_it_is_sent(api: Served) -> None:
     client.sendall(head)
     answer = client.recv(65536)
     assert answer.startswith(b"HTTP/1.1 413") and b'"too_large"' in answer + client.recv(65536)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_large_header_in_a_tar_is_refused_before_it_is_sent(api: Served, kind: bytes) -> None:
+    header = tarfile.TarInfo("large")
+    header.type, header.size = kind, 1 << 30
+    client = connect(api)
+    client.sendall(b"POST /v1/trees HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (2 << 30))
+    client.sendall(header.tobuf(tarfile.GNU_FORMAT) + bytes(64 << 10))
+    assert client.recv(65536).startswith(b"HTTP/1.1 413")
 
 
 def test_who_sends_half_a_request_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
