@@ -67,6 +67,8 @@ class Mediator:
         self._fail = fail
         self.is_settling = True
         self.is_draining = False
+        self._has_untold_blobs = False
+        """More than gossip takes: said once, whoever wants one of the others asks around."""
         self.transport: Transport | None = None
         self.rpc: StreamRpc | None = None
         self.allegiance: Allegiance | None = None
@@ -148,8 +150,10 @@ class Mediator:
         try:
             if self.gossip is not None:
                 self.gossip.publish_blob(blob, present=is_present)
-        except Busy:
-            return  # more blobs than gossip tells of: whoever wants this one asks around
+        except Busy as error:
+            if not self._has_untold_blobs:
+                self._has_untold_blobs = True
+                log.warning("gossip.blobs_untold", error=error.message, hint="they are found by asking every node")
 
     # --- recoveries of the mesh ----------------------------------------------------------------------------------------
 

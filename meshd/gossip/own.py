@@ -32,6 +32,10 @@ KEYS_MAX = 20_000
 LIVE_BYTES_MAX = 3 << 20
 """Per node: 20,000 blob locations are 2 MB."""
 
+KEYS_KEPT = 64
+BYTES_KEPT = KEYS_KEPT * VALUE_BYTES_MAX
+"""For facts about the node itself, keys without a "/": however many blobs it has, it can say where it is and what it offers."""
+
 CHUNKS_SLACK = 64
 BYTES_SLACK = 64 << 10
 """Waste allowed on top of what is alive; a small node writes itself again only every 64 changes."""
@@ -77,10 +81,13 @@ class OwnFacts:
             raise TooLarge(f"fact {key!r} has {len(value)} bytes, over the limit of {VALUE_BYTES_MAX}")
         live_bytes = self._live_bytes
         live_bytes += (0 if value is None else _cost(key, value)) - (0 if old is None else _cost(key, old))
-        if value is not None and old is None and len(self._values) >= KEYS_MAX:
-            raise Busy(f"this node already publishes {KEYS_MAX} facts")
-        if live_bytes > LIVE_BYTES_MAX and live_bytes > self._live_bytes:
-            raise Busy(f"this node's facts would take {live_bytes} bytes, over the limit of {LIVE_BYTES_MAX}")
+        keys_max, bytes_max = _limits(key)
+        if value is not None and old is None and len(self._values) >= keys_max:
+            raise Busy(f"no room for {key!r}: this node publishes {len(self._values)} facts already")
+        if live_bytes > bytes_max and live_bytes > self._live_bytes:
+            raise Busy(
+                f"no room for {key!r}: this node's facts would take {live_bytes} bytes, over the limit of {bytes_max}"
+            )
         self._live_bytes = live_bytes
         if value is None:
             del self._values[key]
@@ -153,6 +160,13 @@ class OwnFacts:
             else:
                 self._numbers[key] = number
         return SignedChunk(body, self._sign(chunk_payload(body)))
+
+
+def _limits(key: str) -> tuple[int, int]:
+    """Keys and bytes of all facts, past which this one has no room."""
+    if "/" in key:
+        return KEYS_MAX - KEYS_KEPT, LIVE_BYTES_MAX - BYTES_KEPT
+    return KEYS_MAX, LIVE_BYTES_MAX
 
 
 def _cost(key: str, value: bytes | None) -> int:

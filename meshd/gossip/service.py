@@ -131,7 +131,7 @@ class GossipService:
         self._wake_if_due()
 
     def publish_blob(self, blob: str, *, present: bool) -> None:
-        """This node has, or no longer has, the blob. Raises Busy as `publish` does."""
+        """This node has, or no longer has, the blob. Raises Busy while there is still room for what it says of itself."""
         self.publish(f"blob/{blob}", b"" if present else None)
 
     # --- what the daemon asks ---

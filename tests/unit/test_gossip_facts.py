@@ -9,7 +9,7 @@ from meshd.errors import Busy, InvalidRequest, TooLarge
 from meshd.gossip import facts as facts_module
 from meshd.gossip.facts import Facts, Merged
 from meshd.gossip.messages import CHUNK_BYTES_MAX, DELTA_BYTES_MAX, Chunk, Row, SignedChunk, chunk_payload
-from meshd.gossip.own import KEYS_MAX, LIVE_BYTES_MAX, VALUE_BYTES_MAX
+from meshd.gossip.own import KEYS_KEPT, KEYS_MAX, LIVE_BYTES_MAX, VALUE_BYTES_MAX
 from meshd.model import NodeId
 from meshd.testing.gossiping import sign_as, verify
 
@@ -86,11 +86,25 @@ def test_what_is_too_large_or_too_much_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match="257 characters"):
         a.set("k" * 257, b"")
     for number in range(KEYS_MAX):
-        a.set(f"blob/{number:064x}", b"")
-    with pytest.raises(Busy, match="20000 facts"):
+        a.set(f"k{number}", b"")
+    with pytest.raises(Busy, match="no room for 'one more': this node publishes 20000 facts"):
         a.set("one more", b"")
-    a.set(f"blob/{0:064x}", None)
+    a.set("k0", None)
     assert a.set("one more", b"")
+
+
+@pytest.mark.parametrize("value", [b"", b"x" * VALUE_BYTES_MAX])
+def test_what_a_node_has_leaves_room_for_what_it_says_of_itself(value: bytes) -> None:
+    a, b = facts_of(A), facts_of(B)
+    with pytest.raises(Busy, match="blob/"):
+        [a.set(f"blob/{number:064x}", value) for number in range(KEYS_MAX)]
+
+    for number in range(KEYS_KEPT):
+        assert a.set(f"k{number}", b"x" * (VALUE_BYTES_MAX - 20))
+
+    sealed(a)
+    caught_up(b, a, A)
+    assert b.facts("") == a.facts(""), "no more than its readers accept"
 
 
 def test_bytes_are_bounded_too_and_taking_back_is_always_possible() -> None:
@@ -105,7 +119,7 @@ def test_bytes_are_bounded_too_and_taking_back_is_always_possible() -> None:
 
 def test_a_full_node_reaches_another_in_bounded_deltas() -> None:
     a, b = facts_of(A), facts_of(B)
-    for number in range(KEYS_MAX):
+    for number in range(KEYS_MAX - KEYS_KEPT):
         a.set(f"blob/{number:064x}", b"")
     chunks = sealed(a)
     assert max(len(chunk.body) for chunk in chunks) <= CHUNK_BYTES_MAX
@@ -113,7 +127,7 @@ def test_a_full_node_reaches_another_in_bounded_deltas() -> None:
 
     caught_up(b, a, A)
 
-    assert len(b.facts("blob/")) == KEYS_MAX
+    assert len(b.facts("blob/")) == KEYS_MAX - KEYS_KEPT
 
 
 def test_one_new_blob_of_a_node_with_thousands_costs_hundreds_of_bytes() -> None:
