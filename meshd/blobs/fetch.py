@@ -262,7 +262,7 @@ class Fetcher:
     # --- small ones --------------------------------------------------------------------------------------------------
 
     async def _ask_small(self, source: NodeId, refs: Sequence[BlobRef]) -> list[bytes]:
-        """Those that it has, each checked. Raises PeerFault for wrong bytes, Unavailable."""
+        """Those that it has, each checked. Raises PeerFault for wrong bytes, InvalidRequest for a ref's wrong size, Unavailable."""
         body = codec.encode(Names(tuple(ref.hash for ref in refs)))
         try:
             answer = await self._rpc.call(source, "blob.get", body, timeout_s=CALL_S)
@@ -278,8 +278,10 @@ class Fetcher:
             raise PeerFault(f"answered {len(datas)} blobs to {len(refs)} names")
         given = [(ref, data) for ref, data in zip(refs, datas, strict=True) if data is not None]
         for ref, data in given:
-            if len(data) != ref.size or blake3(data).hexdigest() != ref.hash:
+            if blake3(data).hexdigest() != ref.hash:
                 raise PeerFault(f"gave wrong bytes for blob {ref.hash}")
+            if len(data) != ref.size:
+                raise InvalidRequest(f"blob {ref.hash} has {len(data)} bytes, not {ref.size}")
         return [data for _, data in given]
 
     async def _fetch_small_together(self, refs: Sequence[BlobRef], hints: Sequence[NodeId]) -> None:

@@ -151,6 +151,28 @@ async def test_a_wrong_size_is_refused_and_the_blob_kept(mesh: BlobMesh) -> None
         await mesh.nodes[C].fetcher.fetch(BlobRef(ref.hash, LARGE + 1), timeout_s=10)
 
 
+async def fetch_one(fetcher: fetch.Fetcher, ref: BlobRef) -> None:
+    await fetcher.fetch(ref, timeout_s=10)
+
+
+async def fetch_with_others(fetcher: fetch.Fetcher, ref: BlobRef) -> None:
+    await fetcher.fetch_many([ref], timeout_s=10)
+
+
+@pytest.mark.parametrize("ask", [fetch_one, fetch_with_others])
+@pytest.mark.parametrize("said", [99, 101, LARGE])
+async def test_a_reference_with_a_wrong_size_is_the_askers_fault_and_bans_nobody(
+    mesh: BlobMesh, said: int, ask: Callable[[fetch.Fetcher, BlobRef], Awaitable[None]]
+) -> None:
+    ref = await mesh.nodes[B].store.put_bytes(random_bytes(100))
+    mesh.holders[ref.hash] = [B]
+    with pytest.raises(MeshError, match=rf"100 bytes( of that name)?, not {said}") as raised:
+        await ask(mesh.nodes[A].fetcher, BlobRef(ref.hash, said))
+    assert isinstance(raised.value, InvalidRequest if said < LARGE else Unavailable)
+    assert mesh.nodes[A].fetcher._banned() == frozenset()
+    await ask(mesh.nodes[A].fetcher, ref)
+
+
 async def test_a_copy_that_went_bad_is_fetched_again(mesh: BlobMesh) -> None:
     data = random_bytes(2000)
     ref = await mesh.nodes[B].store.put_bytes(data)

@@ -152,3 +152,12 @@ async def test_carried_bytes_are_checked_before_they_are_kept(mesh: BlobMesh) ->
     answer = codec.decode(await mesh.nodes[A].rpc.call(B, "blob.pull", codec.encode(pull), timeout_s=5), Presence)
     assert answer.here == (False,) and "are not blob" in answer.why
     assert await mesh.nodes[B].store.list() == []
+
+
+async def test_who_asks_for_copies_with_a_wrong_size_harms_no_other_node(mesh: BlobMesh) -> None:
+    (ref,) = await put(mesh, 100)
+    mesh.holders[ref.hash] = [A]
+    pull = Pull((BlobRef(ref.hash, 99),), (None,), timeout_ms=5000)
+    answer = codec.decode(await mesh.nodes[C].rpc.call(B, "blob.pull", codec.encode(pull), timeout_s=8), Presence)
+    assert answer == Presence((False,), f"blob {ref.hash} has 100 bytes, not 99")
+    assert mesh.nodes[B].fetcher._banned() == frozenset()
