@@ -11,6 +11,7 @@ the body, a refused upload is never read on, and whoever is stuck is dropped alo
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,6 +35,8 @@ STALL_S = 30.0
 LINGER_S = 2.0
 """After an answer that came before the whole body: read on, so that the client gets to see the answer, not a reset."""
 PIECE_BYTES = 64 << 10
+EARLY_BYTES_MAX = 64 << 10
+"""Of next requests while an answer is under way. Who sends more is taken for gone: unread, nobody would see them leave."""
 
 
 class Aborted(Exception):
@@ -192,14 +195,12 @@ class _Exchange:
             self._http.receive_data(bytes(await self._stream.receive_some(PIECE_BYTES)))
 
     async def _wait_for_disconnect(self) -> None:
-        try:
-            data = await self._stream.receive_some(1)
-            if data:
-                # The next request, sent early. It waits here until this answer is over.
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            early_bytes = 0
+            while early_bytes <= EARLY_BYTES_MAX and (data := await self._stream.receive_some(PIECE_BYTES)):
+                # The next requests. They wait here until this answer is over.
                 self._http.receive_data(bytes(data))
-                await trio.sleep_forever()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
+                early_bytes += len(data)
 
     async def send(self, message: Message) -> None:
         match message["type"]:

@@ -38,22 +38,26 @@ class ByteStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure: Exception | None = None
-        async with aclosing(self._source) as source:
-            # Before this chunk nothing is sent, so a NotFound still becomes a 404.
-            chunk = await anext(source, None)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
-                try:
-                    await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-                    while chunk is not None:
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                        chunk = await anext(source, None)
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
-                except (MeshError, *GONE) as error:
-                    # Carried out by hand: a nursery would wrap it in a group.
-                    failure = error
-                nursery.cancel_scope.cancel()
+        has_begun = False
+        async with aclosing(self._source) as source, trio.open_nursery() as nursery:
+            # From the first moment: who waits for a task to say something may leave before it does.
+            nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
+            try:
+                # Before this chunk nothing is sent, so a NotFound still becomes a 404.
+                chunk = await anext(source, None)
+                has_begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                while chunk is not None:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    chunk = await anext(source, None)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except (MeshError, *GONE) as error:
+                # Carried out by hand: a nursery would wrap it in a group.
+                failure = error
+            nursery.cancel_scope.cancel()
         if failure is not None:
+            if not has_begun:
+                raise failure
             raise Aborted(str(failure)) from failure
 
 

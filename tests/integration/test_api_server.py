@@ -202,6 +202,34 @@ def test_a_follower_that_leaves_ends_its_stream(api: Served) -> None:
     assert open_connections(api) == 0
 
 
+@pytest.mark.parametrize("more", [b"", GET_ME])
+def test_followers_that_leave_before_the_first_byte_leave_nothing_behind(api: Served, more: bytes) -> None:
+    """Also those that have sent their next request already."""
+    with Client([api.node]) as client:
+        job = client.submit({"run": {"args": ["hang"]}})
+    before = tasks_living(api)
+    followers = [connect(api) for _ in range(20)]
+    for follower in followers:
+        follower.sendall(f"GET /v1/jobs/{job}/tasks/0/logs?follow=true HTTP/1.1\r\nHost: x\r\n\r\n".encode() + more)
+    deadline = time.monotonic() + 10
+    while tasks_living(api) < before + 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert open_connections(api) >= 20
+    for follower in followers:
+        follower.close()
+    while tasks_living(api) > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert tasks_living(api) <= before and open_connections(api) == 0
+
+
+def test_an_answer_that_has_not_begun_can_still_be_an_error(api: Served) -> None:
+    client = connect(api)
+    client.sendall(b"GET /v1/jobs/" + b"0" * 26 + b"/tasks/0/logs?follow=true HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.recv(65536).startswith(b"HTTP/1.1 404")
+    client.sendall(GET_ME)
+    assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_the_socket_is_the_owners_alone(api: Served) -> None:
     assert stat.S_IMODE(api.socket.stat().st_mode) == 0o600
     assert sorted(path.name for path in api.directory.iterdir()) == ["api.sock"]
@@ -293,6 +321,12 @@ def test_a_bug_is_answered_and_hurts_no_other_request(api: Served, monkeypatch: 
     client.sendall(b"GET /v1/cluster HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read_all(client).startswith(b"HTTP/1.1 500")
     assert is_well(api)
+
+
+def tasks_living(api: Served) -> int:
+    counted = api.do(lambda: trio.lowlevel.current_statistics().tasks_living)
+    assert isinstance(counted, int)
+    return counted
 
 
 def open_connections(api: Served) -> int:
