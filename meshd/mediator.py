@@ -41,6 +41,9 @@ from meshd.work.worker import Recovered
 FOLLOW_AFTER_S = 2.0
 """A worker that hears of a recovery listens so long for another one: between two it does not choose."""
 
+SETTLE_AGAIN_S = 1.0
+"""After the disk had no room for what this node has decided."""
+
 log = structlog.get_logger()
 
 
@@ -172,6 +175,11 @@ class Mediator:
             has_moved = await self.allegiance.settle()
         except StartRefused as error:
             self._fail(error)
+            return
+        except Busy as error:
+            log.warning("recovery.not_saved", error=str(error))
+            await trio.sleep(SETTLE_AGAIN_S)
+            self.epoch_heard()
             return
         if has_moved:
             self._directory.begin_epoch()

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from meshd import codec
 from meshd.agent import Agent, AgentEffect, AgentEvent, Tick
-from meshd.errors import MeshError, NotAllowed, Unavailable
+from meshd.errors import Busy, MeshError, NotAllowed, Unavailable
 from meshd.model import AttemptKey, EndReason, JobSpec, NodeId, Outcome
 from meshd.ports import Committed, Leash, ProposeResult, Rpc
 from meshd.raft.state.commands import AnyAnswer, AnyCommand
@@ -109,7 +109,7 @@ class World(Protocol):
 
 
 class Shell:
-    """`propose` tries once; `save_epoch` returns when the epoch is synced."""
+    """`propose` tries once; `save_epoch` returns when the epoch is synced, and raises Busy on a full disk."""
 
     def __init__(
         self,
@@ -198,8 +198,10 @@ class Shell:
     async def _perform(self, effect: AgentEffect) -> None:
         match effect:
             case Open(epoch, command):
-                await self._save_epoch(epoch)
-                await self._do_propose(command)
+                if await self._is_saved(epoch):
+                    await self._do_propose(command)
+                else:
+                    self.feed(Proposed(command, None))
             case Propose(command):
                 await self._do_propose(command)
             case SendRenew():
@@ -223,6 +225,15 @@ class Shell:
                 assert_never(effect)
 
     # --- the log -----------------------------------------------------------------------------------------------------
+
+    async def _is_saved(self, epoch: int) -> bool:
+        try:
+            await self._save_epoch(epoch)
+        except Busy as error:
+            # A full disk ends no node: the agent asks for it again, until there is room.
+            log.warning("session.epoch_not_saved", epoch=epoch, error=str(error))
+            return False
+        return True
 
     async def _do_propose(self, command: AnyCommand) -> None:
         answer: AnyAnswer | None = None

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from meshd.admission.certificates import Sign
 from meshd.admission.home import Home
-from meshd.errors import StartRefused
+from meshd.errors import Busy, StartRefused
 from meshd.net.identity_key import KeyPair
 from meshd.raft.state.lineage import Lineage, descends, name_of
 from meshd.raft.storage.disk import DirectoryDisk
@@ -87,26 +87,36 @@ class Allegiance:
         self._holds_log = holds_log
 
     async def settle(self) -> bool:
-        """Whether this node has followed to another epoch; durable then. Raises StartRefused when its log was left behind."""
+        """Whether this node has followed to another epoch; durable then.
+
+        Raises StartRefused when its log was left behind. After Busy (no room on the disk) the next call does what this one could not.
+        """
         epochs, ours = self._epochs, self._epochs.lineage
         decision = epochs.decide()
         if isinstance(decision, Follow):
             epochs.belong(decision.to)
-        # Also what is not followed: `meshd rejoin --recovery` chooses from it.
-        await trio.to_thread.run_sync(self._remember, epochs.file())
-        match decision:
-            case Follow(to):
-                if self._holds_log():
-                    raise left_behind(ours, to.lineage)
-                log.warning("recovery.followed", recovery=name_of(to.lineage))
-                return True
-            case Torn() if self._holds_log():
-                raise decision.refusal()
-            case _:
-                if (torn := epochs.torn()) is not None:
-                    log.error("recovery.torn", stays=name_of(ours), why=torn.message, hint=torn.hint)
-                return False
+        try:
+            # Also what is not followed: `meshd rejoin --recovery` chooses from it.
+            kept = await trio.to_thread.run_sync(self._remember, epochs.file())
+        except Busy:
+            if isinstance(decision, Follow) and self._holds_log():
+                # It cannot wait for room as a server of one epoch with the log of another; the next start hears of it again.
+                raise left_behind(ours, decision.to.lineage) from None
+            raise
+        if isinstance(decision, Torn) and self._holds_log():
+            raise decision.refusal()
+        if kept != epochs.lineage:
+            if self._holds_log():
+                raise left_behind(kept, epochs.lineage)
+            log.warning("recovery.followed", recovery=name_of(epochs.lineage))
+            return True
+        if (torn := epochs.torn()) is not None:
+            log.error("recovery.torn", stays=name_of(ours), why=torn.message, hint=torn.hint)
+        return False
 
-    def _remember(self, file: EpochFile) -> None:
-        if file != self._home.epochs():
+    def _remember(self, file: EpochFile) -> Lineage:
+        """The epoch that the disk named until now: what memory says may be what an earlier call had no room for."""
+        before = self._home.epochs()
+        if file != before:
             self._home.write_epochs(file)
+        return before.own.lineage

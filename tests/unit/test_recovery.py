@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
+import trio
 from msgspec import Raw
 from msgspec.structs import replace
 
 from meshd import codec
 from meshd.admission import certificates
 from meshd.admission.home import Home, KnownPeer, MeshFile
-from meshd.errors import Conflict, Corrupt, InvalidRequest, NotAllowed, StartRefused, Unavailable
+from meshd.errors import Busy, Conflict, Corrupt, InvalidRequest, NotAllowed, StartRefused, Unavailable
+from meshd.mediator import Mediator
 from meshd.model import Member, NodeId, Role
 from meshd.net.identity_key import KeyPair, verify
 from meshd.raft.log import Newest
@@ -129,6 +134,51 @@ async def test_a_worker_follows_and_its_directory_says_so_first(tmp_path) -> Non
     assert await Allegiance(home, ours, holds_log=lambda: False).settle()
     assert ours.lineage == ("a",) and home.epochs() == EpochFile(epoch("a"))
     assert not await Allegiance(home, ours, holds_log=lambda: False).settle()
+
+
+async def test_a_worker_follows_when_its_disk_has_room_to_say_so(tmp_path, monkeypatch) -> None:
+    home = home_of(tmp_path, Role.WORKER, journal=None)
+    ours, _ = epochs(heard=(epoch("a"),))
+    with monkeypatch.context() as full:
+        full.setattr(home, "write_epochs", refuse_for_want_of_room)
+        for _ in range(2):
+            with pytest.raises(Busy):
+                await Allegiance(home, ours, holds_log=lambda: False).settle()
+    assert await Allegiance(home, ours, holds_log=lambda: False).settle()
+    assert ours.lineage == ("a",) and home.epochs() == EpochFile(epoch("a"))
+
+
+async def test_a_server_that_was_left_behind_stops_also_on_a_full_disk(tmp_path, monkeypatch) -> None:
+    home = home_of(tmp_path, has_journal=True)
+    monkeypatch.setattr(home, "write_epochs", refuse_for_want_of_room)
+    ours, _ = epochs(heard=(epoch("a"),))
+    with pytest.raises(StartRefused, match="recovered without this server"):
+        await Allegiance(home, ours, holds_log=lambda: True).settle()
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_full_disk_ends_no_node_that_hears_of_a_recovery() -> None:
+    ends: list[Any] = [Busy("no room"), Busy("no room"), True]
+    begun: list[int] = []
+
+    class Settling:
+        async def settle(self) -> bool:
+            if isinstance(end := ends.pop(0), Busy):
+                raise end
+            return end
+
+    directory: Any = SimpleNamespace(begin_epoch=lambda: begun.append(1), members=lambda: ())
+    async with trio.open_nursery() as work:
+        given: Any = {"standing": None, "lineage": tuple, "fail": None}
+        mediator = Mediator(me=ME.node_id, directory=directory, is_server=True, work=work, **given)
+        mediator.allegiance, mediator.rpc = cast(Any, Settling()), cast(Any, SimpleNamespace())
+        mediator.is_settling = False
+        mediator.epoch_heard()
+    assert begun == [1] and not ends
+
+
+def refuse_for_want_of_room(file: EpochFile) -> None:
+    raise Busy("there is no room for recovery.json: the disk is full")
 
 
 async def test_a_worker_between_two_stays_and_remembers_both(tmp_path) -> None:

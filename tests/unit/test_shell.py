@@ -9,9 +9,13 @@ import pytest
 import trio
 import trio.testing
 
-from meshd.model import AttemptKey, EndReason, JobId, JobSpec, NodeId, Outcome, Run
+from meshd import codec
+from meshd.errors import Busy
+from meshd.model import AttemptKey, EndReason, JobId, JobSpec, NodeId, Offer, Outcome, Run
+from meshd.ports import Committed
+from meshd.raft.state.commands import OpenSession, Reason, Rejected
 from meshd.shell import Shell
-from meshd.work.worker import AttemptsEnded, Recall, Start, Stop
+from meshd.work.worker import AttemptsEnded, Open, Proposed, Recall, Start, Stop
 
 KEYS = tuple(AttemptKey(JobId("j"), task, 1, task) for task in (1, 2))
 OK = Outcome(EndReason.EXIT, 0)
@@ -172,3 +176,36 @@ async def test_what_is_recalled_from_one_lane_and_started_in_another_waits_for_i
         assert world.begun == [first, other, second]
         assert sorted(ends(cores)) == [1, 2, 3] and shell.attempts_running == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_a_session_is_not_proposed_before_a_full_disk_has_its_epoch_and_ends_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    saved: list[int] = []
+    proposed: list[Any] = []
+    refused = Rejected(Reason.WRONG_EPOCH, "")
+    is_full = [True, True]
+
+    async def save_epoch(epoch: int) -> None:
+        if is_full:
+            is_full.pop()
+            raise Busy("there is no room for counters.json: the disk is full")
+        saved.append(epoch)
+
+    async def propose(command: bytes) -> Any:
+        proposed.append((codec.decode(command, OpenSession), list(saved)))
+        return Committed(codec.encode(refused), 1)
+
+    cores, world = Cores(), World(Planned())
+    opening = OpenSession(7, (), 1, Offer(), "boot")
+    given: Any = {"agent": cores, "rpc": world, "world": world, "runs": world}
+    shell = Shell(me=NodeId("me"), propose=propose, save_epoch=save_epoch, **given)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(shell.serve)
+        for _ in range(3):
+            cores.effects = [Open(7, opening)]
+            shell.feed(AttemptsEnded(()))
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert [event.answer for event in cores.heard if isinstance(event, Proposed)] == [None, None, refused]
+    assert proposed == [(opening, [7])]
