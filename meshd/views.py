@@ -27,7 +27,7 @@ from meshd.model import (
 )
 
 PAGE_MAX = 1000
-"""Rows in one answer."""
+"""Rows in one answer. Fewer where these are large, or far apart: as long as there is a `next`, there may be more."""
 
 
 class Query(Struct, frozen=True, gc=False, array_like=True, tag=True):
@@ -165,7 +165,9 @@ class MemberView(Struct, frozen=True, gc=False):
     offer: Offer | None
     used: Resources
     leased: tuple[AttemptKey, ...]
-    """At most PAGE_MAX."""
+    """The first of them: at most PAGE_MAX, and fewer where there are many nodes."""
+    leases: int = 0
+    """How many it holds."""
 
 
 class ClockMove(Struct, frozen=True, gc=False):

@@ -33,8 +33,13 @@ def list_jobs(api: NodeApi, name: str) -> list[Listed]:
 
 
 def list_tasks(api: NodeApi, job: str) -> list[Task]:
-    page = _get(api, f"/v1/jobs/{job}/tasks?limit={PAGE}")
-    return [Task(job, row["task"], row["state"], row["attempt"], row["fence"]) for row in page["tasks"]]
+    found: list[Task] = []
+    start: int | None = 0
+    while start is not None:
+        page = _get(api, f"/v1/jobs/{job}/tasks?limit={PAGE}&start={start}")
+        found += [Task(job, row["task"], row["state"], row["attempt"], row["fence"]) for row in page["tasks"]]
+        start = page["next"]
+    return found
 
 
 def wait_finished(api: NodeApi, name: str, within_s: float) -> bool:

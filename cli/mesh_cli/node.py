@@ -187,7 +187,7 @@ def remove(session: Session, node_name: str, yes: bool) -> None:
 def _work(row: MemberView) -> str:
     if row.member.is_draining:
         return "draining"
-    return f"{len(row.leased)}/{row.slots}" if row.session == "live" else row.session
+    return f"{row.leases}/{row.slots}" if row.session == "live" else row.session
 
 
 def _amounts(row: MemberView) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from meshd.errors import Corrupt, Unavailable
 from meshd.history.segment import Entry, entries, read_entry
 from meshd.model import FINAL_STATES, JobId, TaskState
 from meshd.raft.state.jobs import Job
-from meshd.raft.state.queries import PREFIX_CHARS_MIN, page_limit, several_jobs
+from meshd.raft.state.queries import PAGE_BYTES, PREFIX_CHARS_MIN, page_limit, several_jobs
 from meshd.views import ListJobs
 
 VERSION = 1
@@ -208,15 +208,17 @@ class Index:
             states = [state for state in FINAL_STATES if not query.states or state in query.states]
             cursors = [_matching(reader, query, state) for state in states]
             found: list[Job] = []
+            size = 0
             last: bytes | None = None
             rows = merge(*cursors, key=lambda row: row[0], reverse=True)
             try:
                 for looked, (key, segment, frame, matches) in enumerate(rows):
-                    if len(found) >= limit or looked >= SCAN_MAX:
+                    if len(found) >= limit or looked >= SCAN_MAX or size >= PAGE_BYTES:
                         return found, None if last is None else _id_of(last)
                     last = key
                     if matches and segment in bounds:
                         found.append(_archived(segment, frame).job)
+                        size += len(frame)
             finally:
                 for cursor in cursors:
                     cursor.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from meshd import codec
 from meshd.errors import NotFound
 from meshd.history.segment import Piece
 from meshd.model import JobId, TaskState
 from meshd.raft.state.jobs import Job, Row
-from meshd.raft.state.queries import task_view
+from meshd.raft.state.queries import PAGE_BYTES, ROW_BYTES, task_page
 from meshd.views import Explain, Explanation, JobPage, JobView, TaskPage
 
 
@@ -19,8 +20,12 @@ def one_page(core: JobPage, archived: Sequence[JobView], next_archived: JobId | 
     jobs = sorted((*core.jobs, *archived), key=lambda job: job.id, reverse=True)
     if floor is not None:
         jobs = [job for job in jobs if job.id >= floor]
-    if len(jobs) > limit:
-        jobs, floor = jobs[:limit], jobs[limit - 1].id
+    shown, size = 0, 0
+    while shown < min(len(jobs), limit) and size < PAGE_BYTES:
+        size += ROW_BYTES + len(codec.encode(jobs[shown].spec))
+        shown += 1
+    if shown < len(jobs):
+        jobs, floor = jobs[:shown], jobs[shown - 1].id
     return JobPage(tuple(jobs), floor, core.position)
 
 
@@ -40,7 +45,7 @@ def tasks_page(
     job: Job, chosen: Sequence[tuple[int, TaskState]], after: int | None, rows: dict[int, Row], position: int
 ) -> TaskPage:
     job.results = rows
-    return TaskPage(tuple([task_view(job, task, state) for task, state in chosen]), after, position)
+    return task_page(job, chosen, after, position)
 
 
 def explanation(job: Job, query: Explain, row: Row | None) -> Explanation:

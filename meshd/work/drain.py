@@ -134,7 +134,7 @@ class Drain:
         while True:
             row = _row(await self._members(), node)
             state = await self._ask(node)
-            if deadline is not None and trio.current_time() >= deadline and not is_handed_over and row.leased:
+            if deadline is not None and trio.current_time() >= deadline and not is_handed_over and row.leases:
                 is_handed_over = True
                 await self._ask_hand_over(node)
             progress = _progress(row, state, is_handed_over)
@@ -200,7 +200,7 @@ def _check_majority(node: NodeId, status: ClusterStatus) -> None:
 
 
 def _progress(row: MemberView, state: DrainState | None, is_handed_over: bool) -> DrainView:
-    node, running = row.member.node, len(row.leased)
+    node, running = row.member.node, row.leases
     if running:
         phase = "handing_over" if is_handed_over else "draining"
         return DrainView(node, phase, running, f"{running} attempts still run there", False)

@@ -20,14 +20,15 @@ from meshd.history import archive as archive_module
 from meshd.history.archive import Archive
 from meshd.history.index import Index
 from meshd.history.segment import entries, pack
-from meshd.model import BlobRef, EndReason, Inline, NodeId, Outcome, TaskState
+from meshd.model import Array, BlobRef, EndReason, Inline, ItemsInline, NodeId, Offer, Outcome, Resources, TaskState
+from meshd.net.frames import BODY_BYTES_MAX
 from meshd.ports import Committed, ProposeResult
 from meshd.raft.state import history
 from meshd.raft.state.commands import AnyCommand, Cancel, Command
 from meshd.raft.state.history import Tail
 from meshd.raft.state.jobs import JobRecord
 from meshd.views import Explain, GetJob, GetSummary, ListJobs, ListTasks
-from tests.scene import A, Scene, spec
+from tests.scene import OFFER, A, Scene, spec
 
 ME = "node-a/1"
 
@@ -169,6 +170,37 @@ async def test_one_answer_over_core_and_history(tmp_path: Path, seed: int):
         gone = next(job for job in ids if moved.machine.find(job) is None)
         shown = await archive.answer(Explain(gone, 0), timeout_s=5)
         assert shown.state is kept.task(gone).state and gone not in (None, "")
+
+
+async def test_pages_over_core_and_history_fit_a_message_and_lead_to_the_end(tmp_path: Path):
+    scene = Scene(A, slots=1000, offer=Offer(OFFER.backends, Resources(cpu_milli=10**9)))
+    told = scene.submit(spec(count=1000))
+    keys = scene.leases(A)
+    for at in range(0, 1000, 100):
+        outcome = Outcome(EndReason.EXIT, exit_code=0, outputs=Inline(b"x" * 4096))
+        scene.report(A, *((key, outcome) for key in keys[at : at + 100]))
+    items = ItemsInline(tuple("x" * 90 for _ in range(1000)))
+    jobs = [told, *(scene.submit(spec(array=Array(count=1000, items=items), backend=("none",))) for _ in range(110))]
+    for job in jobs[1:60]:
+        scene.do(A, Cancel(job))
+    async with serving(scene, tmp_path) as (archive, _):
+        await until(lambda: len(scene.machine._queue.finished) <= 5, archive)
+        listed: list[str] = []
+        before = None
+        while len(listed) < len(jobs):
+            page = await archive.answer(ListJobs(limit=1000, before=before), timeout_s=5)
+            assert page.jobs and len(codec.encode(page)) < BODY_BYTES_MAX
+            listed += [view.id for view in page.jobs]
+            before = page.next
+        assert listed == jobs[::-1] and before is None
+        tasks: list[int] = []
+        start: int | None = 0
+        while start is not None:
+            found = await archive.answer(ListTasks(told, start=start, limit=1000), timeout_s=5)
+            assert found.tasks and len(codec.encode(found)) < BODY_BYTES_MAX
+            tasks += [view.task for view in found.tasks]
+            start = found.next
+        assert tasks == list(range(1000)) and scene.machine.find(told) is None
 
 
 async def test_a_lost_index_is_made_from_the_segments_and_a_damaged_one_too(tmp_path: Path):

@@ -7,8 +7,23 @@ from typing import Any
 
 import pytest
 
+from meshd import codec
 from meshd.errors import Conflict, InvalidRequest, NotFound
-from meshd.model import Needs, Offer, OnLost, Resources, TaskState
+from meshd.model import (
+    Array,
+    EndReason,
+    Inline,
+    ItemsInline,
+    JobId,
+    Needs,
+    NodeId,
+    Offer,
+    OnLost,
+    Outcome,
+    Resources,
+    TaskState,
+)
+from meshd.net.frames import BODY_BYTES_MAX
 from meshd.raft.state import queries
 from meshd.raft.state.commands import Cancel, Submit
 from meshd.raft.state.ranges import Ranges
@@ -89,6 +104,53 @@ def test_a_page_of_a_job_looks_at_no_more_of_it_than_is_in_the_page():
         page = scene.machine.answer(ListTasks(job, states=(TaskState.FAILED, TaskState.SKIPPED), start=start))
         assert [view.task for view in page.tasks] == list(range(start, start + 200, 2)) and page.next == start + 200
     assert looked < 2_000
+
+
+def jobs_with_many_items(scene: Scene, jobs: int) -> list[JobId]:
+    """Each with a spec of 90 KB."""
+    items = ItemsInline(tuple("x" * 90 for _ in range(1000)))
+    return [scene.submit(spec(array=Array(count=1000, items=items))) for _ in range(jobs)]
+
+
+def test_a_page_of_jobs_with_large_specs_fits_a_message():
+    scene = Scene(A)
+    jobs = jobs_with_many_items(scene, 60)
+    found: list[JobId] = []
+    before: JobId | None = None
+    while len(found) < len(jobs):
+        page = scene.machine.answer(ListJobs(before=before))
+        assert page.jobs and len(codec.encode(page)) < BODY_BYTES_MAX
+        found += [view.id for view in page.jobs]
+        before = page.next
+    assert found == jobs[::-1] and before is None
+
+
+def test_a_page_of_tasks_with_large_outputs_fits_a_message():
+    scene = Scene(A, slots=1000, offer=Offer(OFFER.backends, Resources(cpu_milli=10**9)))
+    job = scene.submit(spec(count=1000))
+    told = Outcome(EndReason.EXIT, exit_code=0, outputs=Inline(b"x" * 4096))
+    keys = scene.leases(A)
+    for at in range(0, 1000, 100):
+        scene.report(A, *((key, told) for key in keys[at : at + 100]))
+    found: list[int] = []
+    start: int | None = 0
+    while start is not None:
+        page = scene.machine.answer(ListTasks(job, start=start, limit=1000))
+        assert page.tasks and len(codec.encode(page)) < BODY_BYTES_MAX
+        found += [view.task for view in page.tasks]
+        start = page.next
+    assert found == list(range(1000))
+
+
+def test_of_many_nodes_fewer_leases_are_shown_each_and_all_are_counted():
+    nodes = [A, *(NodeId(f"12D3KooW{number:044d}") for number in range(99))]
+    scene = Scene(*nodes, slots=1000, offer=Offer(OFFER.backends, Resources(cpu_milli=10**9)))
+    scene.submit(spec(count=100_000))
+    view = scene.machine.answer(GetMembers())
+    assert len(codec.encode(view)) < BODY_BYTES_MAX
+    assert {(len(row.leased), row.leases) for row in view.members} == {(200, 1000)}
+    [first] = [row for row in view.members if row.member.node == A]
+    assert first.leased == scene.leases(A)[:200]
 
 
 def test_a_job_with_many_rows_is_looked_through_part_by_part(monkeypatch: pytest.MonkeyPatch):

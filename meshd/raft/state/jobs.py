@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from meshd import codec
 from meshd.model import (
     FINAL_STATES,
     AttemptKey,
@@ -131,6 +132,14 @@ class Job(Struct, eq=False, gc=False):
     """Set while the job is live."""
     record: JobRecord | None = None
     """The job as it stands, for snapshots; None when it has changed since it was made."""
+    measured: int = 0
+    """Bytes of its spec; 0 before somebody asked."""
+
+    @property
+    def spec_bytes(self) -> int:
+        if not self.measured:
+            self.measured = len(codec.encode(self.spec))
+        return self.measured
 
     @property
     def active(self) -> int:

@@ -7,9 +7,9 @@ order of ids is the order of submission, and pages are cut out of a sorted list 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import merge
+from heapq import merge, nsmallest
 from typing import Any, assert_never
 
 from meshd import codec
@@ -57,6 +57,15 @@ SCAN_MAX = 10_000
 
 TASKS_LOOKED_AT = 100_000
 """… and tasks, for a row each, where a job has more rows than that."""
+
+PAGE_BYTES = 2 << 20
+"""A page ends with the row that reaches this: a row is at most as large as a command, a message twice as large as this."""
+
+ROW_BYTES = 1 << 10
+"""What a row is taken for beside a job's spec or a task's outcome, which alone can be large."""
+
+LEASES_SHOWN = 20_000
+"""Of all nodes together, about 1 MB: at 1,000 nodes as many of each as people are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +201,15 @@ def _list_jobs(state: State, query: ListJobs) -> JobPage:
     at = len(ordered) if query.before is None else bisect_left(ordered, query.before)
     stop = max(at - SCAN_MAX, 0)
     found: list[JobView] = []
+    size = 0
     last: JobId | None = None
-    while at > stop and len(found) < limit:
+    while at > stop and len(found) < limit and size < PAGE_BYTES:
         at -= 1
         last = ordered[at]
         job = state.queue.jobs[last]
         if _matches(job, query):
             found.append(job_view(job, state.moment.position))
+            size += ROW_BYTES + job.spec_bytes
     return JobPage(tuple(found), last if at > 0 else None, state.moment.position)
 
 
@@ -215,8 +226,7 @@ def _matches(job: Job, query: ListJobs) -> bool:
 
 def _list_tasks(state: State, query: ListTasks) -> TaskPage:
     job = _select(state, query.job)
-    chosen, after = choose_tasks(job, query)
-    return TaskPage(tuple([task_view(job, *each) for each in chosen]), after, state.moment.position)
+    return task_page(job, *choose_tasks(job, query), state.moment.position)
 
 
 def choose_tasks(job: Job, query: ListTasks) -> tuple[list[tuple[int, TaskState]], int | None]:
@@ -267,8 +277,20 @@ def _rows(job: Job, states: tuple[TaskState, ...], start: int, stop: int) -> Ite
             yield task, task + 1, row.state
 
 
-def task_view(job: Job, task: int, task_state: TaskState) -> TaskView:
-    row = job.row(task)
+def task_page(job: Job, chosen: Sequence[tuple[int, TaskState]], after: int | None, position: int) -> TaskPage:
+    """These, or the first of them: what is left begins the next page."""
+    views: list[TaskView] = []
+    size = 0
+    for task, task_state in chosen:
+        if size >= PAGE_BYTES:
+            return TaskPage(tuple(views), task, position)
+        row = job.row(task)
+        views.append(_task_view(job, row, task, task_state))
+        size += ROW_BYTES if row is None or row.outcome is None else ROW_BYTES + len(row.outcome)
+    return TaskPage(tuple(views), after, position)
+
+
+def _task_view(job: Job, row: Row | None, task: int, task_state: TaskState) -> TaskView:
     if row is None:
         is_done = task_state is TaskState.DONE
         reasons = {
@@ -305,9 +327,10 @@ def _outcome(row: Row) -> Outcome | None:
 
 
 def _members_view(state: State) -> MembersView:
+    shown = min(LEASES_SHOWN // max(len(state.members.records), 1), PAGE_MAX)
     return MembersView(
         mesh=state.members.mesh,
-        members=tuple(_member_view(state, record.member) for record in state.members.records.values()),
+        members=tuple(_member_view(state, record.member, shown) for record in state.members.records.values()),
         revoked=tuple(state.members.revoked),
         position=state.moment.position,
         wall_ms=state.moment.wall_ms,
@@ -316,11 +339,12 @@ def _members_view(state: State) -> MembersView:
     )
 
 
-def _member_view(state: State, member: Member) -> MemberView:
+def _member_view(state: State, member: Member, shown: int) -> MemberView:
     node = state.matching.nodes[member.node]
-    keys = [job.key(task, job.rows[task]) for job, task in node.leases.values()]
-    for job, run in node.each_run():
-        keys += run.attempts(job.id).each()
+    rows = sorted(node.leases.items())
+    keys = [job.key(task, job.rows[task]) for _, (job, task) in rows[:shown]]
+    for job, run in nsmallest(shown, node.each_run(), key=lambda each: each[1].fence):
+        keys += run.attempts(job.id).part(0, min(len(run), shown)).each()
     keys.sort(key=lambda key: key.fence)
     return MemberView(
         member=member,
@@ -329,7 +353,8 @@ def _member_view(state: State, member: Member) -> MemberView:
         slots=node.slots,
         offer=node.offer,
         used=resources_of(node.used),
-        leased=tuple(keys[:PAGE_MAX]),
+        leased=tuple(keys[:shown]),
+        leases=node.held_in_all,
     )
 
 
