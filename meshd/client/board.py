@@ -73,12 +73,14 @@ class MeshFuture(Future[T]):
 class SentTask:
     """The calls that one task of a job carries."""
 
-    __slots__ = ("budget_s", "calls", "is_settled", "job", "number")
+    __slots__ = ("budget_s", "calls", "is_settled", "job", "number", "wanted")
 
     def __init__(self, calls: list[MeshFuture[Any]], budget_s: float) -> None:
         self.calls = calls
         self.budget_s = budget_s
         self.is_settled = False
+        self.wanted = 0
+        """How many of its calls somebody waits for, since it was sent."""
         self.job: SentJob
         self.number = 0
 
@@ -144,11 +146,12 @@ class Board:
         with self._lock:
             if call.is_over:
                 return
-            call.is_over = True
-            call.payload = b""
-            if call.task is not None and all(each.is_over for each in call.task.calls):
-                self._unwanted.append(call.task)
-                self._news_came.notify_all()
+            self._end(call)
+            if (task := call.task) is not None and task.wanted:
+                task.wanted -= 1
+                if not task.wanted:
+                    self._unwanted.append(task)
+                    self._news_came.notify_all()
         call.set_running_or_notify_cancel()
 
     def close(self) -> None:
@@ -194,6 +197,10 @@ class Board:
         """Before it is submitted: its end may be heard of sooner than the answer."""
         with self._lock:
             self._jobs[job.id] = job
+            for task in job.tasks:
+                task.wanted = sum(not call.is_over for call in task.calls)
+                if not task.wanted:
+                    self._unwanted.append(task)
 
     def agreed(self, job: SentJob) -> None:
         with self._lock:
@@ -218,7 +225,7 @@ class Board:
             changed = [job for job in self._changed.values() if job.is_agreed]
             self._changed = {}
             unwanted, self._unwanted = self._unwanted, []
-            self._unwanted.extend(task for task in unwanted if not task.job.is_agreed)
+            self._unwanted.extend(task for task in unwanted if not (task.job.is_agreed or task.is_settled))
             return changed, [task for task in unwanted if task.job.is_agreed]
 
     def settled(self, task: SentTask, handed_back: list[MeshFuture[Any]]) -> None:
@@ -240,8 +247,9 @@ class Board:
         with self._lock:
             if call.is_over:
                 return
-            call.is_over = True
-            call.payload = b""
+            self._end(call)
+            if call.task is not None and call.task.wanted:
+                call.task.wanted -= 1
         if not call.set_running_or_notify_cancel():
             return
         if error is not None:
@@ -263,6 +271,10 @@ class Board:
             self._changed.clear()
             self._unwanted.clear()
             self._wake_if_over()
+
+    def _end(self, call: MeshFuture[Any]) -> None:
+        call.is_over = True
+        call.payload = b""
 
     def _note(self, job: SentJob) -> None:
         if not self._changed:

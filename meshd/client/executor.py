@@ -23,7 +23,7 @@ from itertools import count
 from time import monotonic
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 from meshd.client import pickles
 from meshd.client.board import Board, MeshFuture
@@ -69,6 +69,8 @@ class MeshExecutor(Executor):
             client.me()
         for thread in self._threads:
             thread.start()
+        # Dropped without `shutdown`: what was submitted goes on, and then its threads and connections end.
+        finalize(self, self._board.close)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Function and arguments are pickled now: what cannot be is raised here, what changes later is not seen."""

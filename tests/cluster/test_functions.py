@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -140,6 +141,15 @@ def test_shutdown_takes_nothing_new_and_can_cancel(mesh3: Mesh) -> None:
 def test_a_mesh_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"nobody\.sock"):
         MeshExecutor([f"unix:{tmp_path}/nobody.sock"])
+
+
+def test_a_dropped_executor_finishes_what_it_has_and_leaves_no_thread(mesh3: Mesh) -> None:
+    threads = lambda: sum(thread.name.startswith("mesh-executor-") for thread in threading.enumerate())  # noqa: E731
+    before = threads()
+    futures = [MeshExecutor([mesh3.socket("node1")]).submit(abs, -number) for number in range(2)]
+    gc.collect()
+    assert [future.result(WAIT_S) for future in futures] == [0, 1]
+    eventually(lambda: threads() == before, within_s=WAIT_S)
 
 
 def test_a_mesh_that_goes_away_is_said_by_the_future(

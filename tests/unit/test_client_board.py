@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import CancelledError, wait
 from typing import Any
 
@@ -141,3 +142,41 @@ def test_nothing_new_is_taken_after_shutdown_or_a_breakdown() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         broken.add([future(broken)])
     assert broken.wait_news() is None and broken.take() == []
+
+
+def test_cancelling_all_calls_of_a_task_one_by_one_takes_no_longer_for_each() -> None:
+    board = Board()
+    calls = [future(board) for _ in range(20_000)]
+    job = sent(board, calls)
+    began_s = time.process_time()
+    for call in calls:
+        call.cancel()
+    assert time.process_time() - began_s < 2, "15 s where each looks at all others"
+    assert board.wait_news() == ([job], [job.tasks[0]])
+
+
+def test_a_task_that_was_cancelled_before_it_was_sent_is_told_of_once() -> None:
+    board = Board()
+    a = future(board)
+    board.add([a])
+    taken = board.take()
+    a.cancel()
+    job = SentJob(JobId("job"), [SentTask(taken, 0)])
+    board.sending(job)
+    board.agreed(job)
+    assert board.wait_news() == ([job], [job.tasks[0]])
+    board.changed(job.id)
+    assert board.wait_news() == ([job], [])
+
+
+def test_a_cancelled_task_whose_job_could_not_be_sent_is_forgotten() -> None:
+    board = Board()
+    a, b = future(board), future(board)
+    lost, other = SentJob(JobId("lost"), [SentTask([a], 0)]), SentJob(JobId("other"), [SentTask([b], 0)])
+    for job in (lost, other):
+        board.sending(job)
+    a.cancel()
+    board.settled(lost.tasks[0], [])
+    board.agreed(other)
+    assert board.wait_news() == ([other], [])
+    assert not board._unwanted
