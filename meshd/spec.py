@@ -46,12 +46,15 @@ from meshd.model import (
     Timeout,
     TreeRef,
 )
-from meshd.units import parse_duration_ms, parse_range, parse_size, shorten
+from meshd.units import format_size, parse_duration_ms, parse_range, parse_size, shorten
 
 T = TypeVar("T")
 
 ITEMS_MAX = 10_000
 """Items written in the document itself; a longer list is a file, by `each_line`."""
+
+MEMORY_BYTES_MIN = {"process": 1 << 20, "wasm": 1 << 16}
+"""`echo` was seen to need 120 KiB of data, bash 300, Python 3.7 MiB; a page of wasm is 64 KiB."""
 
 _LATER = {
     "schedule", "requires", "unique", "cache", "runtime", "network", "networks", "tenant", "workflow", "volumes",
@@ -94,7 +97,24 @@ def parse_job(document: object) -> JobSpec:
         raise InvalidRequest("run.module: missing; backend wasm runs a module", hint="or use backend: process")
     if "process" in backend and not run.args:
         raise InvalidRequest("run.args: missing; backend process runs the command that they are")
+    if "process" in backend and not run.args[0]:
+        raise InvalidRequest("run.args[0]: empty; it names the command")
+    if run.fuel is not None and backend == ("process",):
+        raise InvalidRequest("run.fuel: only backend wasm counts it", hint="timeout.run bounds a command")
+    _check_memory(spec.needs.resources.memory, backend)
     return _checked(spec)
+
+
+def _check_memory(memory: int, backends: tuple[str, ...]) -> None:
+    """None is no limit; so little that nothing starts is a unit forgotten, and would end as a crash without a word."""
+    for name in backends:
+        least = MEMORY_BYTES_MIN.get(name, 0)
+        if 0 < memory < least:
+            amount = "1 byte is" if memory == 1 else f"{memory} bytes are"
+            raise InvalidRequest(
+                f"needs.memory: {amount} below {format_size(least)}, the least that backend {name} can run in",
+                hint="write the unit, as 64Mi or 1Gi",
+            )
 
 
 def parse_content(text: object, path: str) -> Content:

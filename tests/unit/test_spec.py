@@ -45,6 +45,12 @@ def test_a_command_alone_is_a_job_for_the_process_backend() -> None:
     assert parse_job(echo()) == JobSpec(backend=("process",), run=Run(args=("echo", "hello")))
 
 
+def test_a_memory_limit_can_be_none_at_all_or_what_a_program_can_start_in() -> None:
+    for size in (0, "1Mi", "4Gi"):
+        parse_job(echo(needs={"memory": size}))
+    assert parse_job({"run": {"module": BLOB}, "needs": {"memory": "64Ki"}}).needs.resources.memory == 65536
+
+
 def test_a_module_alone_is_a_job_for_the_wasm_backend() -> None:
     spec = parse_job({"run": {"module": BLOB}})
     assert (spec.backend, spec.run.module) == (("wasm",), A_BLOB)
@@ -126,6 +132,17 @@ def test_an_array_is_written_in_several_ways(written: Any, array: Array) -> None
         ({"run": {"args": ["a"], "environment": {}}}, "run.environment: no such key"),
         ({"run": {"args": ["a"], "env": {"A-B": "1"}}}, "run.env: 'A-B' is not a name for a variable"),
         ({"run": {"args": ["a\0"]}}, "run.args[0]: contains a NUL byte"),
+        ({"run": {"args": [""]}}, "run.args[0]: empty; it names the command"),
+        (echo(needs={"memory": 1}), "needs.memory: 1 byte is below 1.0Mi, the least that backend process can run in"),
+        (
+            echo(needs={"memory": "512"}),
+            "needs.memory: 512 bytes are below 1.0Mi, the least that backend process can run in",
+        ),
+        (
+            {"run": {"module": BLOB}, "needs": {"memory": 1}},
+            "needs.memory: 1 byte is below 64Ki, the least that backend wasm can run in",
+        ),
+        ({"run": {"args": ["x"], "fuel": 5}}, "run.fuel: only backend wasm counts it"),
         ({"run": {"args": ["a"], "secrets": ["K"]}}, "run.secrets: not supported yet"),
         (echo(schedule={"at": "2h"}), "schedule: not supported yet"),
         (echo(timeout={"idle": "5m"}), "timeout.idle: not supported yet"),
