@@ -31,6 +31,7 @@ CAUSED_BY_PEERS = frozenset(
 """Events that a peer can cause as often as it likes."""
 
 TOLD = {
+    "answers_dropped": "large answers to peers that do not read",
     "calls_refused": "calls beyond what one peer may have in flight",
     "chunks_forged": "gossip with a wrong signature",
     "chunks_malformed": "gossip that says nothing",

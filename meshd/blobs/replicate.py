@@ -135,11 +135,11 @@ class Replicator:
     # --- what others ask of this node --------------------------------------------------------------------------------
 
     async def _pull(self, peer: NodeId, body: bytes) -> bytes:
-        pull = codec.decode(body, Pull)
-        if len(pull.datas) != len(pull.refs):
-            raise InvalidRequest(f"{len(pull.refs)} blobs with {len(pull.datas)} contents")
         why = ""
         async with self._serving:
+            pull = codec.decode(body, Pull)  # not sooner: while it waits it holds its bytes once
+            if len(pull.datas) != len(pull.refs):
+                raise InvalidRequest(f"{len(pull.refs)} blobs with {len(pull.datas)} contents")
             try:
                 carried = [(ref, data) for ref, data in zip(pull.refs, pull.datas, strict=True) if data is not None]
                 await self._keep(carried)

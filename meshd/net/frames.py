@@ -72,12 +72,38 @@ class Call:
     failure: MeshError | None = None
 
 
+class Room:
+    """For so many bytes at a time; who finds too little waits in line."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._bytes_held = 0
+        self._line = trio.Lock()
+        self._freed = trio.Event()
+
+    @property
+    def waiting(self) -> int:
+        return self._line.statistics().tasks_waiting
+
+    async def take(self, size: int) -> None:
+        async with self._line:
+            while self._bytes_held + size > self._bytes_max:
+                await self._freed.wait()
+            self._bytes_held += size
+
+    def give_back(self, size: int) -> None:
+        self._bytes_held -= size
+        self._freed.set()
+        self._freed = trio.Event()
+
+
 class Outbox:
     """Frames that wait for the one task that writes the stream."""
 
     def __init__(self) -> None:
         self.bytes_pending = 0
         self.pinged_at: float | None = None
+        self._crowded = trio.lowlevel.ParkingLot()
         self._frames: deque[tuple[bytes, Call | None]] = deque()
         self._filled = trio.Event()
 
@@ -91,6 +117,11 @@ class Outbox:
         if self.pinged_at is None:
             self.pinged_at = trio.current_time()
             self.put(framed(Request(PING_ID, "", 0, b"")))
+
+    async def wait_room(self, bytes_max: int) -> None:
+        """Until no more than that is pending."""
+        while self.bytes_pending > bytes_max:
+            await self._crowded.park()
 
     async def write_to(self, stream: Stream) -> None:
         while True:
@@ -111,6 +142,8 @@ class Outbox:
                 call.is_sent = True
             taken.append(frame)
             size += len(frame)
+        if self._crowded:
+            self._crowded.unpark_all()
         return b"".join(taken)
 
 

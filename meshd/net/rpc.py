@@ -3,7 +3,7 @@
     caller                                   answerer
       ── greeting ─────────────────────────────▶  admit(peer, greeting)?
       ◀───────────────────────── greeting, or error ──
-      ── [id, method, timeout_ms, body] ───────▶  a task each, at most CALLS_MAX
+      ── [id, method, timeout_ms, body] ───────▶  a task each, at most CALLS_MAX and REQUESTS_BYTES_MAX
       ◀────────────────────── [id, is_ok, body] ──
 
 Frames are a 4-byte length and msgpack. A frame costs the transport about 0.3 ms of CPU whatever its size, so
@@ -39,6 +39,7 @@ from meshd.net.frames import (
     Malformed,
     Outbox,
     Request,
+    Room,
     copy_of,
     error_of,
     fault_of,
@@ -51,6 +52,21 @@ PROTOCOL = "/meshd/rpc/1"
 
 CALLS_MAX = 1024
 """Calls in flight per peer and direction. Far above what 2 cores can answer in a second of patience."""
+
+SMALL_BYTES_MAX = 16 << 10
+"""Calls and answers up to here are counted only: they do not wait for large ones, and CALLS_MAX of them take 16 MiB."""
+
+REQUESTS_BYTES_MAX = 32 << 20
+"""Of calls that one peer has in flight here. Answered Busy beyond it, not left unread: its pings and small calls share the stream."""
+
+OURS_BYTES_MAX = 24 << 20
+"""Of our large calls in flight to one peer; the next wait here. Less than the peer takes, since it may still be at some that we gave up."""
+
+ANSWERS_BYTES_ROOM = 32 << 20
+"""Answers that wait for one peer: beyond it none of its calls is begun …"""
+
+ANSWERS_BYTES_MAX = 48 << 20
+"""… and beyond this large answers of those that were are dropped. Small ones still find room in the outbox."""
 
 OUTBOX_BYTES_MAX = 64 << 20
 """Bytes waiting for one peer: sixteen of the largest frames. A peer that lets more pile up does not read."""
@@ -126,7 +142,25 @@ class StreamRpc:
         if len(caller.waiting) >= CALLS_MAX or caller.outbox.bytes_pending > OUTBOX_BYTES_MAX:
             self._counters["calls_busy"] += 1
             raise Busy(f"{len(caller.waiting)} calls to {peer} are in flight already")
-        return await caller.call(method, body, timeout_s)
+        if len(body) <= SMALL_BYTES_MAX:
+            return await caller.call(method, body, timeout_s)
+        return await self._call_large(caller, method, body, timeout_s)
+
+    async def _call_large(self, caller: _Caller, method: str, body: bytes, timeout_s: float) -> bytes:
+        if caller.room.waiting >= CALLS_MAX:
+            self._counters["calls_busy"] += 1
+            raise Busy(f"{caller.room.waiting} large calls to {caller.peer} wait already")
+        until = trio.current_time() + timeout_s
+        with trio.move_on_at(until) as patience:
+            await caller.room.take(len(body))
+        if patience.cancelled_caught:
+            raise Unavailable(
+                f"{method} could not be sent to {caller.peer} within {timeout_s:g} s, behind other large calls"
+            )
+        try:
+            return await caller.call(method, body, max(0.0, until - trio.current_time()))
+        finally:
+            caller.room.give_back(len(body))
 
     def connected_rtt_ms(self, peer: NodeId) -> float | None:
         """The smoothed time of a ping, in milliseconds; None while no stream to the peer is open."""
@@ -269,14 +303,15 @@ class StreamRpc:
 
     async def _answer_calls(self, stream: Stream, frames: FrameReader) -> None:
         outbox = Outbox()
-        in_flight = 0
+        in_flight = bytes_in_flight = 0
 
-        async def answer(request: Request) -> None:
-            nonlocal in_flight
+        async def answer(request: Request, size: int) -> None:
+            nonlocal in_flight, bytes_in_flight
             try:
-                outbox.put(framed(await self._answer(stream.peer, request)))
+                outbox.put(framed(await self._answer(stream.peer, request, outbox)))
             finally:
                 in_flight -= 1
+                bytes_in_flight -= size
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(outbox.write_to, stream)
@@ -286,21 +321,24 @@ class StreamRpc:
                 taken += 1
                 if taken % FRAMES_PER_TURN == 0:
                     await trio.lowlevel.checkpoint()
-                request = parse(frame, Request)
+                request, size = parse(frame, Request), len(frame)
                 if outbox.bytes_pending > OUTBOX_BYTES_MAX:
                     raise Malformed(f"{stream.peer} asks on, but leaves {outbox.bytes_pending} bytes of answers unread")
                 if request.id == PING_ID:
                     outbox.put(framed(Answer(PING_ID, True, b"")))
-                elif in_flight >= CALLS_MAX:
+                elif in_flight >= CALLS_MAX or (size > SMALL_BYTES_MAX and bytes_in_flight + size > REQUESTS_BYTES_MAX):
                     self._counters["calls_refused"] += 1
-                    busy = Busy(f"{in_flight} calls from {stream.peer} are in flight already")
+                    busy = Busy(
+                        f"{in_flight} calls from {stream.peer} are in flight already, with {bytes_in_flight} bytes"
+                    )
                     outbox.put(framed(Answer(request.id, False, fault_of(busy))))
                 else:
                     in_flight += 1
-                    tasks.start_soon(answer, request)
+                    bytes_in_flight += size
+                    tasks.start_soon(answer, request, size)
             tasks.cancel_scope.cancel()
 
-    async def _answer(self, peer: NodeId, request: Request) -> Answer:
+    async def _answer(self, peer: NodeId, request: Request, outbox: Outbox) -> Answer:
         method = request.method
         try:
             handler = self._handlers.get(method)
@@ -310,11 +348,19 @@ class StreamRpc:
                     f"this node has no method {method!r}", hint="it is just starting, or of another version"
                 )
             with trio.move_on_after(request.timeout_ms / 1000) as patience:
+                if outbox.bytes_pending > ANSWERS_BYTES_ROOM:
+                    await outbox.wait_room(ANSWERS_BYTES_ROOM)
                 body = await handler(peer, request.body)
             if patience.cancelled_caught:
                 raise UnknownOutcome(f"{method} took longer than the {request.timeout_ms} ms it was given")
             if len(body) > BODY_BYTES_MAX:
                 raise TooLarge(f"the answer to {method} has {len(body)} bytes, over the limit of {BODY_BYTES_MAX}")
+            if len(body) > SMALL_BYTES_MAX and outbox.bytes_pending + len(body) > ANSWERS_BYTES_MAX:
+                self._counters["answers_dropped"] += 1
+                raise UnknownOutcome(
+                    f"the answer to {method} found no room: {peer} has not read {outbox.bytes_pending} bytes of others",
+                    hint="ask for less at a time",
+                )
             return Answer(request.id, True, body)
         except MeshError as error:
             return Answer(request.id, False, fault_of(error))
@@ -333,6 +379,7 @@ class _Caller:
         self.peer = peer
         self.scope = trio.CancelScope()
         self.outbox = Outbox()
+        self.room = Room(OURS_BYTES_MAX)
         self.waiting: dict[int, Call] = {}
         self.is_open = False
         self._ids = itertools.count(1)

@@ -23,9 +23,21 @@ from meshd.errors import (
     UnknownOutcome,
 )
 from meshd.model import NodeId
-from meshd.net.frames import BODY_BYTES_MAX, FrameReader, Request, framed
+from meshd.net import rpc as of_rpc
+from meshd.net.frames import BODY_BYTES_MAX, Answer, FrameReader, Request, error_of, framed, parse
 from meshd.net.memory import MemoryNetwork, MemoryTransport
-from meshd.net.rpc import CALLS_MAX, FRAMES_PER_TURN, PROTOCOL, Admit, Greeting, StreamRpc, admit_anyone
+from meshd.net.rpc import (
+    ANSWERS_BYTES_MAX,
+    CALLS_MAX,
+    FRAMES_PER_TURN,
+    OURS_BYTES_MAX,
+    PROTOCOL,
+    REQUESTS_BYTES_MAX,
+    Admit,
+    Greeting,
+    StreamRpc,
+    admit_anyone,
+)
 from meshd.ports import Stream
 
 A, B = NodeId("a"), NodeId("b")
@@ -379,28 +391,132 @@ async def test_many_small_frames_in_one_read_leave_the_others_their_turns(autoju
         assert turns > frames / FRAMES_PER_TURN
 
 
-async def test_a_peer_that_leaves_its_answers_unread_is_cut_off(autojump_clock: MockClock) -> None:
+async def test_a_peer_that_asks_on_and_leaves_its_answers_unread_is_cut_off(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise its calls would fill this node's memory with answers."""
-    large = bytes(1 << 20)
+    monkeypatch.setattr(of_rpc, "OUTBOX_BYTES_MAX", 64 << 10)
+    async with mesh() as m:
+        bad, b = await m.node(NodeId("bad"), answers=False), await m.node(B)
+        stream = await bad.transport.open_stream(B, PROTOCOL, timeout_s=5)
+        await stream.write(HELLO)
+
+        async def ask_on() -> None:
+            while True:
+                await stream.write(framed(Request(9, "no.such", 100, b"")) * 1000)
+
+        with trio.fail_after(10), pytest.raises(Unavailable):
+            await ask_on()
+        assert b.rpc.counters()["frames_malformed"] == 1
+
+
+async def test_what_a_peers_large_requests_hold_at_a_time_has_a_bound(autojump_clock: MockClock) -> None:
+    """Counted alone, a peer's 1024 calls of 4 MiB would take this node 4 GiB."""
+    held = 0
+
+    async def hold(_peer: NodeId, body: bytes) -> bytes:
+        nonlocal held
+        held += len(body)
+        await trio.sleep_forever()
+        return b""
+
+    async with mesh() as m:
+        bad, b = await m.node(NodeId("bad"), answers=False), await m.node(B)
+        b.rpc.register("hold", hold)
+        stream = await bad.transport.open_stream(B, PROTOCOL, timeout_s=5)
+        await stream.write(HELLO)
+        for _ in range(200):
+            await stream.write(framed(Request(1, "hold", 60_000, bytes(1 << 20))))
+        await stream.write(framed(Request(2, "echo", 1000, b"small")))
+        frames = FrameReader(stream)
+        assert await frames.next() is not None  # the greeting
+        refused: list[MeshError] = []
+        while (answer := parse(await frames.next() or b"", Answer)).id == 1:
+            refused.append(error_of(answer.body))
+        assert answer.body == b"small"  # calls that are not large still pass
+        assert {type(error) for error in refused} == {Busy}
+        assert 0 < held <= REQUESTS_BYTES_MAX
+        assert len(refused) == 200 - (held >> 20)
+
+
+async def test_a_member_with_many_of_the_largest_calls_waits_its_turn_and_is_never_refused(
+    autojump_clock: MockClock,
+) -> None:
+    async def dawdle(_peer: NodeId, body: bytes) -> bytes:
+        await trio.sleep(1)
+        return b"%d" % len(body)
+
+    async with mesh() as m:
+        a, b = await m.node(A), await m.node(B)
+        b.rpc.register("dawdle", dawdle)
+        answers: list[bytes] = []
+
+        async def ask() -> None:
+            answers.append(await a.rpc.call(B, "dawdle", bytes(BODY_BYTES_MAX), timeout_s=30))
+
+        async with trio.open_nursery() as callers:
+            for _ in range(40):
+                callers.start_soon(ask)
+            await trio.sleep(0.1)
+            assert await a.rpc.call(B, "echo", b"small", timeout_s=0.5) == b"small"  # not behind the large ones
+        assert answers == [b"%d" % BODY_BYTES_MAX] * 40
+
+
+async def test_a_large_call_that_found_no_room_in_time_was_never_sent(autojump_clock: MockClock) -> None:
+    async def dawdle(_peer: NodeId, _body: bytes) -> bytes:
+        await trio.sleep_forever()
+        return b""
+
+    async with mesh() as m:
+        a, b = await m.node(A), await m.node(B)
+        b.rpc.register("dawdle", dawdle)
+
+        async def fill() -> None:
+            with pytest.raises(UnknownOutcome):
+                await a.rpc.call(B, "dawdle", bytes(BODY_BYTES_MAX), timeout_s=5)
+
+        async with trio.open_nursery() as callers:
+            for _ in range(OURS_BYTES_MAX // BODY_BYTES_MAX):
+                callers.start_soon(fill)
+            await trio.sleep(0.1)
+            with pytest.raises(Unavailable) as caught:
+                await a.rpc.call(B, "echo", bytes(BODY_BYTES_MAX), timeout_s=1)
+            assert not isinstance(caught.value, UnknownOutcome)
+        assert await a.rpc.call(B, "echo", bytes(BODY_BYTES_MAX), timeout_s=1) == bytes(BODY_BYTES_MAX)
+
+
+async def test_answers_that_a_peer_leaves_unread_have_a_bound_and_no_call_is_begun_behind_them(
+    autojump_clock: MockClock,
+) -> None:
+    ready, begun = trio.Event(), 0
 
     async def give(_peer: NodeId, _body: bytes) -> bytes:
-        return large
+        nonlocal begun
+        begun += 1
+        await ready.wait()
+        return bytes(BODY_BYTES_MAX)
 
     async with mesh() as m:
         bad, b = await m.node(NodeId("bad"), answers=False), await m.node(B)
         b.rpc.register("give", give)
         stream = await bad.transport.open_stream(B, PROTOCOL, timeout_s=5)
-        await stream.write(HELLO)
-        ask = b"\x94\x01\xa4give\xcd\xff\xff\xc4\x00"
-
-        async def ask_on() -> None:
-            while True:
-                await stream.write(len(ask).to_bytes(4, "big") + ask)
-                await trio.sleep(0.01)
-
-        with pytest.raises(Unavailable):
-            await ask_on()
-        assert b.rpc.counters()["frames_malformed"] == 1
+        await stream.write(HELLO + framed(Request(1, "give", 60_000, b"")) * 40)
+        await trio.sleep(1)
+        assert begun == 40  # nothing is unread yet
+        ready.set()
+        await trio.sleep(1)
+        await stream.write(framed(Request(2, "give", 60_000, b"")) * 40)
+        await trio.sleep(1)
+        assert begun == 40
+        frames = FrameReader(stream)
+        assert await frames.next() is not None  # the greeting
+        first = [parse(await frames.next() or b"", Answer) for _ in range(40)]
+        given = [answer for answer in first if answer.is_ok]
+        # What is in the writer's hands and in the pipe is no longer in the outbox.
+        assert 0 < sum(len(answer.body) for answer in given) <= ANSWERS_BYTES_MAX + 2 * BODY_BYTES_MAX
+        assert {type(error_of(answer.body)) for answer in first if not answer.is_ok} == {UnknownOutcome}
+        await trio.sleep(1)
+        assert begun == 80  # there is room again
 
 
 async def test_calls_without_a_running_rpc_are_unavailable(autojump_clock: MockClock) -> None:
