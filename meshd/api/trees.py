@@ -19,7 +19,7 @@ from meshd.api.endpoint import Call, Endpoint, Rights
 from meshd.api.face import Face
 from meshd.api.references import TREE_FILES_MAX, describe_tree, size_of, store_tree
 from meshd.api.streams import ByteStream
-from meshd.errors import InvalidRequest, MeshError, TooLarge
+from meshd.errors import Busy, InvalidRequest, MeshError, TooLarge
 from meshd.model import INLINE_BYTES_MAX, BlobRef, Content, Inline, Tree, TreeEntry, TreeRef
 from meshd.spec import check_path
 
@@ -36,9 +36,12 @@ PADDING_BYTES_MAX = 1 << 20
 """Of zeros after the end of a tar: `tar` fills a record, 10 KiB unless told otherwise."""
 TAR = "application/x-tar"
 
-_PARSERS = trio.CapacityLimiter(4)
-_READERS = trio.CapacityLimiter(4)
-"""Threads of their own: an upload over a slow line holds one, and must not hold those that the agent lives on."""
+UPLOADS_AT_ONCE = 8
+"""Each may hold two threads and some 10 MiB for as long as its line is slow."""
+PLACE_S = 20.0
+"""For one of these places; then the client does better to ask another node."""
+
+_PLACES = trio.CapacityLimiter(UPLOADS_AT_ONCE)
 
 
 class TreeQuery(Struct, forbid_unknown_fields=True):
@@ -72,14 +75,32 @@ class _Upload:
         self._replicas = replicas
         self._entries: dict[str, TreeEntry] = {}
         self._failure: MeshError | None = None
+        # Its own, for the parser and who reads a large file for it: those that the agent lives on may not wait for a line.
+        self._threads = trio.CapacityLimiter(2)
         self._room = trio.Semaphore(BATCHES_AT_ONCE)
         self._batch: list[tuple[str, bytes, bool]] = []
         self._batch_bytes = 0
 
     async def run(self) -> list[TreeEntry]:
+        try:
+            with trio.fail_after(PLACE_S):
+                await _PLACES.acquire()
+        except trio.TooSlowError as error:
+            raise Busy(
+                f"this node is taking {UPLOADS_AT_ONCE} directories already", hint="ask another, or again"
+            ) from error
+        try:
+            await self._take()
+        finally:
+            _PLACES.release()
+        if self._failure is not None:
+            raise self._failure
+        return list(self._entries.values())
+
+    async def _take(self) -> None:
         async with trio.open_nursery() as self._nursery:
             try:
-                await trio.to_thread.run_sync(self._parse, limiter=_PARSERS)
+                await trio.to_thread.run_sync(self._parse, limiter=self._threads)
                 await self._put_batch_soon()
                 await self._read_padding()
             except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
@@ -88,9 +109,6 @@ class _Upload:
                 self._fail(InvalidRequest("the upload ended before the tar did"))
             except MeshError as error:
                 self._fail(error)
-        if self._failure is not None:
-            raise self._failure
-        return list(self._entries.values())
 
     def _fail(self, error: MeshError) -> None:
         if self._failure is None:
@@ -152,7 +170,7 @@ class _Upload:
         # The parser's thread is waiting for this very call, so another one may read from the file meanwhile;
         # what that one asks of the request comes back through `read`.
         async def chunks() -> AsyncGenerator[bytes, None]:
-            while data := await trio.to_thread.run_sync(file.read, PIECE_BYTES, limiter=_READERS):
+            while data := await trio.to_thread.run_sync(file.read, PIECE_BYTES, limiter=self._threads):
                 yield data
 
         async with aclosing(chunks()) as source:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshd.api import http1, server
+from meshd.api import http1, server, trees
 from meshd.api.app import ENDPOINTS
 from meshd.api.server import serve
 from meshd.client import Client
@@ -98,6 +98,22 @@ def test_a_large_header_in_a_tar_is_refused_before_it_is_sent(api: Served, kind:
     client.sendall(b"POST /v1/trees HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (2 << 30))
     client.sendall(header.tobuf(tarfile.GNU_FORMAT) + bytes(64 << 10))
     assert client.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_slow_uploads_do_not_make_the_next_one_wait_for_them(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "PLACE_S", 0.1)
+    slow = [connect(api) for _ in range(trees.UPLOADS_AT_ONCE)]
+    for client in slow:
+        client.sendall(b"POST /v1/trees HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nslow")
+    deadline = time.monotonic() + 10
+    while not (answer := post_tar(api)).startswith(b"HTTP/1.1 429") and time.monotonic() < deadline:
+        pass
+    assert b'"busy"' in answer
+    for client in slow:
+        client.close()
+    while not (answer := post_tar(api)).startswith(b"HTTP/1.1 201") and time.monotonic() < deadline:
+        pass
+    assert answer.startswith(b"HTTP/1.1 201")
 
 
 def test_who_sends_half_a_request_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +337,15 @@ def test_a_bug_is_answered_and_hurts_no_other_request(api: Served, monkeypatch: 
     client.sendall(b"GET /v1/cluster HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read_all(client).startswith(b"HTTP/1.1 500")
     assert is_well(api)
+
+
+def post_tar(api: Served) -> bytes:
+    tar = tarfile.TarInfo("file").tobuf() + bytes(1024)
+    client = connect(api)
+    client.sendall(
+        b"POST /v1/trees HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(tar) + tar
+    )
+    return read_all(client)
 
 
 def tasks_living(api: Served) -> int:
