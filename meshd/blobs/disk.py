@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import stat
@@ -69,7 +70,10 @@ class Disk:
     ) -> None:
         self.root = root
         self.index: dict[str, int] = {}
-        """Size of every blob by its hash. Written in threads under the lock, read anywhere."""
+        """Size of every blob by its hash. Written in threads under the lock, read anywhere.
+
+        A name goes from the directory and from here under one hold of the lock, so that neither is left with it alone.
+        """
         self._free_bytes_min = free_bytes_min
         self._new_leaves_free = new_leaves_free
         self._checkpoint = checkpoint
@@ -77,7 +81,7 @@ class Disk:
         """(blob, is here now), in order, for whoever tells others; taken by the store after each piece of work."""
         self._lock = threading.Lock()
         self._verified: dict[str, None] = {}
-        self._temporaries = 0
+        self._temporaries = itertools.count(1)
         self._syncs = ThreadPoolExecutor(SYNCS_MAX, "blob-sync")
 
     # --- opening -----------------------------------------------------------------------------------------------------
@@ -163,11 +167,15 @@ class Disk:
             return ref
 
     def adopt(self, written: Sequence[tuple[Path, BlobRef]]) -> None:
-        """Give synced files their names and sync those. Raises OSError; then `index` knows none of them."""
+        """Give synced files their names and sync those. Raises OSError, Unavailable; then `index` knows none of them."""
         for path, ref in written:
             os.rename(path, self.path_of(ref.hash))
         sync_directory(self.root / "whole")
         with self._lock:
+            for _, ref in written:
+                # The sync takes long and holds no lock; an older blob of that name may have been taken away meanwhile, and this with it.
+                if not self.path_of(ref.hash).exists():
+                    raise Unavailable(f"blob {ref.hash} was removed while it was put", hint="put it again")
             for _, ref in written:
                 if ref.hash not in self.index:
                     self.changes.append((ref.hash, True))
@@ -215,9 +223,7 @@ class Disk:
             )
 
     def temporary_path(self) -> Path:
-        with self._lock:
-            self._temporaries += 1
-            return self.root / "tmp" / str(self._temporaries)
+        return self.root / "tmp" / str(next(self._temporaries))
 
     def _create_temporary(self) -> int:
         return os.open(self.temporary_path(), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -264,8 +270,9 @@ class Disk:
         if digest != blob:
             raise self.put_aside(blob)
         with self._lock:
-            self.index[blob] = size
-            self._remember_verified(blob)
+            if blob in self.index:
+                self.index[blob] = size
+                self._remember_verified(blob)
 
     def export(self, ref: BlobRef, target: Path, *, executable: bool) -> None:
         """A private, verified copy that may be written to. `target` must not exist."""
@@ -317,7 +324,9 @@ class Disk:
         try:
             return os.open(self.path_of(blob), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            self._forget(blob)
+            with self._lock:
+                if not self.path_of(blob).exists():
+                    self._forget(blob)
             raise NotFound(f"blob {blob} is not on this node: its file was removed") from None
         except OSError as error:
             raise _named(error, f"open blob {blob}") from error
@@ -334,24 +343,26 @@ class Disk:
     def put_aside(self, blob: str) -> Corrupt:
         """Rename it to where nothing is served from; returns the error to raise."""
         aside = self.root / "corrupt" / blob
-        with suppress(OSError):
-            os.rename(self.path_of(blob), aside)
-        self._forget(blob)
+        with self._lock:
+            with suppress(OSError):
+                os.rename(self.path_of(blob), aside)
+            self._forget(blob)
         return Corrupt(f"blob {blob} on this disk is not what was written; put aside as {aside}", hint="fetch it again")
 
     def remove(self, blob: str) -> bool:
         if blob not in self.index:
             return False
-        with disk_errors(f"remove blob {blob}"), suppress(FileNotFoundError):
-            os.unlink(self.path_of(blob))
-        return self._forget(blob)
+        with self._lock:
+            with disk_errors(f"remove blob {blob}"), suppress(FileNotFoundError):
+                os.unlink(self.path_of(blob))
+            return self._forget(blob)
 
     def _forget(self, blob: str) -> bool:
-        with self._lock:
-            self._verified.pop(blob, None)
-            was_here = self.index.pop(blob, None) is not None
-            if was_here:
-                self.changes.append((blob, False))
+        """Under the lock."""
+        self._verified.pop(blob, None)
+        was_here = self.index.pop(blob, None) is not None
+        if was_here:
+            self.changes.append((blob, False))
         return was_here
 
     def _remember_verified(self, blob: str) -> None:

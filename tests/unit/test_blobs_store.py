@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -333,6 +334,54 @@ async def test_a_copy_that_went_bad_unseen_is_replaced_by_good_bytes_that_are_pu
     store = await Store.open(tmp_path / "blobs")
     assert await store.put_bytes(b"right") == ref
     assert await store.get_bytes(ref, bytes_max=100) == b"right"
+
+
+def opened(root: Path) -> disk.Disk:
+    opened = disk.Disk(root, free_bytes_min=0, checkpoint=lambda: None)
+    opened.open()
+    return opened
+
+
+def test_a_blob_removed_before_its_put_is_durable_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = opened(tmp_path / "blobs")
+    (ref,) = blobs.put_many([b"data"])
+    (tmp_path / "file").write_bytes(b"data")
+    removed: list[bool] = []
+
+    def removed_meanwhile(directory: Path) -> None:
+        monkeypatch.undo()
+        removed.append(blobs.remove(ref.hash))
+
+    monkeypatch.setattr(disk, "sync_directory", removed_meanwhile)
+    with (tmp_path / "file").open("rb") as file:
+        with pytest.raises(Unavailable, match="removed while it was put"):
+            blobs.put_descriptor(file.fileno())
+        assert removed == [True] and ref.hash not in blobs.index
+        file.seek(0)
+        assert blobs.put_descriptor(file.fileno()) == ref
+    assert blobs.get(ref, bytes_max=10) == b"data"
+
+
+def test_a_blob_put_while_it_is_removed_is_known_if_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = opened(tmp_path / "blobs")
+    (ref,) = blobs.put_many([b"data"])
+    unlink = os.unlink
+
+    def put_meanwhile(path: Path) -> None:
+        monkeypatch.undo()
+        unlink(path)
+        putting.start()
+        putting.join(0.2)  # it may have to wait for the end of this
+
+    putting = threading.Thread(target=blobs.put_many, args=([b"data"],))
+    monkeypatch.setattr(os, "unlink", put_meanwhile)
+    assert blobs.remove(ref.hash)
+    putting.join(10)
+    assert ref.hash in blobs.index and blobs.path_of(ref.hash).exists()
 
 
 async def test_every_coming_and_going_is_told_once(tmp_path: Path) -> None:
