@@ -50,6 +50,7 @@ from meshd.units import format_size, parse_duration_ms, parse_range, parse_size,
 
 T = TypeVar("T")
 
+NAME_CHARS_MAX = 128
 ITEMS_MAX = 10_000
 """Items written in the document itself; a longer list is a file, by `each_line`."""
 
@@ -62,7 +63,7 @@ _LATER = {
 }  # fmt: skip
 """Promised by the design and not built yet: refused, so that nobody believes that they work."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,127}")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+@-]{{0,{NAME_CHARS_MAX - 1}}}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _BACKEND = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
@@ -249,7 +250,7 @@ def _array(value: object, path: str) -> Array:
         value = {"range": value}
     fields = _Section(value, path)
     count, items = _items(fields)
-    at_once = fields.take("at_once", _whole(0, TASKS_MAX), 0)
+    at_once = fields.take("at_once", _whole(1, TASKS_MAX), 0)
     max_fails = fields.take("max_fails", _whole(0, TASKS_MAX), 0)
     fields.finish()
     if not 1 <= count <= TASKS_MAX:
@@ -393,6 +394,10 @@ def _backends(value: object, path: str) -> tuple[str, ...]:
 
 def _name(value: object, path: str) -> str:
     text = _string(value, path)
+    if len(text) > NAME_CHARS_MAX:
+        raise InvalidRequest(f"{path}: {len(text)} characters; at most {NAME_CHARS_MAX}")
+    if text == "last":
+        raise InvalidRequest(f"{path}: 'last' is what the newest job is called", hint="take another name")
     if not _NAME.fullmatch(text):
         raise InvalidRequest(f"{path}: {shorten(text)} is not a name", hint="letters, digits and . _ + @ -")
     if is_job_id(text):

@@ -59,9 +59,13 @@ def parse_range(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d{1,15})(?:-(\d{1,15}))?(?::(\d{1,15}))?", text.strip(), re.ASCII)
     wrong = InvalidRequest(f"{shorten(text)} is not a range", hint="write it like 1-100 or 0-1000:10")
     if match is None:
+        if re.fullmatch(r"\d+(-\d+)?(:\d+)?", text.strip(), re.ASCII):
+            raise InvalidRequest(f"{shorten(text)} has too many tasks, or too large numbers")
         raise wrong
     first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
-    if last < first or step < 1:
+    if step < 1:
+        raise InvalidRequest(f"{shorten(text)} has a step of 0", hint=wrong.hint)
+    if last < first:
         raise wrong
     return first, last, step
 

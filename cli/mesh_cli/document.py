@@ -16,6 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FILE_BYTES_MAX = 1 << 20
 """Of a job file; the API takes no more either."""
+ATTEMPTS_MAX = 1000
+"""Of a task, the first included (`retry.attempts`)."""
 WASM_MAGIC = b"\0asm"
 
 
@@ -55,7 +57,7 @@ _OPTIONS = (
     ),
     click.option("--stdin", metavar="FILE", help="What the job reads on stdin."),
     click.option("--interactive", "-i", is_flag=True, help="Pass on what this command reads on stdin, to its end."),
-    click.option("--retries", type=int, help="Run a failed task again, so many times."),
+    click.option("--retries", type=click.IntRange(0, ATTEMPTS_MAX - 1), help="Run a failed task again, so many times."),
     click.option("--backoff", metavar="D..D", help="Pause before a retry, as 2s..5m."),
     click.option("--timeout", metavar="DURATION", help="How long an attempt may run."),
     click.option("--queue-timeout", metavar="DURATION", help="How long it may wait for a node."),
@@ -146,7 +148,7 @@ def _set_command(run: dict[str, Any], command: list[str], backends: tuple[str, .
     elif first.is_file() and _begins_with_magic(first):
         run["module"], run["args"] = str(first.resolve()), command[1:]
         return
-    elif is_named and first.is_file():
+    elif (is_named or "wasm" in backends) and first.is_file():
         raise InvalidRequest(f"{first} is not a WebAssembly module", hint="compile it for wasm32-wasi; or --backend process")  # fmt: skip
     elif is_named or "wasm" in backends:
         raise NotFound(f"there is no module {first}")

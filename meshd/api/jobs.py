@@ -290,10 +290,11 @@ async def _task(call: Call, job: JobId, number: int, *, is_stale_ok: bool) -> Ta
 
 
 def _states(text: str) -> tuple[TaskState, ...]:
-    try:
-        return tuple(TaskState(part) for part in text.split(",") if part)
-    except ValueError:
-        raise InvalidRequest(f"state: {text[:80]!r} has an unknown state; there are {', '.join(TaskState)}") from None
+    states = tuple(part for part in text.split(",") if part)
+    for state in states:
+        if state not in list(TaskState):
+            raise InvalidRequest(f"there is no state {state[:80]!r}", hint=f"there are: {', '.join(TaskState)}")
+    return tuple(map(TaskState, states))
 
 
 def _labels(text: str) -> tuple[tuple[str, str], ...]:

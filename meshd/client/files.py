@@ -48,13 +48,18 @@ def upload_references(document: Any, base: Path, store: Store) -> Any:
     if isinstance(array := job.get("array"), Mapping):
         job["array"] = array = dict(array)
         if _is_path(array.get("each_line")):
-            array["each_line"] = write_blob(store.put_file(_existing(base, array["each_line"], "array.each_line")))
+            lines = _existing(base, array["each_line"], "array.each_line")
+            if lines.is_file() and not lines.stat().st_size:
+                raise InvalidRequest(f"array.each_line: {lines} is empty", hint="a task for each of its lines would be none")  # fmt: skip
+            array["each_line"] = write_blob(store.put_file(lines))
         if _is_path(array.get("files")):
-            directory = _existing(base, array["files"], "array.files")
+            directory = _existing(base, array["files"], "array.files", "directory")
             if not directory.is_dir():
                 raise InvalidRequest(
                     f"array.files: {directory} is not a directory", hint="for the lines of a file: each_line"
                 )
+            if not files_below(directory):
+                raise InvalidRequest(f"array.files: there is no file below {directory}")
             array["files"] = write_tree(store.put_directory(directory))
     return job
 
@@ -90,10 +95,10 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str) and not value.startswith(_REFERENCES)
 
 
-def _existing(base: Path, text: object, where: str) -> Path:
+def _existing(base: Path, text: object, where: str, kind: str = "file") -> Path:
     path = base / Path(str(text)).expanduser()
     if not path.exists():
-        raise NotFound(f"{where}: there is no file {path}")
+        raise NotFound(f"{where}: there is no {kind} {path}")
     if not (path.is_file() or path.is_dir()):
         raise InvalidRequest(f"{where}: {path} is neither a file nor a directory")
     return path

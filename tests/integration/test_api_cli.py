@@ -369,7 +369,24 @@ def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, m
         ("job show nowhere", 3, "error: "),
         ("job show a/b", 2, "error: 'a/b' does not name a job"),
         ("job wait", 2, "error: which job?"),
-        ("job ls -s finished", 2, "error: state: 'finished' has an unknown state"),
+        ("job ls -s done,finished", 2, "error: there is no state 'finished'\ntry: there are: waiting, ready"),
+        ("run --backend wasm some.txt", 2, "error: some.txt is not a WebAssembly module"),
+        ("run --backend wasm nothing.txt", 3, "error: there is no module nothing.txt"),
+        (f"run --name {'x' * 5000} -- x", 2, "error: name: 5000 characters; at most 128\n"),
+        ("run --name last -- x", 2, "error: name: 'last' is what the newest job is called"),
+        ("run --retries -1 -- x", 2, "error: invalid value for '--retries': -1 is not in the range"),
+        ("run --each-line empty.txt -- x", 2, "error: array.each_line: {here}/empty.txt is empty"),
+        ("run --each-file nothing -- x", 3, "error: array.files: there is no directory {here}/nothing"),
+        ("run --each-file nobody -- x", 2, "error: array.files: there is no file below {here}/nobody"),
+        (
+            "run --array 1-99999999999999999999 -- x",
+            2,
+            "error: array.range: '1-99999999999999999999' has too many tasks",
+        ),
+        ("run --array 99999999999999999999 -- x", 2, "error: array.range: '99999999999999999999' has too many tasks"),
+        ("run --array 1-10:0 -- x", 2, "error: array.range: '1-10:0' has a step of 0"),
+        ("run --array 1-3%0 -- x", 2, "error: array.at_once: '0' is not between 1 and 10000000"),
+        ("run --array 1-3 --at-once 0 -- x", 2, "error: array.at_once: '0' is not between 1 and 10000000"),
         ("node show nowhere", 3, "error: this mesh has no node 'nowhere'\ntry: mesh node ls"),
         ("node invite --role king", 2, "error: --role 'king' is not server, worker or server,worker"),
         ("blob get zz", 2, "error: 'zz' is not the name of a blob"),
@@ -378,9 +395,14 @@ def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, m
         ("--node 127.0.0.1:1 ps", 7, "error: a node over the network needs a token"),
     ],
 )
-def test_what_is_wrong_is_said_on_stderr_with_its_exit_code(mesh: Mesh, line: str, code: int, message: str) -> None:
+def test_what_is_wrong_is_said_on_stderr_with_its_exit_code(
+    mesh: Mesh, tmp_path: Path, line: str, code: int, message: str
+) -> None:
+    (tmp_path / "some.txt").write_text("words")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "nobody").mkdir()
     said = mesh(*line.split())
-    assert (said.code, said.out) == (code, "") and said.err.startswith(message)
+    assert (said.code, said.out) == (code, "") and said.err.startswith(message.replace("{here}", str(tmp_path)))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", "run: {args: [x]}\nrun2: 3", "a: &a [*a]", "x" * 2_000_000, "\0"])
