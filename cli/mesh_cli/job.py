@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def show(session: Session, selector: str) -> None:
         view = client.job(chosen.job)
         if chosen.tasks is not None:
             task = client.task(view.id, chosen.first_task())
-            print_one(session, task, lambda: _task_lines(task), lambda: f"{task.job}:{task.task}")
+            print_one(session, task, lambda: _task_lines(task, _names(client)), lambda: f"{task.job}:{task.task}")
         else:
             print_one(session, view, lambda: _job_lines(client, view), lambda: view.id)
         if session.is_stale:
@@ -103,7 +103,8 @@ def tasks(session: Session, selector: str, state: tuple[str, ...], limit: int) -
     with session.client() as client:
         ranges: Iterable[tuple[int, int | None]] = chosen.tasks or ((0, None),)
         rows = (row for start, stop in ranges for row in client.tasks(chosen.job, states=state, start=start, stop=stop))
-        print_rows(session, islice(rows, limit), _task_columns(), lambda it: f"{it.job}:{it.task}")
+        names = _names(client) if session.form in ("table", "wide") else {}
+        print_rows(session, islice(rows, limit), _task_columns(names), lambda it: f"{it.job}:{it.task}")
         if next(rows, None) is not None:
             click.echo(f"only the first {limit} tasks; --limit shows more", err=True)
 
@@ -262,7 +263,9 @@ def result(session: Session, selector: str, save: str | None) -> int:
             is_good = view.state == "done"
         else:
             found = client.result(view.id, chosen.first_task())
-            print_one(session, found, lambda: _task_lines(found.task), lambda: f"{view.id}:{found.task.task}")
+            print_one(
+                session, found, lambda: _task_lines(found.task, _names(client)), lambda: f"{view.id}:{found.task.task}"
+            )
             is_good = found.task.state == "done"
         if save is not None:
             count = _save(client, view, chosen.first_task() if chosen.tasks else None, Path(save))
@@ -320,7 +323,7 @@ def _job_lines(client: Client, view: JobView) -> Iterable[str]:
     if view.reason:
         yield view.reason
     if view.tasks == 1:
-        yield from _task_lines(client.task(view.id), is_part=True)
+        yield from _task_lines(client.task(view.id), _names(client), is_part=True)
     elif view.counts.failed + view.counts.timed_out:
         from itertools import islice
 
@@ -331,7 +334,7 @@ def _job_lines(client: Client, view: JobView) -> Iterable[str]:
         yield f"why it waits: mesh job explain {view.id}"
 
 
-def _task_lines(task: TaskView, *, is_part: bool = False) -> Iterable[str]:
+def _task_lines(task: TaskView, names: Mapping[str, str], *, is_part: bool = False) -> Iterable[str]:
     from mesh_cli.output import facts
     from meshd.model import TreeRef
     from meshd.units import format_duration
@@ -342,7 +345,7 @@ def _task_lines(task: TaskView, *, is_part: bool = False) -> Iterable[str]:
     return facts(
         *(() if is_part else (("task", f"{task.job}:{task.task}"), ("state", task.state.value))),
         ("attempt", f"{task.attempt}, fence {task.fence}" if task.attempt else ""),
-        ("node", task.node),
+        ("node", names.get(task.node, task.node) if task.node else ""),
         ("lost", task.losses or ""),
         ("ended", _ending(task)),
         ("ran", format_duration(outcome.run_ms) if outcome is not None and outcome.run_ms else ""),
@@ -351,15 +354,21 @@ def _task_lines(task: TaskView, *, is_part: bool = False) -> Iterable[str]:
     )
 
 
-def _task_columns() -> list[Any]:
+def _names(client: Client) -> dict[str, str]:
+    """The members' names by their ids, as `mesh node ls` shows them."""
+    return {row.member.node: row.member.name for row in client.nodes().members}
+
+
+def _task_columns(names: Mapping[str, str]) -> list[Any]:
     from mesh_cli.output import Column
 
     return [
         Column("TASK", lambda it: str(it.task)),
         Column("STATE", lambda it: it.state.value),
         Column("ATTEMPT", lambda it: str(it.attempt)),
-        Column("NODE", lambda it: (it.node or "-")[-12:]),
+        Column("NODE", lambda it: names.get(it.node) or (it.node or "-")[-12:]),
         Column("ENDED", _ending),
+        Column("NODE ID", lambda it: it.node or "-", is_wide=True),
         Column("FENCE", lambda it: str(it.fence), is_wide=True),
         Column("LOST", lambda it: str(it.losses), is_wide=True),
         Column("REASON", lambda it: it.reason, is_wide=True),

@@ -31,6 +31,15 @@ COMMANDS = {
 }
 
 
+ELSEWHERE = {
+    "attach": "job logs -f", "cancel": "job cancel", "create": "submit", "delete": "job cancel", "describe": "job show",
+    "exec": "run", "get": "ps", "info": "cluster status", "inspect": "job show", "jobs": "ps",
+    "kill": "job cancel", "list": "ps", "ls": "ps", "nodes": "node ls", "queue": "ps", "rm": "job cancel",
+    "status": "cluster status", "stop": "job cancel", "top": "node ls",
+}  # fmt: skip
+"""What people type who know docker, kubectl, nomad or a batch system, and what it is called here."""
+
+
 class _Commands(click.Group):
     """Commands that are imported when they are called."""
 
@@ -52,8 +61,20 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS:
-            raise click.UsageError(f"there is no command {name!r}{_close_to(name, list(COMMANDS))}", context)
+            raise click.UsageError(f"there is no command {name!r}{self._meant(context, name)}", context)
         return name, self.get_command(context, name), args[1:]
+
+    def _meant(self, context: click.Context, word: str) -> str:
+        """One of another tool, of a group, or nearly one."""
+        from difflib import get_close_matches
+
+        known = ELSEWHERE | {name: name for name in COMMANDS}
+        for name in COMMANDS:
+            command = self.get_command(context, name)
+            for part in command.commands if isinstance(command, click.Group) else ():
+                known.setdefault(part, f"{name} {part}")
+        close = get_close_matches(word, known, 1)
+        return f"; did you mean `mesh {known[close[0]]}`?" if close else ""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -120,13 +141,6 @@ def _fail(message: str, hint: str, code: int) -> int:
         is_command = hint.count("`") == 2 and hint[0] == hint[-1] == "`"
         click.echo(f"try: {hint.strip('`') if is_command else hint}", err=True)
     return code
-
-
-def _close_to(word: str, known: list[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(word, known, 1)
-    return f"; did you mean `mesh {close[0]}`?" if close else ""
 
 
 if __name__ == "__main__":

@@ -256,6 +256,18 @@ def test_one_name_that_is_wrong_keeps_nobody_from_the_others(mesh: Mesh) -> None
     mesh("job", "cancel", said.out.strip())
 
 
+def test_a_node_is_called_by_its_name_wherever_a_task_is_shown(mesh: Mesh, api: Served) -> None:
+    job = mesh("submit", "--", "echo", "x").out.strip()
+    mesh("job", "wait", job)
+    for line in (f"job show {job}", f"job show {job}:0", f"job result {job}", f"job result {job}:0"):
+        assert "fake" in mesh(*line.split()).out, line
+        assert api.face.me not in mesh(*line.split()).out
+    header, row = mesh("job", "tasks", job).out.splitlines()
+    assert row[header.index("NODE") :].split()[0] == "fake"
+    assert json.loads(mesh("job", "tasks", job, "-o", "json").out)[0]["node"] == api.face.me
+    assert api.face.me in mesh("job", "tasks", job, "-o", "wide").out
+
+
 def test_logs_result_and_retry(mesh: Mesh, tmp_path: Path) -> None:
     job = mesh("submit", "--array", "1-3", "--output", "out.txt", "--", "files").out.strip()
     assert mesh("job", "result", job, "--save", "all").code == 0
@@ -357,6 +369,13 @@ def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, m
     ("line", "code", "message"),
     [
         ("jbo ls", 2, "error: there is no command 'jbo'; did you mean `mesh job`?"),
+        ("logs last", 2, "error: there is no command 'logs'; did you mean `mesh job logs`?"),
+        ("rm last", 2, "error: there is no command 'rm'; did you mean `mesh job cancel`?"),
+        ("describe last", 2, "error: there is no command 'describe'; did you mean `mesh job show`?"),
+        ("nodes", 2, "error: there is no command 'nodes'; did you mean `mesh node ls`?"),
+        ("drain self", 2, "error: there is no command 'drain'; did you mean `mesh node drain`?"),
+        ("explian last", 2, "error: there is no command 'explian'; did you mean `mesh job explain`?"),
+        ("xyzzy", 2, "error: there is no command 'xyzzy'\ntry: mesh --help"),
         ("run --cpuu 3 -- x", 2, "error: no such option '--cpuu'"),
         ("run", 2, "error: nothing to run\ntry: mesh run -- COMMAND"),
         ("run --cpu lots -- x", 2, "error: needs.cpu: 'lots' is not a number of cores"),
