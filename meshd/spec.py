@@ -53,6 +53,10 @@ T = TypeVar("T")
 NAME_CHARS_MAX = 128
 ITEMS_MAX = 10_000
 """Items written in the document itself; a longer list is a file, by `each_line`."""
+ENTRIES_MAX = 256
+"""Of `env`, `labels` and `needs` each. Every voter holds them, and 80,000 fit into a request."""
+INPUTS_MAX = 1024
+"""More files than that are a directory."""
 
 MEMORY_BYTES_MIN = {"process": 1 << 20, "wasm": 1 << 16}
 """`echo` was seen to need 120 KiB of data, bash 300, Python 3.7 MiB; a page of wasm is 64 KiB."""
@@ -198,7 +202,7 @@ def _module(value: object, path: str) -> BlobRef:
 
 def _environment(value: object, path: str) -> tuple[tuple[str, str], ...]:
     found = {}
-    for name, text in _mapping(value, path).items():
+    for name, text in _mapping(value, path, ENTRIES_MAX).items():
         if not isinstance(name, str) or not _ENV.fullmatch(name):
             raise InvalidRequest(f"{path}: {shorten(name)} is not a name for a variable")
         if name.startswith("MESHD_"):
@@ -209,7 +213,7 @@ def _environment(value: object, path: str) -> tuple[tuple[str, str], ...]:
 
 def _inputs(value: object, path: str) -> tuple[Input, ...]:
     found: dict[str, Input] = {}
-    for name, source in _mapping(value, path).items():
+    for name, source in _mapping(value, path, INPUTS_MAX).items():
         here = f"{path}.{shorten(name)[1:-1]}"
         is_tree = isinstance(source, str) and source.startswith("tree:")
         executable = False
@@ -224,12 +228,13 @@ def _inputs(value: object, path: str) -> tuple[Input, ...]:
             raise InvalidRequest(f"{here}: {target!r} is named twice")
         content = parse_tree(source, here) if is_tree else parse_content(source, here)
         found[target] = Input(target, content, executable)
-    for target in found:
-        parts = target.split("/")
-        for depth in range(1, len(parts)):
-            above = found.get("/".join(parts[:depth]))
-            if above is not None and not isinstance(above.source, TreeRef):
-                raise InvalidRequest(f"{path}.{target}: {above.path!r} is a file, so nothing can lie below it")
+    above = None
+    # In the order of their parts, for which the NUL stands, whatever lies below a path follows it at once.
+    for target in sorted(found, key=lambda target: target.replace("/", "\0")):
+        if above is not None and target.startswith(above + "/"):
+            raise InvalidRequest(f"{path}.{target}: {above!r} is a file, so nothing can lie below it")
+        if not isinstance(found[target].source, TreeRef):
+            above = target
     return tuple(found[name] for name in sorted(found))
 
 
@@ -298,12 +303,12 @@ def _range(value: object, path: str) -> tuple[int, int, int]:
 
 def _limit(text: str) -> int:
     if not re.fullmatch(r"\d{1,8}", text, re.ASCII) or not int(text):
-        raise InvalidRequest(f"%{text} is not how many run at once")
+        raise InvalidRequest(f"%{shorten(text)[1:-1]} is not how many run at once")
     return int(text)
 
 
 def _needs(value: object, path: str) -> Needs:
-    fields = _Section(value, path, is_open=True)
+    fields = _Section(_mapping(value, path, ENTRIES_MAX), path, is_open=True)
     labels = fields.take("labels", _string, "")
     resources = Resources(
         cpu_milli=fields.take("cpu", _cpu, 1000),
@@ -407,7 +412,7 @@ def _name(value: object, path: str) -> str:
 
 def _labels(value: object, path: str) -> tuple[tuple[str, str], ...]:
     found = {}
-    for name, text in _mapping(value, path).items():
+    for name, text in _mapping(value, path, ENTRIES_MAX).items():
         if not isinstance(name, str) or not _LABEL.fullmatch(name):
             raise InvalidRequest(f"{path}: {shorten(name)} is not a name for a label")
         found[name] = _argument(text, f"{path}.{name}")
@@ -471,9 +476,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(known)}"
 
 
-def _mapping(value: object, path: str) -> Mapping[Any, Any]:
+def _mapping(value: object, path: str, length_max: int | None = None) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{path}: expected a mapping, got {_kind(value)}")
+    if length_max is not None and len(value) > length_max:
+        raise InvalidRequest(f"{path}: {len(value)} entries; at most {length_max}")
     return value
 
 

@@ -16,6 +16,7 @@ _SIZE_WHOLE = re.compile(r"(\d{1,19}(?:\.\d{1,6})?)\s*([kmgtp]i?)?b?", re.ASCII 
 
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
+DURATION_CHARS_MAX = 100
 AMOUNT_MAX = 2**53
 """Larger whole numbers are not exact in JSON."""
 
@@ -27,6 +28,8 @@ def parse_duration_ms(text: str | int | float) -> int:
         raise wrong
     if isinstance(text, int | float):
         return _whole(text * 1000, wrong)
+    if len(text) > DURATION_CHARS_MAX:
+        raise wrong
     text = text.strip().lower()
     if re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text, re.ASCII):
         return _whole(float(text) * 1000, wrong)

@@ -20,7 +20,7 @@ from meshd.api.face import Face
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.items import LIST_BYTES_MAX, LineCount
 from meshd.model import BlobRef, ItemsBlob, ItemsFiles, JobSpec, TaskState, Tree, TreeEntry, TreeRef
-from meshd.spec import write_blob, write_tree
+from meshd.spec import INPUTS_MAX, write_blob, write_tree
 from meshd.views import PAGE_MAX, GetJob, JobView, ListTasks, TaskPage
 
 TREE_BYTES_MAX = 32 << 20
@@ -45,7 +45,7 @@ async def resolve(face: Face, document: object) -> object:
         for key in ("module", "stdin"):
             if key in run:
                 run[key] = await _complete(face, run[key])
-    if isinstance(inputs := job.get("inputs"), Mapping):
+    if isinstance(inputs := job.get("inputs"), Mapping) and len(inputs) <= INPUTS_MAX:
         job["inputs"] = {path: await _complete_input(face, source) for path, source in inputs.items()}
     if isinstance(array := job.get("array"), Mapping):
         job["array"] = array = dict(array)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -152,6 +154,16 @@ def test_an_array_is_written_in_several_ways(written: Any, array: Array) -> None
         (echo(inputs={"../x": BLOB}), "inputs.../x: '../x' may not contain empty parts, `.` or `..`"),
         (echo(inputs={"/etc/passwd": BLOB}), "inputs./etc/passwd: '/etc/passwd' is not a relative path"),
         (echo(inputs={"a": BLOB, "a/b": BLOB}), "inputs.a/b: 'a' is a file, so nothing can lie below it"),
+        (
+            echo(inputs={"a": BLOB, "a-b": BLOB, "a/b/c": BLOB}),
+            "inputs.a/b/c: 'a' is a file, so nothing can lie below it",
+        ),
+        (echo(inputs={str(n): BLOB for n in range(1025)}), "inputs: 1025 entries; at most 1024"),
+        (echo(labels={str(n): "" for n in range(257)}), "labels: 257 entries; at most 256"),
+        (echo(needs={str(n): 1 for n in range(257)}), "needs: 257 entries; at most 256"),
+        ({"run": {"args": ["x"], "env": {f"v{n}": "" for n in range(257)}}}, "run.env: 257 entries; at most 256"),
+        (echo(array="5%" + "1" * 100), f"array: %{'1' * 77}… is not how many run at once"),
+        (echo(timeout="1m" * 60), f"timeout.run: '{('1m' * 60)[:77]}…' is not a duration"),
         (echo(inputs={"a": "./photos"}), "inputs.a: './photos' is a file on your machine, not in the mesh"),
         (echo(inputs={"a": "blob:12"}), "inputs.a: 'blob:12' is not blob:HASH:SIZE"),
         (echo(outputs=["../x"]), "outputs[0]: '../x' may not contain empty parts, `.` or `..`"),
@@ -173,6 +185,21 @@ def test_what_is_wrong_is_said_with_its_path(document: object, message: str) -> 
     with pytest.raises(InvalidRequest) as caught:
         parse_job(document)
     assert caught.value.message == message
+
+
+def test_files_may_lie_in_directories_and_beside_what_is_named_alike() -> None:
+    named = {"a": A_TREE, "a/b": A_BLOB, "c-d": A_BLOB, "c/d": A_BLOB, "e": A_BLOB, "e.f": A_BLOB}
+    written = {name: write_tree(ref) if isinstance(ref, TreeRef) else write_blob(ref) for name, ref in named.items()}
+    assert {given.path: given.source for given in parse_job(echo(inputs=written)).inputs} == named
+
+
+def test_no_document_of_a_megabyte_holds_its_reader() -> None:
+    deep = "/".join("a" * 2000)
+    for document in (echo(inputs={f"{deep}{n}": BLOB for n in range(250)}), echo(retry={"backoff": "1" * 1_000_000})):
+        begun = time.process_time()
+        with suppress(InvalidRequest):
+            parse_job(document)
+        assert time.process_time() - begun < 0.5
 
 
 def test_a_mistyped_key_is_met_with_the_one_that_was_meant() -> None:
