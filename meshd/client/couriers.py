@@ -22,7 +22,7 @@ from meshd.client.board import Board, MeshFuture, SentJob, SentTask
 from meshd.client.client import Client, cannot_run
 from meshd.client.files import INLINE_BYTES, upload_references
 from meshd.client.grouping import BUDGET_S, group_size
-from meshd.errors import InvalidRequest, JobFailed, MeshError, NotFound, Unavailable
+from meshd.errors import InvalidRequest, JobFailed, MeshError, NotAllowed, NotFound, Unavailable
 from meshd.model import FINAL_STATES, BlobRef, EndReason, Inline, TaskState
 from meshd.spec import parse_job, write_blob
 from meshd.views import TaskView
@@ -156,7 +156,7 @@ class Courier(_Thread):
         if time.monotonic() >= self._cores_until_s:
             try:
                 offers = [row.offer for row in self.client.nodes().members if row.session == "live" and row.offer]
-            except Unavailable:
+            except MeshError:
                 return self._cores  # the submission that follows says so, or waits
             free = sum(offer.resources.cpu_milli // max(self._cpu_milli, 1) for offer in offers)
             self._cores = max(min(free, TASKS_MAX), 1)
@@ -216,7 +216,9 @@ class Gatherer(_Thread):
             job.running = running
             self._warn_unplaced(job)
             job.failing_since_s = None
-        except (Unavailable, NotFound) as error:
+        except NotAllowed:
+            raise  # nor may it look at any other
+        except MeshError as error:  # of this job, or for now: the others go on
             now_s = time.monotonic()
             job.failing_since_s = job.failing_since_s or now_s
             if now_s - job.failing_since_s > GIVE_UP_S:
@@ -238,7 +240,7 @@ class Gatherer(_Thread):
             _log.warning("%s\n%s", error.message, error.hint)
 
     def _settle(self, task: SentTask, view: TaskView) -> None:
-        """Raises Unavailable, NotFound when its results cannot be had now."""
+        """Raises MeshError when its results cannot be had now."""
         outcome = view.outcome
         records, seconds = calls.read_records(self._content(outcome.stdout if outcome is not None else None))
         has_begun = bool(records) and records.pop(0)[0] == calls.BEGIN

@@ -33,6 +33,8 @@ ERROR_BYTES_MAX = 64 << 10
 BODY_BYTES_MAX = 256 << 20
 """Of an answer that is read as a whole: pages are bounded by the API; this is against a broken node."""
 
+LOOK_FIRST = "look whether it was done before you repeat it"
+
 T = TypeVar("T")
 TlsFactory = Callable[[Address], "ssl.SSLContext"]
 Body = bytes | IO[bytes] | Iterable[bytes] | None
@@ -47,8 +49,9 @@ class Answer:
         self.size = int(response.headers.get("content-length") or -1)
 
     def read(self) -> bytes:
+        """Raises Unavailable when it breaks off before its end."""
         try:
-            data = self._response.read(BODY_BYTES_MAX + 1)
+            data = _read(self._response, BODY_BYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise Unavailable(f"the node broke off: {error or type(error).__name__}") from error
@@ -119,7 +122,12 @@ class Requester:
 
         def ask(address: Address) -> bytes:
             answer, connection = self._send(address, method, path, data, headers, timeout_s, is_resendable)
-            found = answer.read()
+            try:
+                found = answer.read()
+            except Unavailable as error:
+                if is_resendable:
+                    raise
+                raise UnknownOutcome(f"{address}: {error.message}", hint=LOOK_FIRST) from error
             if connection.sock is not None:
                 self._kept[address] = connection
             return found
@@ -198,9 +206,7 @@ class Requester:
             why = str(error) or type(error).__name__
             if is_resendable:
                 raise Unavailable(f"{address} did not answer: {why}") from error
-            raise UnknownOutcome(
-                f"{address} did not answer: {why}", hint="look whether it was done before you repeat it"
-            ) from error
+            raise UnknownOutcome(f"{address} did not answer: {why}", hint=LOOK_FIRST) from error
 
     def _exchange(
         self,
@@ -224,7 +230,7 @@ class Requester:
             )
         response = connection.getresponse()
         if response.status >= 400:
-            data = response.read(ERROR_BYTES_MAX)
+            data = _read(response, ERROR_BYTES_MAX)
             connection.close()
             raise _error_of(response.status, data)
         return Answer(response, connection), connection
@@ -288,6 +294,14 @@ class _UnixConnection(http.client.HTTPConnection):
         except OSError:
             self.sock.close()
             raise
+
+
+def _read(response: http.client.HTTPResponse, bytes_max: int) -> bytes:
+    """All of it, or its first bytes where it has more. Raises HTTPException when it is cut, which `read` takes for an end."""
+    data = response.read(bytes_max)
+    if response.length and len(data) < bytes_max:
+        raise http.client.HTTPException(f"{response.length} bytes of its answer were to come")
+    return data
 
 
 def _error_of(status: int, data: bytes) -> MeshError:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
 from meshd.client import Client
-from meshd.errors import Conflict, InvalidRequest, MeshError, NotAllowed, NotFound, TooLarge, Unavailable, WaitTimeout
+from meshd.errors import (
+    Conflict,
+    InvalidRequest,
+    MeshError,
+    NotAllowed,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    UnknownOutcome,
+    WaitTimeout,
+)
 from meshd.model import TaskState
 from tests.integration.api_server import Served, served
 
@@ -402,6 +414,61 @@ def test_a_node_that_was_restarted_is_asked_over_a_new_connection() -> None:
         client.me()
     with served() as server, pytest.raises(MeshError):
         client.me()  # that socket is gone for good
+
+
+def test_an_answer_that_is_cut_is_asked_for_again(mesh: Client, api: Served, tmp_path: Path) -> None:
+    job = mesh.run({**ECHO, "array": 3}).id
+    with _cutting(api, tmp_path) as asked, Client([f"unix:{tmp_path}/cut.sock"]) as client:
+        assert [task.task for task in client.tasks(job)] == [0, 1, 2]
+        assert len(asked) == 2
+
+
+def test_a_refusal_that_is_cut_is_no_refusal(api: Served, tmp_path: Path) -> None:
+    refused = b'HTTP/1.1 503 x\r\ncontent-length: 99\r\n\r\n{"error": {"co'
+    with _cutting(api, tmp_path, lambda whole: refused), Client([f"unix:{tmp_path}/cut.sock"]) as client:
+        assert client.me().name == "fake"
+
+
+def test_what_may_be_done_is_not_repeated_where_its_answer_is_cut(mesh: Client, api: Served, tmp_path: Path) -> None:
+    with _cutting(api, tmp_path) as asked, Client([f"unix:{tmp_path}/cut.sock"]) as client:
+        with pytest.raises(UnknownOutcome, match="broke off") as cut:
+            client.create_token("half-told")
+        assert cut.value.hint and len(asked) == 1
+    assert "half-told" in [token.name for token in mesh.tokens().tokens]
+
+
+@contextmanager
+def _cutting(
+    api: Served, directory: Path, cut: Callable[[bytes], bytes] = lambda whole: whole[:-5]
+) -> Iterator[list[bytes]]:
+    """The node behind another socket whose first answer is cut, as of an agent that is killed. The heads it was asked with."""
+    asked: list[bytes] = []
+
+    def answer(listener: socket.socket) -> None:
+        while True:
+            try:
+                caller, _ = listener.accept()
+            except OSError:
+                return
+            with caller, caller.makefile("rb") as request, socket.socket(socket.AF_UNIX) as node:
+                asked.append(b"".join(iter(request.readline, b"\r\n")))
+                size = re.search(rb"content-length: (\d+)", asked[-1], re.IGNORECASE)
+                body = request.read(int(size[1]) if size else 0)
+                node.connect(str(api.socket))
+                node.sendall(asked[-1] + b"connection: close\r\n\r\n" + body)
+                whole = b"".join(iter(lambda: node.recv(1 << 16), b""))
+                caller.sendall(cut(whole) if len(asked) == 1 else whole)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{directory}/cut.sock")
+        listener.listen()
+        server = threading.Thread(target=answer, args=(listener,), daemon=True)
+        server.start()
+        try:
+            yield asked
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join(10)
 
 
 def _post_tar(mesh: Client, data: bytes) -> bytes:

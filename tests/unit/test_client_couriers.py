@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import pytest
 
-from meshd.client import Client, MeshExecutor
+from meshd.client import Client, MeshExecutor, calls, pickles
 from meshd.client.board import Board, MeshFuture, SentJob, SentTask
 from meshd.client.couriers import Gatherer, Watcher
-from meshd.errors import NotAllowed
-from meshd.model import JobId, NodeId, TaskState
+from meshd.errors import Corrupt, NotAllowed
+from meshd.model import BlobRef, EndReason, JobId, NodeId, Outcome, TaskState
 from meshd.views import EventView, Explanation, Lack, TaskView
 
 
@@ -111,6 +112,44 @@ def test_what_a_thread_dies_of_is_told_to_callers_and_not_printed(monkeypatch: p
     with pytest.raises(RuntimeError, match="NotAllowed: this token was revoked") as refused:
         board.add([call])
     assert refused.value.__cause__ is error and not printed
+
+
+class Damaged(Client):
+    """Of a mesh whose first answer about a result is that its bytes are damaged."""
+
+    damaged = 1
+
+    def tasks(
+        self, job: str, *, states: Sequence[TaskState | str] = (), start: int = 0, stop: int | None = None
+    ) -> Iterator[TaskView]:
+        outcome = Outcome(EndReason.EXIT, 0, stdout=BlobRef(job, 1))
+        yield TaskView(JobId(job), 0, TaskState.DONE, 1, 1, 0, 1, None, outcome)
+
+    def get_blob(self, blob: str, target: IO[bytes]) -> int:
+        if self.damaged:
+            self.damaged -= 1
+            raise Corrupt(f"blob {blob} is not what was written")
+        result = calls.record(calls.RESULT, pickles.dump_result(blob, len))
+        return target.write(calls.record(calls.BEGIN, b"") + result + calls.end_record(0.1))
+
+
+def test_one_result_that_cannot_be_had_now_ends_no_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshd.client.board.SWEEP_YOUNG_S", 0.05)
+    board = Board()
+    futures: list[MeshFuture[str]] = [MeshFuture(board, b"f", b"x", 0) for _ in range(2)]
+    board.add(futures)
+    board.take()
+    for name, call in zip(("first", "second"), futures, strict=True):
+        job = SentJob(JobId(name), [SentTask([call], 0)])
+        board.sending(job)
+        board.agreed(job)
+    board.close()
+    gatherer = Gatherer(board, Damaged(["unix:/nowhere"]), Watcher(board, Client(["unix:/nowhere"])))
+    gatherer.start()
+    assert [call.result(10) for call in futures] == ["first", "second"]
+    assert board.take() == []
+    gatherer.join(10)
+    assert not gatherer.is_alive()
 
 
 @pytest.mark.parametrize("token", ["", "none"])
