@@ -20,7 +20,7 @@ import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -40,6 +40,7 @@ from meshd.net.libp2p import muxer as of_muxer
 from meshd.net.libp2p import stream as of_stream
 from meshd.net.libp2p import transport as of_transport
 from meshd.net.libp2p.wire import Wire
+from meshd.net.rpc import PROTOCOL as RPC_PROTOCOL
 from meshd.net.rpc import StreamRpc
 from meshd.ports import Stream
 
@@ -597,6 +598,62 @@ async def test_who_has_joined_in_time_stays_connected(monkeypatch: pytest.Monkey
         await trio.sleep(0.5)
         assert await ask(newcomer, b) == b"ping"
         assert b.events == ["up"]
+
+
+async def test_a_member_that_connects_while_a_node_starts_is_no_stranger() -> None:
+    a, b = Node(), Node()
+    b.transport._handlers.clear()
+    b.transport.handle(RPC_PROTOCOL, echo)  # what members alone may speak is not served yet
+    async with running(a, b):
+        assert await ask(a, b, protocol=RPC_PROTOCOL) == b"ping"
+        assert not b.transport._strangers
+
+
+async def test_who_is_known_a_moment_after_it_connected_is_a_stranger_no_longer() -> None:
+    """It greets a node that has not heard of it yet, and keeps that connection for its whole life."""
+    newcomer, b = Node(), Node(members=set())
+    async with running(newcomer, b):
+        call = await newcomer.transport.open_stream(b.id, JOIN_PROTOCOL, timeout_s=5)
+        b.members = {newcomer.id}
+        for _ in range(2 * of_transport.STREAMS_OF_STRANGER_MAX):
+            await newcomer.transport.open_stream(b.id, DEAF, timeout_s=3)
+        assert await ask(newcomer, b) == b"ping"
+        await call.write(b"still here")
+        assert await call.read(100) == b"still here"
+        assert (b.events, b.transport._strangers) == (["up"], {})
+
+
+async def test_a_stranger_that_fills_memory_is_cut_off_and_who_is_known_by_then_is_not() -> None:
+    newcomer, stranger, b = Node(), Node(), Node(members=set())
+    b.transport.handle(JOIN_PROTOCOL, deaf)
+    size = 2 * of_muxer.BUFFERED_BYTES_OF_STRANGER_MAX
+    async with running(newcomer, stranger, b):
+
+        async def fill(node: Node) -> None:
+            stream = await node.transport.open_stream(b.id, JOIN_PROTOCOL, timeout_s=5)
+            b.members = {newcomer.id}
+            stream.send_window = 1 << 30  # type: ignore[attr-defined]
+            await stream.write(bytes(size))
+
+        await fill(newcomer)
+        (connection,) = b.transport._connections[newcomer.id]
+        await until(lambda: connection.muxer.bytes_unread == size)
+        with suppress(Unavailable):
+            await fill(stranger)
+        await until(lambda: b.transport.connected() == {newcomer.id} and stranger.events == ["up", "down"])
+
+
+async def test_who_is_a_stranger_no_longer_makes_no_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_transport, "STRANGERS_MAX", 1)
+    newcomer, strangers, b = Node(), [Node(), Node()], Node(members=set())
+    async with running(b, newcomer, *strangers):
+        await newcomer.transport.connect(b.id, b.transport.addresses, timeout_s=5)
+        await until(lambda: b.events == ["up"])
+        b.members = {newcomer.id}
+        for stranger in strangers:
+            await stranger.transport.connect(b.id, b.transport.addresses, timeout_s=5)
+        await until(lambda: strangers[0].events == ["up", "down"])
+        assert b.transport.connected() == {newcomer.id, strangers[1].id}
 
 
 async def test_strangers_are_few_and_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,9 @@ STREAMS_MAX = 256
 BUFFERED_BYTES_MAX = 64 << 20
 """Received on one connection and not yet read: four windows of yamux's largest. Nothing else holds a peer to them."""
 
+BUFFERED_BYTES_OF_STRANGER_MAX = 1 << 20
+"""The same of a peer that nobody knows yet. Who is one is asked only beyond it."""
+
 LEAVING_BYTES_ROOM = 256 << 10
 """Sealed and not yet taken by the socket: beyond it the writers of streams wait …"""
 
@@ -62,7 +65,8 @@ class Muxer:
     def __init__(self, peer: NodeId, wire: Wire, cipher: Cipher, *, received: bytes = b"") -> None:
         """`received` came behind the handshake."""
         self.peer = peer
-        self.buffered_bytes_max = BUFFERED_BYTES_MAX
+        self.is_strangers: Callable[[], bool] = lambda: False
+        """Asked each time: who was a stranger may be known by now."""
         self.on_opened: Callable[[MuxedStream], None]
         """The peer has opened a stream; must not wait."""
         self.streams: dict[int, MuxedStream] = {}
@@ -269,11 +273,16 @@ class Muxer:
                 stream.may_send(length)
             self._flagged(stream, flags)
             return
-        if length > MAX_WINDOW_SIZE or length + self.bytes_unread > self.buffered_bytes_max:
+        if length > MAX_WINDOW_SIZE or self._is_over(length + self.bytes_unread):
             raise self._over("the peer sends far more than its windows allow")
         self._body_left, self._body_of, self._body_flags = length, stream, flags
         if not length:
             self._flagged(stream, flags)
+
+    def _is_over(self, bytes_unread: int) -> bool:
+        return bytes_unread > BUFFERED_BYTES_OF_STRANGER_MAX and (
+            bytes_unread > BUFFERED_BYTES_MAX or self.is_strangers()
+        )
 
     def _opened_by_peer(self, stream_id: int, flags: int) -> MuxedStream | None:
         if flags & FLAG_RST:

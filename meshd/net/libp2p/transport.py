@@ -40,9 +40,9 @@ from meshd.net.libp2p.wire import Wire, established
 from meshd.ports import AddressBook, Gate, PeerEvents, Stream, StreamHandler
 
 JOIN_PROTOCOL = "/meshd/join/1"
-ANYONES_PROTOCOLS = (JOIN_PROTOCOL, "/meshd/rpc/1")
-"""What anyone may begin to speak: the join desk and the greeting decide. Who may speak only these is a stranger."""
-"""Whom the gate lets speak nothing else is a stranger."""
+MEMBERS_PROTOCOL = "/meshd/blob/1"
+"""Whom the gate does not let speak this is a stranger: the join desk and the greeting of calls are for anyone. Asked by name, since a
+node that is starting does not serve it yet."""
 
 HANDSHAKE_S = 10.0
 """TCP accept to yamux, on a busy machine. Also for negotiating a stream."""
@@ -51,7 +51,7 @@ HANDSHAKES_MAX = 128
 """Inbound and unfinished; past it the oldest goes, since a true peer's takes 30 ms."""
 
 STRANGERS_MAX = 64
-"""Inbound connections of peers that the gate lets speak nothing but join; past it the oldest goes."""
+"""Inbound connections of peers that may only join and greet; past it the oldest goes."""
 
 STRANGER_S = 15.0
 """To join in. Joining takes one commit of the log."""
@@ -60,8 +60,6 @@ CONNECTIONS_PER_PEER_MAX = 4
 """Two are usual after a simultaneous dial, and tolerated: to close one would race with the peer closing the other."""
 
 STREAMS_OF_STRANGER_MAX = 4
-
-BUFFERED_BYTES_OF_STRANGER_MAX = 1 << 20
 
 DIAL_STAGGER_S = 0.25
 """Head start of each address over the next one (RFC 8305 says 250 ms)."""
@@ -273,22 +271,29 @@ class Libp2pTransport:
             self._remove(connection)
 
     def _is_stranger(self, peer: NodeId) -> bool:
-        return not any(self._gate(peer, protocol) for protocol in self._handlers if protocol not in ANYONES_PROTOCOLS)
+        return not self._gate(peer, MEMBERS_PROTOCOL)
+
+    def _is_strangers(self, connection: _Connection) -> bool:
+        """Judged anew each time: many a newcomer is known a moment after it connected, and stays on that connection."""
+        if connection in self._strangers and not self._is_stranger(connection.peer):
+            del self._strangers[connection]
+        return connection in self._strangers
 
     def _admit_stranger(self, connection: _Connection, tasks: trio.Nursery) -> None:
         async def see_off() -> None:
             await trio.sleep(STRANGER_S)
-            if self._is_stranger(connection.peer):
+            if self._is_strangers(connection):
                 self._counters["strangers_closed"] += 1
                 self._remove(connection)
 
         if len(self._strangers) >= STRANGERS_MAX:
-            self._counters["strangers_closed"] += 1
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            self._remove(oldest)
+            strangers = [each for each in list(self._strangers) if self._is_strangers(each)]
+            if len(strangers) >= STRANGERS_MAX:
+                self._counters["strangers_closed"] += 1
+                del self._strangers[strangers[0]]
+                self._remove(strangers[0])
         self._strangers[connection] = None
-        connection.muxer.buffered_bytes_max = BUFFERED_BYTES_OF_STRANGER_MAX
+        connection.muxer.is_strangers = partial(self._is_strangers, connection)
         tasks.start_soon(see_off)
 
     def _add(self, connection: _Connection) -> None:
@@ -344,7 +349,7 @@ class Libp2pTransport:
         return stream
 
     def _answer_soon(self, connection: _Connection, stream: MuxedStream) -> None:
-        streams_max = STREAMS_OF_STRANGER_MAX if connection in self._strangers else STREAMS_MAX
+        streams_max = STREAMS_OF_STRANGER_MAX if self._is_strangers(connection) else STREAMS_MAX
         if connection.streams_answered >= streams_max or self._work is None:
             self._counters["streams_refused"] += 1
             stream.reset()
