@@ -7,9 +7,9 @@ hands on what needs no files.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -95,4 +95,6 @@ async def main(seconds: float) -> None:
 
 if __name__ == "__main__":
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    trio.run(main, float(sys.argv[1]) if len(sys.argv) > 1 else 3.0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("seconds", type=float, nargs="?", default=3.0, help="for each row; %(default)s")
+    trio.run(main, parser.parse_args().seconds)

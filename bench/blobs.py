@@ -6,6 +6,7 @@ another process, both over libp2p on loopback. Both processes share this machine
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import statistics
@@ -118,7 +119,11 @@ async def measure(store: Store, fetcher: Fetcher, replicator: Replicator, large:
 
 if __name__ == "__main__":
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    if "--serve" in sys.argv:
-        trio.run(serve, Path(sys.argv[2]), int(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mib", type=int, nargs="?", default=256, help="of the large blob; %(default)s")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve is not None:
+        trio.run(serve, options.serve, options.mib)
     else:
-        trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 256)
+        trio.run(main, options.mib)

@@ -7,6 +7,7 @@ Numbers are of one machine at one time; CPU per call and per GB are what to comp
 
 from __future__ import annotations
 
+import argparse
 import resource
 import statistics
 import subprocess
@@ -110,10 +111,12 @@ async def measure(peer: NodeId, address: str) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["answer"]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().answer:
         trio.run(answer)
         return
-    with subprocess.Popen([sys.executable, __file__, "answer"], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen([sys.executable, __file__, "--answer"], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         peer, address = other.stdout.readline().split()
         try:

@@ -7,6 +7,7 @@ zeroed     … and zeros were written into it: what it would gain to write every
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -43,7 +44,9 @@ def round_ms(path: Path, kind: str) -> list[float]:
 
 
 def main() -> int:
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, nargs="?", default=Path(tempfile.gettempdir()), help="on the disk in question; %(default)s")  # fmt: skip
+    directory = parser.parse_args().directory
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(ROUNDS):
         for kind in KINDS:

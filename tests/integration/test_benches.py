@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,6 +42,12 @@ def test_every_phase_of_the_bench_of_stalls_is_reached(tmp_path: Path) -> None:
         "started again, log replayed",
         "it catches up",
     ]
+
+
+@pytest.mark.parametrize("name", ["backends", "blobs", "rpc", "sync"])
+def test_a_bench_that_is_asked_for_help_explains_itself_and_measures_nothing(name: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"bench.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {name}.py"), done.stderr
 
 
 def test_a_history_is_filled_and_measured(tmp_path: Path) -> None:
