@@ -199,14 +199,14 @@ class Node:
         size = self._store.size(blob) if self._store.has(blob) else (await self._ref(blob)).size
         return BlobView(blob, size, tuple(sorted(holders)))
 
-    async def list_blobs(self) -> BlobList:
-        refs = await self._store.list()
-        return BlobList(
-            self._me,
-            tuple(
-                BlobView(ref.hash, ref.size, tuple(sorted({self._me, *self._gossip.holders(ref.hash)}))) for ref in refs
-            ),
-        )
+    async def list_blobs(self, *, prefix: str, after: str, limit: int) -> BlobList:
+        refs = await self._store.page(prefix=prefix, after=after, limit=limit + 1)
+        views: list[BlobView] = []
+        for ref in refs[:limit]:
+            holders = {self._me, *self._gossip.holders(ref.hash)}
+            views.append(BlobView(ref.hash, ref.size, tuple(sorted(holders))))
+            await trio.lowlevel.checkpoint()  # gossip looks through all nodes for each
+        return BlobList(self._me, tuple(views), views[-1].hash if len(refs) > limit else None)
 
     async def remove_blob(self, blob: str) -> None:
         holders = await self._holders(blob)

@@ -213,6 +213,10 @@ class BlobStore(Protocol):
 
     async def list(self) -> Sequence[BlobRef]: ...
 
+    async def page(self, *, prefix: str, after: str, limit: int) -> Sequence[BlobRef]:
+        """The first of those whose names begin with `prefix` and come behind `after`, in order."""
+        ...
+
 
 # --- backends --------------------------------------------------------------------------------------------------------
 

@@ -255,6 +255,8 @@ class BlobView(Struct, frozen=True, gc=False):
 class BlobList(Struct, frozen=True, gc=False):
     node: NodeId
     blobs: tuple[BlobView, ...]
+    next: str | None = None
+    """The next page begins after it."""
 
 
 class EventView(Struct, frozen=True, gc=False, omit_defaults=True):

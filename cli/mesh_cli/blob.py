@@ -103,7 +103,7 @@ def list_blobs(session: Session) -> None:
         Column("HOLDERS", lambda it: ",".join(holder[-12:] for holder in it.holders), is_wide=True),
     ]
     with session.client() as client:
-        print_rows(session, client.blobs().blobs, columns, lambda it: it.hash)
+        print_rows(session, client.blobs(), columns, lambda it: it.hash)
 
 
 @blob.command()

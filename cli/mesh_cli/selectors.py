@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
@@ -85,7 +86,7 @@ def complete_nodes(context: click.Context, parameter: click.Parameter, incomplet
 
 def complete_blobs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return _complete(context, incomplete, lambda client: [
-        (blob.hash, str(blob.size)) for blob in client.blobs().blobs[:1000]
+        (blob.hash, str(blob.size)) for blob in islice(client.blobs(prefix=incomplete), COMPLETED_MAX)
     ])  # fmt: skip
 
 

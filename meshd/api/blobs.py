@@ -14,7 +14,7 @@ from starlette.responses import Response
 from meshd.api.endpoint import Call, Endpoint, Rights
 from meshd.api.streams import ByteStream
 from meshd.errors import InvalidRequest, NotFound
-from meshd.views import BlobList, BlobView
+from meshd.views import PAGE_MAX, BlobList, BlobView
 
 BYTES = "application/octet-stream"
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -23,6 +23,12 @@ PREFIX_CHARS_MIN = 6
 
 class PutQuery(Struct, forbid_unknown_fields=True):
     replicas: Annotated[int, Meta(ge=1, le=16, description="On how many nodes it lies when this answers")] = 2
+
+
+class BlobsQuery(Struct, forbid_unknown_fields=True):
+    prefix: Annotated[str, Meta(max_length=64, description="With which their names begin")] = ""
+    after: Annotated[str, Meta(max_length=64, description="The `next` of the page before")] = ""
+    limit: Annotated[int, Meta(ge=1, le=PAGE_MAX)] = PAGE_MAX
 
 
 async def put_blob(call: Call) -> BlobView:
@@ -42,7 +48,8 @@ async def get_blob(call: Call) -> ByteStream:
 
 
 async def list_blobs(call: Call) -> BlobList:
-    return await call.face.list_blobs()
+    asked = call.query(BlobsQuery)
+    return await call.face.list_blobs(prefix=asked.prefix, after=asked.after, limit=asked.limit)
 
 
 async def where(call: Call) -> BlobView:
@@ -64,11 +71,11 @@ async def _select(call: Call) -> str:
             f"{text[:80]!r} is not the name of a blob",
             hint=f"it is 64 hexadecimal digits, or at least the first {PREFIX_CHARS_MIN} of them",
         )
-    found = [blob.hash for blob in (await call.face.list_blobs()).blobs if blob.hash.startswith(text)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InvalidRequest(f"{len(found)} blobs begin with {text}", hint="give more of it")
+    found = await call.face.list_blobs(prefix=text, after="", limit=1)
+    if found.next is not None:
+        raise InvalidRequest(f"several blobs begin with {text}", hint="give more of it")
+    if found.blobs:
+        return found.blobs[0].hash
     raise NotFound(f"no blob on this node begins with {text}", hint="give the whole name to look at other nodes, too")
 
 
@@ -80,7 +87,7 @@ async def _chunks(call: Call) -> AsyncGenerator[bytes, None]:
 
 ENDPOINTS = (
     Endpoint("PUT", "/v1/blobs", put_blob, "Store bytes", Rights.OPERATOR, BlobView, PutQuery, BYTES, 201),
-    Endpoint("GET", "/v1/blobs", list_blobs, "Blobs on this node's disk", Rights.VIEWER, BlobList),
+    Endpoint("GET", "/v1/blobs", list_blobs, "Blobs on this node's disk", Rights.VIEWER, BlobList, BlobsQuery),
     Endpoint("GET", "/v1/blobs/{hash}", get_blob, "The bytes, verified", Rights.VIEWER, BYTES),
     Endpoint("GET", "/v1/blobs/{hash}/where", where, "Size, and which nodes have it", Rights.VIEWER, BlobView),
     Endpoint("DELETE", "/v1/blobs/{hash}", remove, "Remove it from all nodes", Rights.OPERATOR, None, status=204),

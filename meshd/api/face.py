@@ -99,8 +99,8 @@ class Face(Protocol):
         """Its size and who has it, as far as this node knows. NotFound."""
         ...
 
-    async def list_blobs(self) -> BlobList:
-        """Those on this node's disk."""
+    async def list_blobs(self, *, prefix: str, after: str, limit: int) -> BlobList:
+        """A page of those on this node's disk whose names begin with `prefix`, in order."""
         ...
 
     async def remove_blob(self, blob: str) -> None:

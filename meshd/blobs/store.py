@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from heapq import nsmallest
 from pathlib import Path
 from typing import TypeVar
 
@@ -181,6 +182,16 @@ class Store:
     async def list(self) -> Sequence[BlobRef]:
         index = self._disk.index.copy()
         return await self._run(lambda: [BlobRef(hash=blob, size=index[blob]) for blob in sorted(index)])
+
+    async def page(self, *, prefix: str, after: str, limit: int) -> Sequence[BlobRef]:
+        index = self._disk.index.copy()
+
+        def find() -> Sequence[BlobRef]:
+            # Not sorted whole: that is one call, in which no other thread gets the interpreter.
+            names = nsmallest(limit, (blob for blob in index if blob > after and blob.startswith(prefix)))
+            return [BlobRef(hash=blob, size=index[blob]) for blob in names]
+
+        return await self._run(find)
 
     # --- in threads --------------------------------------------------------------------------------------------------
 

@@ -365,8 +365,13 @@ class Client:
     def show_tree(self, tree: str) -> Tree:
         return self._ask("GET", f"/v1/trees/{quote(tree, safe='')}", Tree)
 
-    def blobs(self) -> BlobList:
-        return self._ask("GET", "/v1/blobs", BlobList)
+    def blobs(self, *, prefix: str = "") -> Iterator[BlobView]:
+        """Those on the disk of the node that is asked whose names begin with `prefix`, in order, page by page."""
+        after: str | None = ""
+        while after is not None:
+            page = self._ask("GET", "/v1/blobs", BlobList, prefix=prefix, after=after)
+            yield from page.blobs
+            after = page.next
 
     def blob_where(self, blob: str) -> BlobView:
         return self._ask("GET", f"/v1/blobs/{quote(blob, safe='')}/where", BlobView)

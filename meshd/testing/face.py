@@ -184,9 +184,11 @@ class FakeFace:
             raise NotFound(f"no node that can be reached has blob {blob}")
         return BlobView(blob, len(self.blobs[blob]), (self.me,))
 
-    async def list_blobs(self) -> BlobList:
+    async def list_blobs(self, *, prefix: str, after: str, limit: int) -> BlobList:
         await trio.lowlevel.checkpoint()
-        return BlobList(self.me, tuple(BlobView(name, len(data), (self.me,)) for name, data in self.blobs.items()))
+        names = sorted(name for name in self.blobs if name.startswith(prefix) and name > after)
+        views = tuple(BlobView(name, len(self.blobs[name]), (self.me,)) for name in names[:limit])
+        return BlobList(self.me, views, names[limit - 1] if len(names) > limit else None)
 
     async def remove_blob(self, blob: str) -> None:
         await self.blob_where(blob)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from blake3 import blake3
 
@@ -29,6 +30,7 @@ from meshd.errors import (
     WaitTimeout,
 )
 from meshd.model import TaskState
+from meshd.views import BlobList
 from tests.integration.api_server import Served, served
 
 ECHO = {"run": {"args": ["echo", "hello"]}}
@@ -175,6 +177,20 @@ def test_a_blob_is_named_as_b3sum_would(mesh: Client, tmp_path: Path) -> None:
 
 def test_a_stream_of_unknown_length_becomes_a_blob(mesh: Client) -> None:
     assert mesh.put_stream(io.BytesIO(b"x" * 1_000_000)).size == 1_000_000
+
+
+def test_blobs_are_listed_over_pages() -> None:
+    with served() as api, Client([api.node]) as mesh:
+        for n in range(2500):
+            api.face.put(b"%d" % n)
+        names = sorted(api.face.blobs)
+        assert [blob.hash for blob in mesh.blobs()] == names
+        assert [blob.hash for blob in mesh.blobs(prefix=names[7][:20])] == [names[7]]
+        page = msgspec.json.decode(mesh._requester.json("GET", f"/v1/blobs?limit=2&after={names[3]}"), type=BlobList)
+        assert ([blob.hash for blob in page.blobs], page.next) == (names[4:6], names[5])
+        api.face.blobs |= {"ab12" * 16: b"", "ab12" * 15 + "ab13": b""}
+        with pytest.raises(InvalidRequest, match="several blobs begin with"):
+            mesh.blob_where("ab12ab12")
 
 
 def test_a_directory_travels_there_and_back(mesh: Client, tmp_path: Path) -> None:

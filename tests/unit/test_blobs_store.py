@@ -64,6 +64,15 @@ async def test_what_is_put_can_be_read_in_every_way(tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == data
 
 
+async def test_blobs_are_listed_in_order_page_by_page(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "blobs")
+    refs = sorted([await store.put_bytes(bytes([n])) for n in range(40)], key=lambda ref: ref.hash)
+    assert await store.page(prefix="", after="", limit=3) == refs[:3]
+    assert await store.page(prefix="", after=refs[2].hash, limit=100) == refs[3:]
+    alike = [ref for ref in refs if ref.hash[0] == refs[20].hash[0]]
+    assert await store.page(prefix=alike[0].hash[0], after=alike[0].hash, limit=100) == alike[1:]
+
+
 async def test_a_name_is_what_b3sum_prints(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "blobs")
     # The test vector of BLAKE3 for no input, and b3sum itself where it is installed.
