@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mesh_cli.selectors import Selection, complete_jobs, parse_labels, parse_selector, select
+from mesh_cli.selectors import UNFINISHED, Selection, complete_jobs, not_run_again, parse_labels, parse_selector, select
 from mesh_cli.session import Session, output_options, say, stale_option, target_options
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def cancel(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> N
         print_one(session, view, lambda: [f"{view.id} {now}"], lambda: view.id)
 
     with session.client() as client:
-        _each(client, select(client, jobs, label), one)
+        _each(client, select(client, jobs, label, UNFINISHED), one)
 
 
 @job.command()
@@ -198,7 +198,7 @@ def release(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> 
         print_one(session, view, lambda: [f"{view.id} {view.state.value}"], lambda: view.id)
 
     with session.client() as client:
-        _each(client, select(client, jobs, label), one)
+        _each(client, select(client, jobs, label, UNFINISHED), one)
 
 
 @job.command()
@@ -207,7 +207,10 @@ def release(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> 
 @_label_option
 @click.pass_obj
 def retry(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> None:
-    """Run failed, cancelled and timed-out tasks again, as a new job. Prints its id."""
+    """Run failed, cancelled and timed-out tasks again, as a new job. Prints its id.
+
+    By -l: of each job that ended badly and was not run again yet.
+    """
     from mesh_cli.output import print_one
 
     def one(client: Client, chosen: Selection) -> None:
@@ -215,7 +218,7 @@ def retry(session: Session, jobs: tuple[str, ...], label: tuple[str, ...]) -> No
         print_one(session, {"id": new, "retry_of": chosen.job}, lambda: [new], lambda: new)
 
     with session.client() as client:
-        _each(client, select(client, jobs, label), one)
+        _each(client, select(client, jobs, label, choose=not_run_again), one)
 
 
 @job.command()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
 
+from mesh_cli.session import say
 from meshd.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from meshd.client.client import Client
+    from meshd.views import JobView
 
 _TASKS = re.compile(r"(?P<job>[^:]+)(?::(?P<tasks>[0-9,:-]+))?")
 COMPLETED_MAX = 50
 JOBS_MAX = 10_000
+UNFINISHED = ("waiting", "ready", "leased", "running", "held")
+BAD = ("failed", "cancelled", "timed_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +52,38 @@ def parse_selector(text: str) -> Selection:
     return Selection(match["job"], tuple(ranges))
 
 
-def select(client: Client, selectors: Sequence[str], labels: Sequence[str]) -> list[Selection]:
-    """What was named, and every job with all these labels. Raises InvalidRequest when nothing was asked for."""
+Choice = Callable[["Sequence[JobView]"], "list[JobView]"]
+"""Which jobs of a list, the newest first, it is about."""
+
+
+def select(
+    client: Client, selectors: Sequence[str], labels: Sequence[str], states: Sequence[str] = (), choose: Choice = list
+) -> list[Selection]:
+    """What was named, and of the jobs with all these labels those in these states that are chosen.
+
+    Raises InvalidRequest when nothing was asked for, NotFound when no job has the labels.
+    """
     found = [parse_selector(text) for text in selectors]
-    if labels:
-        jobs = client.jobs(labels=parse_labels(labels), limit=JOBS_MAX)
-        found += [Selection(job.id, None) for job in jobs]
-        if not found:
-            raise NotFound(f"no job has the label {' and '.join(labels)}", hint="mesh ps")
-    if not found:
+    if not found and not labels:
         raise InvalidRequest("which job?", hint="name one, as `last`, or several by -l key=value; `mesh ps` lists them")
+    if labels:
+        wanted, named = parse_labels(labels), " and ".join(labels)
+        jobs = list(client.jobs(states=states, labels=wanted, limit=JOBS_MAX + 1))
+        chosen = choose(jobs[:JOBS_MAX])
+        if len(jobs) > JOBS_MAX:
+            say(f"only the newest {JOBS_MAX} jobs with the label {named} were looked at")
+        elif not chosen and not found:
+            if not jobs and not any(client.jobs(labels=wanted, limit=1)):
+                raise NotFound(f"no job has the label {named}", hint="mesh ps")
+            say(f"nothing to do for the jobs with the label {named}")
+        found += [Selection(job.id, None) for job in chosen]
     return found
+
+
+def not_run_again(jobs: Sequence[JobView]) -> list[JobView]:
+    """Those that ended badly and have no retry. One is newer than what it retries, and has its labels: it is in the list."""
+    retried = {job.retry_of for job in jobs}
+    return [job for job in jobs if job.state in BAD and job.id not in retried]
 
 
 def parse_labels(labels: Sequence[str]) -> dict[str, str]:

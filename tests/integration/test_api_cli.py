@@ -282,6 +282,35 @@ def test_logs_result_and_retry(mesh: Mesh, tmp_path: Path) -> None:
     assert again != bad and bad in mesh("job", "show", again).out
 
 
+def test_a_retry_by_label_makes_each_bad_job_once_and_leaves_good_ones(mesh: Mesh) -> None:
+    bad, good, worse = (
+        mesh("submit", "-l", "again=x", "--", *command).out.strip() for command in (["hang"], ["echo"], ["hang"])
+    )
+    assert sorted(mesh("job", "cancel", "-q", "-l", "again=x").out.split()) == [bad, worse], (
+        "what is over is left alone"
+    )
+    first = mesh("job", "retry", "-l", "again=x")
+    assert (first.code, len(first.out.split())) == (0, 2), first
+    second = mesh("job", "retry", "-l", "again=x")
+    assert (second.code, second.out) == (0, "") and "nothing to do" in second.err
+    mesh("job", "cancel", "-l", "again=x")
+    assert "nothing to do" in mesh("job", "cancel", "-l", "again=x").err
+    assert len(mesh("job", "retry", "-l", "again=x").out.split()) == 2, "their retries, not they once more"
+    mesh("job", "cancel", "-l", "again=x")
+    assert mesh("job", "retry", "-l", "again=y").code == 3
+    named = mesh("job", "retry", good, bad)
+    assert named.code == 6 and f"error: job {good} has no failed" in named.err and len(named.out.split()) == 1
+    mesh("job", "cancel", named.out.strip())
+
+
+def test_a_label_with_more_jobs_than_are_looked_at_is_spoken_of(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh_cli.selectors.JOBS_MAX", 2)
+    newest = [mesh("submit", "-l", "many=x", "--", "fail", "1").out.strip() for _ in range(3)][1:]
+    said = mesh("job", "retry", "-l", "many=x", "-o", "json")
+    assert all(job in said.out for job in newest) and said.out.count("retry_of") == 2
+    assert "only the newest 2 jobs" in said.err
+
+
 def test_logs_asks_only_for_what_the_list_of_tasks_does_not_say(
     mesh: Mesh, api: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
