@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
@@ -39,10 +39,14 @@ from meshd.model import BlobRef, NodeId
 from meshd.ports import Rpc, Transport
 
 LARGE_MAX = 4
-"""Large blobs at a time: more would share the same line and arrive later each."""
+"""Large blobs at a time: more would share the same line and arrive later each. As many again for all peers."""
 
 SMALL_MAX = 32
-"""Calls for small blobs at a time."""
+"""Calls for small blobs at a time. As many again for all peers."""
+
+PEER_LARGE_MAX = 2
+PEER_SMALL_MAX = 8
+"""Of these for one peer: what it names may never arrive, and others ask as well."""
 
 SOURCES_MAX = 4
 """Nodes that give one blob at a time; a few fill the line, and each costs this node a stream."""
@@ -57,7 +61,10 @@ SILENCE_S = 10.0
 """A source that sends nothing for so long has stalled: a healthy one answers in milliseconds."""
 
 VERIFY_BYTES_PER_S = 50e6
-"""A source may read a whole blob from a slow disk before the first answer; it is given that much longer."""
+"""A source may read a whole blob from a slow disk before the first answer; it is given that much longer …"""
+
+VERIFY_S_MAX = 120.0
+"""… but no more: the size is somebody's word. A larger blob is verified by the time that it is asked for again."""
 
 RANGE_S = 60.0
 """For one range, however it trickles: under 17 kB/s another source is better."""
@@ -88,24 +95,60 @@ class _Flight:
     failure: MeshError | None = None
 
 
+class Lane:
+    """Fetches that share slots: this node's own, or those that one peer asks for.
+
+    Those of one blob are one fetch in a lane, but none waits for what only waits for a slot of another lane.
+    """
+
+    def __init__(self, large: Sequence[trio.CapacityLimiter], small: Sequence[trio.CapacityLimiter]) -> None:
+        self._large = large
+        self._small = small
+        self.flights: dict[BlobRef, _Flight] = {}
+
+    @asynccontextmanager
+    async def slot(self, *, is_small: bool) -> AsyncIterator[None]:
+        async with AsyncExitStack() as slots:
+            for limiter in self._small if is_small else self._large:
+                await slots.enter_async_context(limiter)
+            yield
+
+
+@dataclass(eq=False)
+class _Begun:
+    """What has arrived of a large blob; one fetch at a time goes on with it."""
+
+    plan: Plan
+    turn: trio.Lock = field(default_factory=trio.Lock)
+
+
 class Fetcher:
     def __init__(self, transport: Transport, rpc: Rpc, store: Store, holders: Holders) -> None:
         self._transport = transport
         self._rpc = rpc
         self._store = store
         self.holders = holders
-        self._flights: dict[BlobRef, _Flight] = {}
-        self._plans: dict[BlobRef, Plan] = {}
+        self._begun: dict[BlobRef, _Begun] = {}
         self._banned_until: dict[NodeId, float] = {}
-        self._large = trio.CapacityLimiter(LARGE_MAX)
-        self._small = trio.CapacityLimiter(SMALL_MAX)
+        self._own = Lane([trio.CapacityLimiter(LARGE_MAX)], [trio.CapacityLimiter(SMALL_MAX)])
+        self._large_for_peers = trio.CapacityLimiter(LARGE_MAX)
+        self._small_for_peers = trio.CapacityLimiter(SMALL_MAX)
         self._log = structlog.get_logger()
 
     @property
     def me(self) -> NodeId:
         return self._transport.me
 
-    async def fetch(self, ref: BlobRef, *, hints: Sequence[NodeId] = (), timeout_s: float) -> None:
+    def lane_for_peer(self) -> Lane:
+        """For what one peer asks this node to fetch: it takes no slot of this node's own, nor all of the other peers'."""
+        return Lane(
+            [trio.CapacityLimiter(PEER_LARGE_MAX), self._large_for_peers],
+            [trio.CapacityLimiter(PEER_SMALL_MAX), self._small_for_peers],
+        )
+
+    async def fetch(
+        self, ref: BlobRef, *, hints: Sequence[NodeId] = (), timeout_s: float, lane: Lane | None = None
+    ) -> None:
         """The blob is on this disk, whole, verified and durable. `hints` are asked before anyone else.
 
         Raises Unavailable (nobody who can be reached has it, or it took too long), Busy (this disk is full),
@@ -114,23 +157,26 @@ class Fetcher:
         if await self._is_here(ref):
             return
         with trio.move_on_after(timeout_s) as patience:
-            await self._join_or_fly(ref, hints)
+            await self._join_or_fly(ref, hints, lane or self._own)
         if patience.cancelled_caught:
-            arrived = self._plans[ref].bytes_given if ref in self._plans else 0
+            arrived = self._begun[ref].plan.bytes_given if ref in self._begun else 0
             raise Unavailable(
                 f"blob {ref.hash} did not arrive within {timeout_s:g} s: {arrived} of {ref.size} bytes did",
                 hint="try again, it goes on from there",
             )
 
-    async def fetch_many(self, refs: Iterable[BlobRef], *, hints: Sequence[NodeId] = (), timeout_s: float) -> None:
+    async def fetch_many(
+        self, refs: Iterable[BlobRef], *, hints: Sequence[NodeId] = (), timeout_s: float, lane: Lane | None = None
+    ) -> None:
         """All of them, the small ones many to a call. Raises what `fetch` raises, for the first that fails."""
+        lane = lane or self._own
         missing = [ref for ref in unique(refs) if not await self._is_here(ref)]
         if not missing:
             return
         with trio.move_on_after(timeout_s) as patience:
-            await self._fetch_small_together([ref for ref in missing if ref.size <= SMALL_BYTES_MAX], hints)
+            await self._fetch_small_together([ref for ref in missing if ref.size <= SMALL_BYTES_MAX], hints, lane)
             rest = [ref for ref in missing if not self._store.has(ref.hash)]
-            await self._fetch_each(rest, hints, timeout_s)
+            await self._fetch_each(rest, hints, timeout_s, lane)
         if patience.cancelled_caught:
             raise Unavailable(f"{len(missing)} blobs did not all arrive within {timeout_s:g} s")
 
@@ -195,11 +241,11 @@ class Fetcher:
             return False
         raise InvalidRequest(f"blob {ref.hash} has {self._store.size(ref.hash)} bytes, not {ref.size}")
 
-    async def _join_or_fly(self, ref: BlobRef, hints: Sequence[NodeId]) -> None:
+    async def _join_or_fly(self, ref: BlobRef, hints: Sequence[NodeId], lane: Lane) -> None:
         while not await self._is_here(ref):
-            flight = self._flights.get(ref)
+            flight = lane.flights.get(ref)
             if flight is None:
-                await self._fly(ref, hints)
+                await self._fly(ref, hints, lane)
                 return
             flight.hints.update(dict.fromkeys(hints))
             await flight.over.wait()
@@ -207,16 +253,16 @@ class Fetcher:
                 raise from_code(flight.failure.code, flight.failure.message, flight.failure.hint)
             # It is here now, or whoever flew gave up: then this caller flies on.
 
-    async def _fly(self, ref: BlobRef, hints: Sequence[NodeId]) -> None:
-        flight = self._flights[ref] = _Flight(dict.fromkeys(hints))
+    async def _fly(self, ref: BlobRef, hints: Sequence[NodeId], lane: Lane) -> None:
+        flight = lane.flights[ref] = _Flight(dict.fromkeys(hints))
         try:
-            async with self._small if ref.size <= SMALL_BYTES_MAX else self._large:
+            async with lane.slot(is_small=ref.size <= SMALL_BYTES_MAX):
                 await self._fetch_in_rounds(ref, flight)
         except MeshError as error:
             flight.failure = error
             raise
         finally:
-            del self._flights[ref]
+            del lane.flights[ref]
             flight.over.set()
 
     async def _fetch_in_rounds(self, ref: BlobRef, flight: _Flight) -> None:
@@ -284,7 +330,7 @@ class Fetcher:
                 raise InvalidRequest(f"blob {ref.hash} has {len(data)} bytes, not {ref.size}")
         return [data for _, data in given]
 
-    async def _fetch_small_together(self, refs: Sequence[BlobRef], hints: Sequence[NodeId]) -> None:
+    async def _fetch_small_together(self, refs: Sequence[BlobRef], hints: Sequence[NodeId], lane: Lane) -> None:
         """From whoever is said to have them; what that does not bring is left to `fetch`."""
         by_source: dict[NodeId, list[BlobRef]] = {}
         for ref in refs:
@@ -293,7 +339,7 @@ class Fetcher:
         for source, wanted in by_source.items():
             for batch in batches(wanted):
                 try:
-                    async with self._small:
+                    async with lane.slot(is_small=True):
                         given = await self._ask_small(source, batch)
                 except PeerFault as error:
                     self._ban(source, error)
@@ -302,14 +348,14 @@ class Fetcher:
                     break
                 await self._store.put_many(given)
 
-    async def _fetch_each(self, refs: Sequence[BlobRef], hints: Sequence[NodeId], timeout_s: float) -> None:
+    async def _fetch_each(self, refs: Sequence[BlobRef], hints: Sequence[NodeId], timeout_s: float, lane: Lane) -> None:
         left = iter(refs)
         failures: list[MeshError] = []
 
         async def work() -> None:
             for ref in left:
                 try:
-                    await self.fetch(ref, hints=hints, timeout_s=timeout_s)
+                    await self.fetch(ref, hints=hints, timeout_s=timeout_s, lane=lane)
                 except MeshError as error:
                     failures.append(error)
                     workers.cancel_scope.cancel()
@@ -323,29 +369,39 @@ class Fetcher:
     # --- large ones --------------------------------------------------------------------------------------------------
 
     async def _fetch_large(self, ref: BlobRef, sources: Sequence[NodeId], why: dict[NodeId, str]) -> bool:
-        transfer = _Transfer(await self._store.resume(ref), await self._plan_for(ref), why)
+        begun = self._begun.pop(ref, None) or _Begun(Plan(ref.size))
+        self._begun[ref] = begun  # the newest is last
+        async with begun.turn:
+            await self._drop_oldest()
+            if await self._is_here(ref):
+                return True  # another lane's fetch has brought it
+            return await self._go_on(ref, begun.plan, sources, why)
+
+    async def _go_on(self, ref: BlobRef, plan: Plan, sources: Sequence[NodeId], why: dict[NodeId, str]) -> bool:
+        transfer = _Transfer(await self._store.resume(ref), plan, why)
         while sources := [node for node in sources if node not in self._banned()]:
             await self._draw_from_all(transfer, sources[:SOURCES_MAX])
-            if not transfer.plan.is_complete:
+            if not plan.is_complete:
                 return False
             is_right = await transfer.blob.commit()
-            for liar in transfer.plan.judge(is_right=is_right):
+            for liar in plan.judge(is_right=is_right):
                 error = PeerFault(f"gave wrong bytes for blob {ref.hash}")
                 self._ban(liar, error)
                 why[liar] = error.message
             if is_right:
-                del self._plans[ref]
+                del self._begun[ref]
                 return True
         return False
 
-    async def _plan_for(self, ref: BlobRef) -> Plan:
-        plan = self._plans.pop(ref, None) or Plan(ref.size)
-        self._plans[ref] = plan  # the newest is last
-        for other in list(self._plans):
-            if len(self._plans) > PARTIALS_MAX and other not in self._flights:
-                del self._plans[other]
-                await PartialBlob(self._store, other).discard()
-        return plan
+    async def _drop_oldest(self) -> None:
+        for other, begun in list(self._begun.items()):
+            is_idle = self._begun.get(other) is begun and not begun.turn.locked()
+            if len(self._begun) > PARTIALS_MAX and is_idle:
+                async with begun.turn:
+                    await PartialBlob(self._store, other).discard()
+                    begun.plan = Plan(other.size)  # for whoever waits by now
+                    if not begun.turn.statistics().tasks_waiting:
+                        del self._begun[other]
 
     async def _draw_from_all(self, transfer: _Transfer, sources: Sequence[NodeId]) -> None:
         transfer.plan.begin(sources)
@@ -377,7 +433,7 @@ class Fetcher:
     async def _open(self, source: NodeId, ref: BlobRef) -> AsyncIterator[Wire]:
         stream = await self._transport.open_stream(source, PROTOCOL, timeout_s=CALL_S)
         try:
-            yield Wire(stream, silence_s=SILENCE_S + ref.size / VERIFY_BYTES_PER_S)
+            yield Wire(stream, silence_s=SILENCE_S + min(ref.size / VERIFY_BYTES_PER_S, VERIFY_S_MAX))
         finally:
             await stream.aclose()
 

@@ -8,17 +8,19 @@ blobs meet on the same nodes and different ones spread over all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import structlog
 import trio
 from blake3 import blake3
 
 from meshd import codec
-from meshd.blobs.fetch import Fetcher, batches
+from meshd.blobs.fetch import Fetcher, Lane, batches
 from meshd.blobs.messages import SMALL_BYTES_MAX, Presence, Pull
 from meshd.blobs.store import Store, unique
-from meshd.errors import InvalidRequest, MeshError, PeerFault, Unavailable
+from meshd.errors import Busy, InvalidRequest, MeshError, PeerFault, Unavailable
 from meshd.model import BlobRef, NodeId
 from meshd.ports import Rpc
 
@@ -28,8 +30,14 @@ PAUSE_S = 0.5
 PULL_SPARE_S = 1.0
 """The peer gives up so much earlier than the caller, so that its reason arrives."""
 
+PULL_S = 60.0
+"""For one pull, whatever the peer says: as long as any replicator waits. The next pull goes on with what has arrived."""
+
 PULLS_MAX = 64
 """Pulls served at a time: each may hold 1 MiB."""
+
+PULLS_PER_PEER_MAX = 8
+"""Of these. A replicator asks a peer for half as many at a time of small blobs, and of large ones, which take longer."""
 
 
 class Replicator:
@@ -40,7 +48,13 @@ class Replicator:
         self._store = store
         self._fetcher = fetcher
         self._peers = peers
+        # By peer, and whether the blobs are small: these do not wait for large ones.
+        self._asking = defaultdict[tuple[NodeId, bool], trio.CapacityLimiter](
+            lambda: trio.CapacityLimiter(PULLS_PER_PEER_MAX // 2)
+        )
         self._serving = trio.CapacityLimiter(PULLS_MAX)
+        self._pulls: Counter[NodeId] = Counter()
+        self._lanes: dict[NodeId, Lane] = {}
         self._log = structlog.get_logger()
         rpc.register("blob.pull", self._pull)
 
@@ -89,7 +103,7 @@ class Replicator:
         async def work() -> None:
             for peer in line:
                 try:
-                    await self._push(peer, refs, deadline - trio.current_time())
+                    await self._push(peer, refs, deadline)
                 except MeshError as error:
                     why[peer] = error.message
                     self._log.info("blob.not_replicated", peer=peer, blobs=len(refs), error=error.message)
@@ -111,18 +125,21 @@ class Replicator:
         key = min(ref.hash for ref in refs)
         return sorted(peers, key=lambda peer: (-held[peer], blake3(f"{key}{peer}".encode()).digest()))
 
-    async def _push(self, peer: NodeId, refs: Sequence[BlobRef], timeout_s: float) -> None:
+    async def _push(self, peer: NodeId, refs: Sequence[BlobRef], deadline: float) -> None:
         known = {ref.hash for ref in refs if peer in self._fetcher.holders(ref.hash)}
         for batch in batches([ref for ref in refs if ref.size <= SMALL_BYTES_MAX]):
             sent = [ref for ref in batch if ref.hash not in known]
             datas = dict(zip(sent, await self._store.get_many(sent, bytes_max=SMALL_BYTES_MAX), strict=True))
-            await self._ask_to_pull(peer, batch, tuple(datas.get(ref) for ref in batch), timeout_s)
+            async with self._asking[peer, True]:
+                await self._ask_to_pull(peer, batch, tuple(datas.get(ref) for ref in batch), deadline)
         for large in batches([ref for ref in refs if ref.size > SMALL_BYTES_MAX], bytes_max=None):
-            await self._ask_to_pull(peer, large, (None,) * len(large), timeout_s)
+            async with self._asking[peer, False]:
+                await self._ask_to_pull(peer, large, (None,) * len(large), deadline)
 
     async def _ask_to_pull(
-        self, peer: NodeId, refs: Sequence[BlobRef], datas: tuple[bytes | None, ...], timeout_s: float
+        self, peer: NodeId, refs: Sequence[BlobRef], datas: tuple[bytes | None, ...], deadline: float
     ) -> None:
+        timeout_s = deadline - trio.current_time()
         pull = Pull(tuple(refs), datas, timeout_ms=max(0, int((timeout_s - PULL_SPARE_S) * 1000)))
         answer = await self._rpc.call(peer, "blob.pull", codec.encode(pull), timeout_s=timeout_s)
         try:
@@ -136,17 +153,33 @@ class Replicator:
 
     async def _pull(self, peer: NodeId, body: bytes) -> bytes:
         why = ""
-        async with self._serving:
+        async with self._served(peer) as lane:
             pull = codec.decode(body, Pull)  # not sooner: while it waits it holds its bytes once
             if len(pull.datas) != len(pull.refs):
                 raise InvalidRequest(f"{len(pull.refs)} blobs with {len(pull.datas)} contents")
             try:
                 carried = [(ref, data) for ref, data in zip(pull.refs, pull.datas, strict=True) if data is not None]
                 await self._keep(carried)
-                await self._fetcher.fetch_many(pull.refs, hints=(peer,), timeout_s=pull.timeout_ms / 1000)
+                timeout_s = min(pull.timeout_ms / 1000, PULL_S)
+                await self._fetcher.fetch_many(pull.refs, hints=(peer,), timeout_s=timeout_s, lane=lane)
             except MeshError as error:
                 why = error.message[:1024]
         return codec.encode(Presence(tuple(self._store.has(ref.hash) for ref in pull.refs), why))
+
+    @asynccontextmanager
+    async def _served(self, peer: NodeId) -> AsyncIterator[Lane]:
+        """A place among the pulls served, and the lane of those of this peer. Raises Busy."""
+        if self._pulls[peer] >= PULLS_PER_PEER_MAX:
+            raise Busy(f"already fetching blobs for {PULLS_PER_PEER_MAX} calls of {peer}", hint="try again soon")
+        self._pulls[peer] += 1
+        lane = self._lanes.setdefault(peer, self._fetcher.lane_for_peer())
+        try:
+            async with self._serving:
+                yield lane
+        finally:
+            self._pulls[peer] -= 1
+            if not self._pulls[peer]:
+                del self._pulls[peer], self._lanes[peer]
 
     async def _keep(self, carried: Sequence[tuple[BlobRef, bytes]]) -> None:
         for ref, data in carried:

@@ -38,8 +38,8 @@ from meshd.ports import Rpc, Stream, Transport
 STREAMS_MAX = 32
 """Served at a time, each with up to 2 MiB in memory; more would only share the same line."""
 
-STREAMS_PER_PEER_MAX = 8
-"""One peer cannot take all of them; it fetches four blobs at a time, and may have just lost four streams."""
+STREAMS_PER_PEER_MAX = 12
+"""One peer cannot take all of them; it fetches four blobs at a time for itself and four for others, and may have just lost four streams."""
 
 IDLE_S = 60.0
 """A stream without a request for so long is closed; a fetcher may wait so long for ranges that others give."""

@@ -318,6 +318,16 @@ async def test_with_only_a_bad_source_a_fetch_fails_in_time_and_keeps_nothing_wr
     await mesh.nodes[A].fetcher.fetch(ref, hints=[B], timeout_s=20)
 
 
+async def test_no_size_that_a_peer_names_buys_it_hours_of_silence(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "VERIFY_S_MAX", 0.1)
+    monkeypatch.setattr(fetch, "ROUND_PAUSES_S", (0.0,))
+    bad = await add_bad(mesh, "bad", silent, b"")
+    with trio.fail_after(10), pytest.raises(Unavailable, match=r"silent .* for 1\.1 s"):
+        await mesh.nodes[A].fetcher.fetch(BlobRef("0" * 64, 1 << 30), hints=[bad], timeout_s=60)
+
+
 async def test_a_crowd_of_liars_is_seen_through(mesh: BlobMesh) -> None:
     data = random_bytes(LARGE)
     ref = await mesh.nodes[C].store.put_bytes(data)

@@ -9,9 +9,12 @@ import pytest
 import trio
 
 from meshd import codec
-from meshd.blobs.messages import Presence, Pull
-from meshd.errors import Unavailable
+from meshd.blobs import replicate
+from meshd.blobs.messages import PROTOCOL, Presence, Pull
+from meshd.errors import Busy, MeshError, Unavailable
 from meshd.model import BlobRef, NodeId
+from meshd.net.rpc import StreamRpc
+from meshd.ports import Stream
 from tests.blob_mesh import BlobMesh, blob_mesh, random_bytes
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -161,3 +164,95 @@ async def test_who_asks_for_copies_with_a_wrong_size_harms_no_other_node(mesh: B
     answer = codec.decode(await mesh.nodes[C].rpc.call(B, "blob.pull", codec.encode(pull), timeout_s=8), Presence)
     assert answer == Presence((False,), f"blob {ref.hash} has 100 bytes, not 99")
     assert mesh.nodes[B].fetcher._banned() == frozenset()
+
+
+async def add_silent(mesh: BlobMesh, name: str) -> tuple[NodeId, StreamRpc]:
+    """A member that gives nothing of what it asks others to fetch."""
+
+    async def hold(_stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    transport, rpc = await mesh.add_bare(name)
+    transport.handle(PROTOCOL, hold)
+    await transport.connect(A, ["/memory/a"], timeout_s=1)
+    return transport.me, rpc
+
+
+async def test_pulls_of_one_member_keep_nobody_else_from_blobs(mesh: BlobMesh) -> None:
+    _, rpc = await add_silent(mesh, "evil")
+    refused: list[MeshError] = []
+
+    async def pull(number: int) -> None:
+        asked = Pull(tuple(BlobRef(f"{number * 8 + each:064x}", 1 << 30) for each in range(8)), (None,) * 8, 86_400_000)
+        try:
+            await rpc.call(A, "blob.pull", codec.encode(asked), timeout_s=86_400)
+        except Busy as error:
+            refused.append(error)
+
+    async with trio.open_nursery() as evil:
+        for number in range(64):
+            evil.start_soon(pull, number)
+        with trio.fail_after(10):
+            while len(refused) < 56:
+                await trio.sleep(0.01)
+        large = await mesh.nodes[B].store.put_bytes(random_bytes(1 << 20))
+        mesh.holders[large.hash] = [B]
+        mesh.live = {A: None, B: None}
+        with trio.fail_after(10):
+            await mesh.nodes[A].fetcher.fetch(large, timeout_s=10)
+            for size in (10, 1 << 20):
+                ref = await mesh.nodes[B].store.put_bytes(random_bytes(size))
+                assert await mesh.nodes[B].replicator.ensure([ref], 2, timeout_s=10) == (B, A)
+        evil.cancel_scope.cancel()
+
+
+async def test_a_pull_takes_no_longer_than_any_replicator_waits(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicate, "PULL_S", 0.3)
+    _, rpc = await add_silent(mesh, "evil")
+    asked = Pull((BlobRef("0" * 64, 1 << 30),), (None,), timeout_ms=86_400_000)
+    answer = codec.decode(await rpc.call(A, "blob.pull", codec.encode(asked), timeout_s=5), Presence)
+    assert answer.here == (False,) and "within 0.3 s" in answer.why
+
+
+async def test_a_blob_that_a_peer_has_pulled_in_vain_still_comes_for_this_node(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicate, "PULL_S", 0.5)
+    me, rpc = await add_silent(mesh, "evil")
+    ref = await mesh.nodes[B].store.put_bytes(random_bytes(3 << 20))
+    mesh.holders[ref.hash] = [me]
+    asked = Pull((ref,), (None,), timeout_ms=86_400_000)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: rpc.call(A, "blob.pull", codec.encode(asked), timeout_s=20))
+        with trio.fail_after(10):
+            while ref not in mesh.nodes[A].fetcher._begun:
+                await trio.sleep(0.01)
+        mesh.holders[ref.hash] = [B]
+        await mesh.nodes[A].fetcher.fetch(ref, timeout_s=10)
+    assert mesh.nodes[A].store.size(ref.hash) == ref.size
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_a_node_with_much_to_copy_asks_no_peer_for_more_than_it_serves(mesh: BlobMesh, size: int) -> None:
+    transport, rpc = await mesh.add_bare("taker")
+    in_flight, most = 0, 0
+
+    async def pull(_peer: NodeId, body: bytes) -> bytes:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        await trio.sleep(0.01)
+        in_flight -= 1
+        return codec.encode(Presence((True,) * len(codec.decode(body, Pull).refs)))
+
+    rpc.register("blob.pull", pull)
+    await transport.connect(A, ["/memory/a"], timeout_s=1)
+    mesh.live = {A: None, transport.me: None}
+    refs = await put(mesh, *[size] * 40)
+    async with trio.open_nursery() as attempts:
+        for ref in refs:
+            attempts.start_soon(lambda ref=ref: mesh.nodes[A].replicator.ensure([ref], 2, timeout_s=10))
+    assert 1 < most <= replicate.PULLS_PER_PEER_MAX
