@@ -68,7 +68,7 @@ from meshd.recovery.epochs import EpochFile, Epochs
 from meshd.shell import Shell
 from meshd.standing import Standing
 from meshd.tally import Tally
-from meshd.upkeep import Upkeep, find_member
+from meshd.upkeep import Upkeep, list_members
 from meshd.work.drain import Drain
 from meshd.work.duty import Duty
 from meshd.work.executor import Executor
@@ -326,7 +326,7 @@ class _Daemon:
             ca_pem=self.records.mesh_file.ca_pem,
             rpc=self.rpc,
             servers=self.directory.servers,
-            find_member=lambda node: find_member(self.log, node),
+            members=lambda: list_members(self.log),
         )
         desk = JoinDesk(
             mesh=self.mesh,

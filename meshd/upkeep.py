@@ -153,5 +153,10 @@ class Upkeep:
 
 async def find_member(mesh_log: MeshLog, node: NodeId) -> Member | None:
     """From the replicated state, after the read barrier. Raises Unavailable."""
+    return next((member for member in await list_members(mesh_log) if member.node == node), None)
+
+
+async def list_members(mesh_log: MeshLog) -> list[Member]:
+    """As `find_member`."""
     view = await mesh_log.query(GetMembers(), MembersView, timeout_s=5)
-    return next((row.member for row in view.members if row.member.node == node), None)
+    return [row.member for row in view.members]

@@ -115,7 +115,7 @@ class _Node:
         )  # fmt: skip
         authority = Authority(
             home=home, me=ME, mesh="mesh", keys=directory.keys, ca_pem=_CA_PEM, rpc=self.rpc,
-            servers=lambda: (), find_member=self._find_member,
+            servers=lambda: (), members=self._list_members,
         )  # fmt: skip
         authority._keys[_KEY.public_bytes] = _KEY
         self.gossip = GossipService(
@@ -163,9 +163,9 @@ class _Node:
     def newest(self) -> Newest:
         return Newest(1, self.index, True, True)
 
-    async def _find_member(self, node: NodeId) -> Member | None:
+    async def _list_members(self) -> list[Member]:
         await trio.lowlevel.checkpoint()
-        return self.machine.members().get(node)
+        return list(self.machine.members().values())
 
     # --- the shell's world
 

@@ -25,7 +25,7 @@ from meshd.blobs.fetch import Fetcher
 from meshd.blobs.messages import Contents, Presence, Sizes
 from meshd.blobs.replicate import Replicator
 from meshd.errors import MeshError
-from meshd.model import BlobRef, JobId
+from meshd.model import BlobRef, JobId, Member
 from meshd.net.identity_key import KeyPair, verify
 from meshd.ports import ProposeResult
 from meshd.raft.remote import MeshLog
@@ -89,12 +89,13 @@ def _authority(rpc: Handlers) -> Authority:
     home: Any = _Home()
     return Authority(
         home=home, me=commands.A, mesh="mesh", keys=KeyRing("mesh", _KEY.public_bytes, verify), ca_pem=_CA_PEM, rpc=rpc,
-        servers=lambda: [PEER], find_member=_nobody,
+        servers=lambda: [PEER], members=_nobody,
     )  # fmt: skip
 
 
-async def _nobody(node: object) -> None:
+async def _nobody() -> list[Member]:
     await trio.lowlevel.checkpoint()
+    return []
 
 
 async def _fetches(rpc: Handlers) -> None:

@@ -9,6 +9,7 @@ APIs stays as it is, since tokens name it.
 
 from __future__ import annotations
 
+import ipaddress
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from meshd.admission import certificates, tls
 from meshd.admission.home import Home
 from meshd.admission.keyring import KeyRing, make_link
 from meshd.durable import replace_file
-from meshd.errors import InvalidRequest, MeshError, NotAllowed, StartRefused, Unavailable
+from meshd.errors import MeshError, NotAllowed, StartRefused, Unavailable
 from meshd.model import Certificate, Count, KeyLink, Member, NodeId, Role
 from meshd.net.identity_key import KeyPair
 from meshd.ports import Rpc
@@ -45,7 +46,7 @@ class NextKeyCall(Struct, frozen=True, array_like=True):
 
 
 class Authority:
-    """`find_member` answers from the replicated state, after the read barrier; None when there is no such member."""
+    """`members` answers from the replicated state, after the read barrier."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Authority:
         ca_pem: str,
         rpc: Rpc,
         servers: Callable[[], Sequence[NodeId]],
-        find_member: Callable[[NodeId], Awaitable[Member | None]],
+        members: Callable[[], Awaitable[Sequence[Member]]],
     ) -> None:
         self._home = home
         self._me = me
@@ -66,7 +67,7 @@ class Authority:
         self._ca_pem = ca_pem
         self._rpc = rpc
         self._servers = servers
-        self._find_member = find_member
+        self._members = members
         self._keys: dict[bytes, KeyPair] = {}
         """By their public keys: the first and the newest, and what may become the newest."""
         for public_key in (keys.first, keys.newest):
@@ -93,7 +94,14 @@ class Authority:
         request = await trio.to_thread.run_sync(tls.make_request, key_file, self._me, hosts)
         context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
         if context is None:
-            pem = await self.api_certificate(request)
+            try:
+                pem = await self.api_certificate(request)
+            except NotAllowed as error:
+                # A worker beside a server, perhaps. `mesh` asks for the name that every node has.
+                log.warning("api.certificate_without_hosts", error=str(error))
+                pem = await self.api_certificate(
+                    await trio.to_thread.run_sync(tls.make_request, key_file, self._me, ())
+                )
             await trio.to_thread.run_sync(replace_file, certificate_file, pem.encode())
             context = await trio.to_thread.run_sync(tls.server_context, certificate_file, key_file)
         if context is None:
@@ -103,7 +111,7 @@ class Authority:
     async def api_certificate(self, request_pem: str) -> str:
         """This node's API certificate, PEM, for its signing request."""
         if (key := self._keys.get(self._ring.first)) is not None:
-            return tls.issue_leaf(key.private, self._ca_pem, request_pem)
+            return tls.issue_leaf(key.private, self._ca_pem, self._me, tls.read_request(request_pem))
         return codec.decode(await self._ask_servers("mesh.api_certificate", codec.encode(request_pem)), str)
 
     async def obtain_keys(self) -> None:
@@ -183,10 +191,12 @@ class Authority:
     async def _on_api_certificate(self, peer: NodeId, body: bytes) -> bytes:
         key = self._own_key(self._ring.first)
         request_pem = codec.decode(body, str, bytes_max=16 << 10)
-        try:
-            return codec.encode(tls.issue_leaf(key.private, self._ca_pem, request_pem))
-        except Exception as error:
-            raise InvalidRequest(f"not a certificate signing request: {type(error).__name__}") from error
+        request = tls.read_request(request_pem)
+        check_hosts(peer, request.hosts, await self._members())
+        return codec.encode(tls.issue_leaf(key.private, self._ca_pem, peer, request))
+
+    async def _find_member(self, node: NodeId) -> Member | None:
+        return next((member for member in await self._members() if member.node == node), None)
 
     async def _check_server(self, peer: NodeId) -> None:
         member = await self._find_member(peer)
@@ -214,6 +224,34 @@ class Authority:
 
     def _path(self, public_key: bytes) -> Path:
         return self._home.mesh_key if public_key == self._ring.first else self._home.later_key(public_key)
+
+
+def check_hosts(asking: NodeId, hosts: Sequence[str], members: Sequence[Member]) -> None:
+    """Raises NotAllowed for a worker that would be taken for a server, to which clients show what may do everything."""
+    if not any(member.node == asking for member in members):
+        raise NotAllowed(f"{asking} is not a member of this mesh")
+    servers = [member for member in members if member.is_server]
+    if any(server.node == asking for server in servers):
+        return  # it holds the key and could sign for itself
+    owners = {host: server.name for server in servers for host in _hosts_of(server)}
+    for host in hosts:
+        if host in owners and not _is_any_machine(host):
+            raise NotAllowed(f"{host} belongs to the server {owners[host]} and not to {asking}")
+
+
+def _hosts_of(member: Member) -> set[str]:
+    """Also its name: unless told otherwise that is its machine's."""
+    api_host = member.api_address.rpartition(":")[0].strip("[]")
+    peer_hosts = [address.split("/")[2] for address in member.addresses if address.count("/") > 2]
+    return {tls.canonical_host(host) for host in (member.name, api_host, *peer_hosts)}
+
+
+def _is_any_machine(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("localhost", "meshd")
+    return address.is_loopback or address.is_unspecified
 
 
 def _checked(key: KeyPair, public_key: bytes) -> KeyPair:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 import ssl
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -14,9 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meshd.durable import replace_file
+from meshd.errors import InvalidRequest
 
 _BEGIN = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _END = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
 # Validity is not what revokes a node (the state is), and a machine whose clock is off must stay reachable.
 
 
@@ -29,14 +34,48 @@ def make_authority(mesh_key: Ed25519PrivateKey, mesh: str) -> str:
     return _pem(builder.sign(mesh_key, None))
 
 
-def issue_leaf(mesh_key: Ed25519PrivateKey, ca_pem: str, request_pem: str) -> str:
-    """Sign a node's request, PEM. Only its key, name and alternative names are taken over."""
+@dataclass(frozen=True, slots=True)
+class LeafRequest:
+    """What a node asks for that may be taken over; who it is, its connection says."""
+
+    key: object
+    hosts: tuple[str, ...]
+    """As `canonical_host` writes them."""
+
+
+def read_request(request_pem: str) -> LeafRequest:
+    """Raises InvalidRequest, also for one that its key did not sign or that names anything but single hosts."""
+    try:
+        request = x509.load_pem_x509_csr(request_pem.encode())
+        names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        is_signed = request.is_signature_valid
+        key = request.public_key()
+    except Exception as error:
+        raise InvalidRequest(f"not a certificate signing request: {type(error).__name__}") from error
+    if not is_signed:
+        raise InvalidRequest("a certificate signing request that its key did not sign")
+    for name in names:
+        if not isinstance(name, x509.DNSName | x509.IPAddress) or not _HOST.fullmatch(str(name.value)):
+            raise InvalidRequest("a certificate signing request may name hosts only, without wildcards")
+    return LeafRequest(key, tuple(canonical_host(str(name.value)) for name in names))
+
+
+def canonical_host(host: str) -> str:
+    """One text for all ways to write an IP address or a DNS name."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
+
+
+def issue_leaf(mesh_key: Ed25519PrivateKey, ca_pem: str, node: str, request: LeafRequest) -> str:
+    """The API certificate of a node, PEM."""
     authority = x509.load_pem_x509_certificate(ca_pem.encode())
-    request = x509.load_pem_x509_csr(request_pem.encode())
-    builder = _builder(request.subject, authority.subject, request.public_key())
-    names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    builder = _builder(_name(node), authority.subject, request.key)
     builder = (
-        builder.add_extension(names, critical=False)
+        builder.add_extension(_hosts(request.hosts), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     )
@@ -51,14 +90,8 @@ def make_request(key_file: Path, node: str, hosts: tuple[str, ...]) -> str:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         replace_file(key_file, pem)
-    names: list[x509.GeneralName] = [x509.DNSName("meshd"), x509.DNSName("localhost")]
-    for host in dict.fromkeys((*hosts, "127.0.0.1", "::1")):
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(host)))
-        except ValueError:
-            names.append(x509.DNSName(host))
     request = x509.CertificateSigningRequestBuilder().subject_name(_name(node))
-    request = request.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    request = request.add_extension(_hosts(("meshd", "localhost", *hosts, "127.0.0.1", "::1")), critical=False)
     return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 
@@ -84,6 +117,16 @@ def _key_in(file: Path) -> ec.EllipticCurvePrivateKey | None:
 
 def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common[:64])])
+
+
+def _hosts(hosts: Iterable[str]) -> x509.SubjectAlternativeName:
+    names: list[x509.GeneralName] = []
+    for host in dict.fromkeys(hosts):
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+    return x509.SubjectAlternativeName(names)
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: object) -> x509.CertificateBuilder:

@@ -78,7 +78,8 @@ def make_tls(directory: Path) -> tuple[str, ssl.SSLContext]:
     """A mesh's CA, and what a node of it serves with."""
     key = Ed25519PrivateKey.generate()
     ca_pem = tls.make_authority(key, "a-mesh")
-    leaf = tls.issue_leaf(key, ca_pem, tls.make_request(directory / "api.key", "a-node", ()))
+    request = tls.read_request(tls.make_request(directory / "api.key", "a-node", ()))
+    leaf = tls.issue_leaf(key, ca_pem, "a-node", request)
     (directory / "api.pem").write_text(leaf)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "api.pem", directory / "api.key")

@@ -19,7 +19,7 @@ def started(directory: Path) -> str:
     key, certificate, made = directory / "api.key", directory / "api.pem", ""
     request = tls.make_request(key, "a-node", ())
     if tls.server_context(certificate, key) is None:
-        made = tls.issue_leaf(MESH_KEY, CA, request)
+        made = tls.issue_leaf(MESH_KEY, CA, "a-node", tls.read_request(request))
         replace_file(certificate, made.encode())
     assert tls.server_context(certificate, key) is not None
     assert key.stat().st_mode & 0o077 == 0
