@@ -22,6 +22,9 @@ T = TypeVar("T")
 BODY_BYTES_MAX = codec.FRAME_BYTES_MAX - 1024
 """The frame adds id, method and lengths."""
 
+GREETING_FRAME_BYTES_MAX = 17 << 10
+"""From somebody who is not admitted yet: a greeting of 16 KiB and what is around it, or a refusal."""
+
 WRITE_BYTES_MAX = 1 << 20
 """One write to the stream; it must go through in the transport's 30 s, also over 300 kbit/s."""
 
@@ -157,9 +160,9 @@ class FrameReader:
         self._bytes = bytearray()
         self._at = 0
 
-    async def next(self) -> bytes | None:
+    async def next(self, bytes_max: int = codec.FRAME_BYTES_MAX) -> bytes | None:
         """None at the end. Raises Malformed (too large, or ends within a frame), Unavailable."""
-        while (frame := self._pop()) is None:
+        while (frame := self._pop(bytes_max)) is None:
             del self._bytes[: self._at]
             self._at = 0
             data = await self._stream.read(READ_BYTES_MAX)
@@ -171,13 +174,13 @@ class FrameReader:
             self._bytes += data
         return frame
 
-    def _pop(self) -> bytes | None:
+    def _pop(self, bytes_max: int) -> bytes | None:
         start = self._at + 4
         if len(self._bytes) < start:
             return None
         size = int.from_bytes(self._bytes[self._at : start], "big")
-        if size > codec.FRAME_BYTES_MAX:
-            raise Malformed(f"frame of {size} bytes is over the limit of {codec.FRAME_BYTES_MAX}")
+        if size > bytes_max:
+            raise Malformed(f"frame of {size} bytes is over the limit of {bytes_max}")
         if len(self._bytes) < start + size:
             return None
         self._at = start + size

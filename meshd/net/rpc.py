@@ -31,6 +31,7 @@ from meshd.errors import (
 from meshd.model import NodeId
 from meshd.net.frames import (
     BODY_BYTES_MAX,
+    GREETING_FRAME_BYTES_MAX,
     GREETING_ID,
     PING_ID,
     Answer,
@@ -213,7 +214,7 @@ class StreamRpc:
         greeted_at = trio.current_time()
         with trio.move_on_after(GREETING_S) as patience:
             await stream.write(framed(Answer(GREETING_ID, True, self._greeting())))
-            theirs = await frames.next()
+            theirs = await frames.next(GREETING_FRAME_BYTES_MAX)
             if theirs is None:
                 raise Unavailable(f"{caller.peer} closed the stream without a greeting")
             greeting = parse(theirs, Answer)
@@ -287,7 +288,7 @@ class StreamRpc:
 
     async def _is_admitted(self, stream: Stream, frames: FrameReader) -> bool:
         with trio.move_on_after(GREETING_S) as patience:
-            theirs = await frames.next()
+            theirs = await frames.next(GREETING_FRAME_BYTES_MAX)
             if theirs is None:
                 return False
             greeting = parse(theirs, Answer).body

@@ -550,6 +550,42 @@ async def test_d17_garbage_instead_of_a_handshake_costs_its_connection_only(garb
         await until(lambda: b.transport.counters().get("handshakes_failed", 0) == 10)
 
 
+ENDLESS = b"\x80\x80\x80\x80\x80\x20"
+"""The length of a negotiation's message of 2^40 bytes. The library keeps whatever then comes."""
+
+
+async def test_a_negotiation_of_endless_length_ends_at_once_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_transport, "HANDSHAKE_S", 60)
+    a, b = Node(), Node()
+    async with running(a, b):
+        async with await trio.open_tcp_stream("127.0.0.1", b.port) as stranger:
+            await stranger.send_all(ENDLESS)
+            with suppress(trio.BrokenResourceError):
+                async for _ in stranger:
+                    pass
+        await a.transport.connect(b.id, b.transport.addresses, timeout_s=5)
+        stream = a.transport._connections[b.id][0].muxer.open_stream()
+        await stream.write(ENDLESS)
+        with suppress(Unavailable):
+            while await stream.read(100):
+                pass
+
+
+async def test_a_dial_ends_at_once_where_the_answer_is_of_endless_length() -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.send_all(ENDLESS)
+        with suppress(trio.BrokenResourceError):
+            async for _ in stream:
+                pass
+
+    a = Node()
+    async with running(a) as nursery:
+        listeners: list[trio.SocketListener] = await nursery.start(trio.serve_tcp, answer, 0)
+        port = listeners[0].socket.getsockname()[1]
+        with trio.fail_after(5), pytest.raises(Unavailable, match="cannot reach"):
+            await a.transport.connect(Node().id, [f"/ip4/127.0.0.1/tcp/{port}"], timeout_s=20)
+
+
 async def test_garbage_after_the_handshake_costs_its_connection_only() -> None:
     a, b, good = Node(), Node(), Node()
     async with running(a, b, good):

@@ -328,6 +328,24 @@ async def test_malformed_frames_end_their_stream_and_nothing_else(data: bytes, a
         assert await good.rpc.call(B, "echo", b"2", timeout_s=5) == b"2"
 
 
+async def test_a_greeting_is_refused_by_its_length_before_its_bytes_are_kept(autojump_clock: MockClock) -> None:
+    async with mesh() as m:
+        bad, b = await m.node(NodeId("bad"), answers=False), await m.node(B)
+
+        async def greet(stream: Stream) -> None:
+            await stream.write((1 << 20).to_bytes(4, "big"))
+            await _read_to_end(stream)
+
+        began_at = trio.current_time()
+        with pytest.raises(Unavailable):
+            await greet(await bad.transport.open_stream(B, PROTOCOL, timeout_s=5))
+        bad.transport.handle(PROTOCOL, greet)  # nor is the one that answers let say more
+        with pytest.raises(PeerFault):
+            await b.rpc.call(NodeId("bad"), "echo", b"", timeout_s=5)
+        assert trio.current_time() - began_at < 1
+        assert b.rpc.counters() == {"frames_malformed": 2}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_random_bytes_never_stop_the_node(data: bytes, is_greeted: bool) -> None:

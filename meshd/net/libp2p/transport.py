@@ -12,14 +12,14 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 import trio
 from libp2p.abc import ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.io.exceptions import IOException
+from libp2p.io.exceptions import IOException, MessageTooLarge
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect import Multiselect
@@ -46,6 +46,9 @@ node that is starting does not serve it yet."""
 
 HANDSHAKE_S = 10.0
 """TCP accept to yamux, on a busy machine. Also for negotiating a stream."""
+
+NEGOTIATED_BYTES_MAX = 1024
+"""One message of a negotiation: the name of a protocol. py-libp2p takes a length of 2^64 and keeps what comes."""
 
 HANDSHAKES_MAX = 128
 """Inbound and unfinished; past it the oldest goes, since a true peer's takes 30 ms."""
@@ -336,7 +339,7 @@ class Libp2pTransport:
         raise Unavailable(f"{peer} did not open a stream within {timeout_s:g} s")
 
     async def _ask(self, stream: MuxedStream, protocol: str) -> MuxedStream:
-        client, communicator = MultiselectClient(), MultiselectCommunicator(stream)  # type: ignore[arg-type]
+        client, communicator = MultiselectClient(), _negotiation(stream)
         try:
             await client.handshake(communicator)
             await client.try_select(communicator, protocol)  # type: ignore[arg-type]
@@ -380,7 +383,7 @@ class Libp2pTransport:
         }
         with trio.move_on_after(HANDSHAKE_S):
             try:
-                _, handler = await Multiselect(offered).negotiate(MultiselectCommunicator(stream))  # type: ignore[arg-type]
+                _, handler = await Multiselect(offered).negotiate(_negotiation(stream))
             except Exception:
                 return None  # it took no for an answer, or sent garbage
             return handler  # type: ignore[return-value]
@@ -398,6 +401,30 @@ class _Connection:
         self.streams_answered = 0
 
 
+class _Layer(Protocol):
+    """What multistream-select is spoken on."""
+
+    async def read(self, n: int, /) -> bytes: ...
+    async def write(self, data: bytes, /) -> None: ...
+
+
+class _Terse:
+    """The layer below, for a negotiation: a message that is too long is refused by its length."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self._layer = layer
+        self.write = layer.write
+
+    async def read(self, n: int) -> bytes:
+        if n > NEGOTIATED_BYTES_MAX:
+            raise MessageTooLarge(f"a message of {n} bytes is over the limit of {NEGOTIATED_BYTES_MAX}")
+        return await self._layer.read(n)
+
+
+def _negotiation(layer: _Layer) -> MultiselectCommunicator:
+    return MultiselectCommunicator(_Terse(layer))  # type: ignore[arg-type]
+
+
 async def _listen(address: str) -> list[trio.SocketListener]:
     host, port = multiaddrs.parse(address)
     try:
@@ -412,7 +439,7 @@ async def _listen(address: str) -> list[trio.SocketListener]:
 
 async def _select(conn: Wire | ISecureConn, protocol: str) -> None:
     """Agree on the next layer with multistream-select, as whichever side this is."""
-    communicator = MultiselectCommunicator(conn)
+    communicator = _negotiation(conn)
     if conn.is_initiator:
         client = MultiselectClient()
         await client.handshake(communicator)
