@@ -44,6 +44,7 @@ from meshd.views import (
     JobPage,
     JobView,
     ListJobs,
+    LogView,
     MembersView,
 )
 from meshd.work.drain import Drain
@@ -154,7 +155,7 @@ class Node:
 
     def follow_log(
         self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool, is_stale_ok: bool = False
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[LogView, None]:
         return self._logs.follow(job, task, stream, offset=offset, is_followed=follow, is_stale_ok=is_stale_ok)
 
     async def put_blob(self, chunks: AsyncIterator[bytes], *, replicas: int) -> BlobView:

@@ -143,6 +143,14 @@ class TaskView(Struct, frozen=True, gc=False):
     """For people: why it waits, is held, was timed out …"""
 
 
+class LogView(Struct, frozen=True, gc=False):
+    """What a task wrote, and where: `offset` counts in the output of the attempt with this fence."""
+
+    fence: int
+    offset: int
+    data: bytes
+
+
 class JobPage(Struct, frozen=True, gc=False):
     jobs: tuple[JobView, ...]
     next: JobId | None

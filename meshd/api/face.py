@@ -11,7 +11,7 @@ from typing import Literal, Protocol, TypeVar
 
 from meshd.model import BlobRef, JobId, NodeId, Role
 from meshd.raft.state.commands import AnyAnswer, AnyCommand
-from meshd.views import AnyQuery, BlobList, BlobView, ClusterStatus, DrainView, EventView, JobView
+from meshd.views import AnyQuery, BlobList, BlobView, ClusterStatus, DrainView, EventView, JobView, LogView
 
 V = TypeVar("V")
 LogStream = Literal["stdout", "stderr"]
@@ -67,7 +67,7 @@ class Face(Protocol):
 
     def follow_log(
         self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool, is_stale_ok: bool = False
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[LogView, None]:
         """What the task wrote, from `offset` of its present attempt, wherever it runs or is kept.
 
         With `follow` it goes on as the task writes, also over to its next attempt (from 0), until the task

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -14,7 +15,7 @@ from meshd import codec
 from meshd.api.endpoint import PROPOSE_S, QUERY_S, Call, Endpoint, ReadQuery, Rights
 from meshd.api.face import LogStream
 from meshd.api.references import collect_refs, outputs_tree, resolve
-from meshd.api.streams import ByteStream, EventStream, format_event, format_output
+from meshd.api.streams import ByteStream, EventStream, format_event
 from meshd.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from meshd.ids import is_job_id, new_job_id
 from meshd.model import Count, JobId, TaskState, TreeRef
@@ -30,6 +31,7 @@ from meshd.views import (
     JobView,
     ListJobs,
     ListTasks,
+    LogView,
     TaskPage,
     TaskView,
 )
@@ -236,20 +238,18 @@ async def show_task(call: Call) -> TaskView:
 
 
 async def logs(call: Call) -> EventStream | ByteStream:
-    """Plain bytes of one stream; or, asked as text/event-stream, events `stdout` and `stderr` with offset and base64."""
+    """Plain bytes of one stream; or, asked as text/event-stream, events `stdout` and `stderr` with a LogView."""
     asked = call.query(LogQuery)
     job, number = await call.job_id(is_stale_ok=asked.stale), call.task()
     if "text/event-stream" in call.request.headers.get("accept", ""):
         await _task(call, job, number, is_stale_ok=asked.stale)  # while an error can still be an answer of its own
         wanted: tuple[LogStream, ...] = ("stdout", "stderr") if asked.stream == "both" else (_log_stream(asked.stream),)
-        sources = [_log_events(call, job, number, stream, asked) for stream in wanted]
+        sources = [_log(call, job, number, stream, asked, partial(format_event, stream)) for stream in wanted]
         return EventStream(*sources, farewell=format_event("end", {}))
     if asked.stream == "both":
         raise InvalidRequest("stream=both is served as events only", hint="ask with Accept: text/event-stream")
     stream = _log_stream(asked.stream)
-    return ByteStream(
-        call.face.follow_log(job, number, stream, offset=asked.offset, follow=asked.follow, is_stale_ok=asked.stale)
-    )
+    return ByteStream(_log(call, job, number, stream, asked, lambda piece: piece.data))
 
 
 async def events(call: Call) -> EventStream:
@@ -266,15 +266,13 @@ async def events(call: Call) -> EventStream:
     return EventStream(source())
 
 
-async def _log_events(
-    call: Call, job: JobId, task: int, stream: LogStream, asked: LogQuery
+async def _log(
+    call: Call, job: JobId, task: int, stream: LogStream, asked: LogQuery, form: Callable[[LogView], bytes]
 ) -> AsyncGenerator[bytes, None]:
-    offset = asked.offset
-    source = call.face.follow_log(job, task, stream, offset=offset, follow=asked.follow, is_stale_ok=asked.stale)
+    source = call.face.follow_log(job, task, stream, offset=asked.offset, follow=asked.follow, is_stale_ok=asked.stale)
     async with aclosing(source) as pieces:
-        async for data in pieces:
-            yield format_output(stream, offset, data)
-            offset += len(data)
+        async for piece in pieces:
+            yield form(piece)
 
 
 def _log_stream(text: str) -> LogStream:
@@ -324,6 +322,7 @@ ENDPOINTS = (
         Rights.VIEWER,
         "application/octet-stream",
         LogQuery,
+        event=LogView,
     ),
     Endpoint("GET", "/v1/jobs/{job}/result", result, "How a task ended", Rights.VIEWER, ResultView, TaskQuery),
     Endpoint(

@@ -71,7 +71,7 @@ def _operation(row: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
         answer["content"] = _content(row.answer, by_kind)
     if row.event is not None:
         # OpenAPI 3.1 has no word for the data of server-sent events; extensions begin with x-.
-        answer["content"]["text/event-stream"]["x-event-data"] = by_kind[row.event]
+        answer["content"].setdefault("text/event-stream", {})["x-event-data"] = by_kind[row.event]
     operation: dict[str, Any] = {
         "operationId": _operation_id(row),
         "summary": row.summary,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any
@@ -133,10 +132,6 @@ def format_event(kind: str, data: object, position: int | None = None) -> bytes:
     """One server-sent event; `data` becomes one line of JSON."""
     head = f"id: {position}\n" if position is not None else ""
     return f"{head}event: {kind}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
-
-
-def format_output(stream: str, offset: int, data: bytes) -> bytes:
-    return format_event(stream, {"offset": offset, "data": base64.b64encode(data).decode()})
 
 
 def error_body(error: MeshError) -> Mapping[str, Mapping[str, Any]]:

@@ -12,7 +12,6 @@ again, also to another node, until one answers. Not for several threads at a tim
 
 from __future__ import annotations
 
-import base64
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from meshd.views import (
     InvitesView,
     JobPage,
     JobView,
+    LogView,
     MembersView,
     MemberView,
     Summary,
@@ -266,7 +266,7 @@ class Client:
         self, job: str, task: int = 0, *, streams: Sequence[LogStream] = ("stdout", "stderr")
     ) -> Iterator[LogPiece]:
         """What a task writes, as it does, until it is final. Goes on at another node when this one is lost."""
-        seen: dict[str, int] = dict.fromkeys(streams, 0)
+        seen: dict[str, tuple[int, int]] = dict.fromkeys(streams, (0, 0))
         asked = "both" if len(streams) > 1 else streams[0]
         path = f"{_job(job)}/tasks/{task}/logs?{_query(stream=asked, follow='true', stale=self._stale())}"
         for kind, data, _ in live_events(self._requester, path, dict):
@@ -275,11 +275,16 @@ class Client:
             if kind not in ("stdout", "stderr"):
                 continue
             stream: LogStream = "stderr" if kind == "stderr" else "stdout"
-            piece = base64.b64decode(data["data"])
-            # A stream that was begun anew starts at 0: what was seen is left out.
-            fresh = piece[max(seen[stream] - data["offset"], 0) :]
+            piece = msgspec.convert(data, LogView)
+            # A stream that was begun anew starts at 0 of the present attempt: what was seen of it is left out.
+            fence, end = seen[stream]
+            if piece.fence < fence:  # from a node that has not heard of the later attempt
+                continue
+            if piece.fence > fence:
+                end = 0
+            fresh = piece.data[max(end - piece.offset, 0) :]
             if fresh:
-                seen[stream] = data["offset"] + len(piece)
+                seen[stream] = piece.fence, piece.offset + len(piece.data)
                 yield LogPiece(stream, fresh)
 
     def events(self, after: int | None = None) -> Iterator[EventView]:

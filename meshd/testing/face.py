@@ -63,6 +63,7 @@ from meshd.views import (
     GetJob,
     JobView,
     ListTasks,
+    LogView,
     NodeStatus,
     TaskPage,
 )
@@ -139,7 +140,7 @@ class FakeFace:
 
     async def follow_log(
         self, job: JobId, task: int, stream: LogStream, *, offset: int, follow: bool, is_stale_ok: bool = False
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[LogView, None]:
         while True:
             changed = self._changed
             query = ListTasks(job, (), task, task + 1, 1)
@@ -150,7 +151,7 @@ class FakeFace:
             if outcome is not None:
                 data = self._bytes_of(outcome.stdout if stream == "stdout" else outcome.stderr)
                 if data[offset:]:
-                    yield data[offset:]
+                    yield LogView(page.tasks[0].fence, offset, data[offset:])
                     offset = len(data)
             if page.tasks[0].state.is_final or not follow:
                 return

@@ -18,7 +18,7 @@ from meshd.errors import NotFound, Unavailable, UnknownOutcome
 from meshd.model import BlobRef, Count, Inline, JobId, NodeId
 from meshd.ports import BlobStore, Rpc
 from meshd.raft.remote import MeshLog
-from meshd.views import ListTasks, TaskPage, TaskView
+from meshd.views import ListTasks, LogView, TaskPage, TaskView
 from meshd.work.executor import Executor
 
 PIECE_BYTES_MAX = 256 << 10
@@ -75,7 +75,7 @@ class LogReader:
 
     async def follow(
         self, job: JobId, task: int, stream: str, *, offset: int, is_followed: bool, is_stale_ok: bool = False
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[LogView, None]:
         """From `offset` of its present attempt; with `is_followed` on until the task is final."""
         fence, at = 0, offset
         while True:
@@ -86,13 +86,14 @@ class LogReader:
             if view.outcome is not None and view.state.is_final:
                 content = view.outcome.stdout if stream == "stdout" else view.outcome.stderr
                 async for data in self._content(content, at):
-                    yield data
+                    yield LogView(fence, at, data)
+                    at += len(data)
                 return
             if view.node is not None:
                 piece = await self._piece(view.node, fence, stream, at, STAND_S if is_followed else 0.1)
                 while piece is not None and piece.data:
+                    yield LogView(fence, at, piece.data)
                     at += len(piece.data)
-                    yield piece.data
                     piece = await self._piece(view.node, fence, stream, at, STAND_S if is_followed else 0.1)
             if not is_followed or view.state.is_final:
                 return

@@ -9,12 +9,13 @@ import socket
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 from blake3 import blake3
 
 from meshd.client import Client
@@ -30,7 +31,7 @@ from meshd.errors import (
     WaitTimeout,
 )
 from meshd.model import TaskState
-from meshd.views import BlobList
+from meshd.views import BlobList, LogView
 from tests.integration.api_server import Served, served
 
 ECHO = {"run": {"args": ["echo", "hello"]}}
@@ -147,6 +148,27 @@ def test_stdout_and_stderr_are_followed_apart(mesh: Client) -> None:
     assert [(piece.stream, piece.data) for piece in mesh.follow(job)] == [("stderr", b"oops")]
     outcome = mesh.result(job).task.outcome
     assert outcome is not None and outcome.exit_code == 3
+
+
+def test_a_follower_whose_connection_is_cut_in_a_later_attempt_misses_nothing(
+    mesh: Client, api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = [
+        [LogView(7, 0, b"of a node that is behind"), LogView(8, 0, b"second: one, tw"), LogView(8, 15, b"o")],
+        [LogView(7, 0, b"a first attempt that says much. "), LogView(8, 0, b"second: "), LogView(8, 8, b"one, ")],
+    ]
+
+    async def follow_log(*_: object, **__: object) -> AsyncGenerator[LogView, None]:
+        for piece in connections.pop():
+            yield piece
+            await trio.lowlevel.checkpoint()
+        if connections:
+            raise Unavailable("its node is gone")
+
+    job = mesh.run(ECHO).id
+    monkeypatch.setattr(api.face, "follow_log", follow_log)
+    said = b"".join(piece.data for piece in mesh.follow(job, streams=["stdout"]))
+    assert said == b"a first attempt that says much. second: one, two"
 
 
 def test_failed_tasks_run_again_as_a_new_job(mesh: Client) -> None:
