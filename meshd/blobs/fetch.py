@@ -34,7 +34,7 @@ from meshd.blobs.messages import (
 )
 from meshd.blobs.plan import Plan, Range
 from meshd.blobs.store import PartialBlob, Store, unique
-from meshd.errors import Corrupt, InvalidRequest, MeshError, PeerFault, Unavailable, from_code
+from meshd.errors import Busy, Corrupt, InvalidRequest, MeshError, PeerFault, Unavailable, from_code
 from meshd.model import BlobRef, NodeId
 from meshd.ports import Rpc, Transport
 
@@ -373,9 +373,15 @@ class Fetcher:
         self._begun[ref] = begun  # the newest is last
         async with begun.turn:
             await self._drop_oldest()
-            if await self._is_here(ref):
-                return True  # another lane's fetch has brought it
-            return await self._go_on(ref, begun.plan, sources, why)
+            try:
+                # Another lane's fetch may have brought it meanwhile.
+                is_over = await self._is_here(ref) or await self._go_on(ref, begun.plan, sources, why)
+            except Busy:
+                await self._drop(ref, begun)  # whatever fills the disk needs the room more
+                raise
+            if is_over:
+                await self._drop(ref, begun)
+            return is_over
 
     async def _go_on(self, ref: BlobRef, plan: Plan, sources: Sequence[NodeId], why: dict[NodeId, str]) -> bool:
         transfer = _Transfer(await self._store.resume(ref), plan, why)
@@ -389,7 +395,6 @@ class Fetcher:
                 self._ban(liar, error)
                 why[liar] = error.message
             if is_right:
-                del self._begun[ref]
                 return True
         return False
 
@@ -398,10 +403,14 @@ class Fetcher:
             is_idle = self._begun.get(other) is begun and not begun.turn.locked()
             if len(self._begun) > PARTIALS_MAX and is_idle:
                 async with begun.turn:
-                    await PartialBlob(self._store, other).discard()
-                    begun.plan = Plan(other.size)  # for whoever waits by now
-                    if not begun.turn.statistics().tasks_waiting:
-                        del self._begun[other]
+                    await self._drop(other, begun)
+
+    async def _drop(self, ref: BlobRef, begun: _Begun) -> None:
+        """Called by whose turn it is; whoever waits for the next begins anew."""
+        await PartialBlob(self._store, ref).discard()
+        begun.plan = Plan(ref.size)
+        if not begun.turn.statistics().tasks_waiting:
+            del self._begun[ref]
 
     async def _draw_from_all(self, transfer: _Transfer, sources: Sequence[NodeId]) -> None:
         transfer.plan.begin(sources)

@@ -286,9 +286,11 @@ class PartialBlob:
         self._path = store.directory / "partial" / f"{ref.hash}-{ref.size}"
 
     async def write_at(self, offset: int, data: bytes) -> str:
-        """Keep a range; returns its BLAKE3, by which a liar is found when the whole turns out wrong."""
+        """Keep a range; returns its BLAKE3, by which a liar is found when the whole turns out wrong. Raises Busy."""
 
         def write() -> str:
+            # With each range: others may have taken the room that there was at first.
+            self._disk.check_room(len(data))
             with disk_errors(f"write a range of blob {self.ref.hash}"):
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 try:

@@ -385,6 +385,30 @@ async def test_a_full_disk_here_is_said_at_once_and_blames_nobody(mesh: BlobMesh
     assert not mesh.nodes[A].fetcher._banned()
 
 
+async def test_a_disk_that_fills_up_meanwhile_gets_back_what_had_arrived(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = await mesh.nodes[B].store.put_bytes(random_bytes(LARGE))
+    store = mesh.nodes[A].store
+    check_room, ranges_left = store._disk.check_room, 2
+
+    def fill_up(bytes_wanted: int) -> None:
+        nonlocal ranges_left
+        ranges_left -= bytes_wanted == RANGE_BYTES
+        if ranges_left < 0:
+            raise Busy("no room")
+        check_room(bytes_wanted)
+
+    monkeypatch.setattr(store._disk, "check_room", fill_up)
+    with trio.fail_after(5), pytest.raises(Busy, match="no room"):
+        await mesh.nodes[A].fetcher.fetch(ref, hints=[B], timeout_s=30)
+    assert list((store.directory / "partial").iterdir()) == [] and not mesh.nodes[A].fetcher._banned()
+
+    monkeypatch.setattr(store._disk, "check_room", check_room)
+    await mesh.nodes[A].fetcher.fetch(ref, hints=[B], timeout_s=10)
+    assert store.size(ref.hash) == LARGE
+
+
 # --- what a node answers ---------------------------------------------------------------------------------------------
 
 

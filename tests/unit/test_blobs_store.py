@@ -430,3 +430,24 @@ async def test_a_long_upload_stops_at_the_reserve_and_leaves_nothing(tmp_path: P
         await writer.write(b"x" * (4 << 20))
     await writer.abort()
     assert files_in(store.directory) == set()
+
+
+async def test_several_blobs_that_each_fit_alone_leave_the_reserve_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Disk:
+        f_frsize, f_blocks, f_bavail = 1, 1 << 40, 200 << 20
+
+    monkeypatch.setattr(disk.os, "statvfs", lambda _path: Disk)
+    store = await Store.open(tmp_path / "blobs")
+    arriving = [await store.resume(BlobRef(f"{number:064x}", 100 << 20)) for number in range(4)]
+
+    async def arrive() -> None:
+        for index in range(100):
+            await arriving[index % 4].write_at(index << 20, b"x")
+            Disk.f_bavail -= 4 << 20
+
+    with pytest.raises(Busy, match="no room"):
+        await arrive()
+
+    assert Disk.f_bavail >= disk.FREE_BYTES_MIN - (4 << 20)
