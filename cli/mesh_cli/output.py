@@ -43,7 +43,7 @@ def print_rows(session: Session, rows: Iterable[Row], columns: Sequence[Column],
             _write(_yaml(list(rows)))
         case "name":
             for row in rows:
-                click.echo(name(row))
+                click.echo(plain(name(row)))
         case form:
             shown = [column for column in columns if form == "wide" or not column.is_wide]
             _print_table([column.title for column in shown], [[c.value(row) for c in shown] for row in rows])
@@ -58,17 +58,23 @@ def print_one(session: Session, value: Row, lines: Callable[[], Iterable[str]], 
         case "yaml":
             _write(_yaml(value))
         case "name":
-            click.echo(name())
+            click.echo(plain(name()))
         case _:
             for line in lines():
-                click.echo(line)
+                click.echo(line if isinstance(line, Painted) else plain(line))
 
 
-def facts(*pairs: tuple[str, object]) -> list[str]:
+class Painted(str):
+    """A line that is plain already: the colours in it are ours."""
+
+    __slots__ = ()
+
+
+def facts(*pairs: tuple[str, object]) -> list[Painted]:
     """Aligned `key  value` lines; what is empty is left out."""
     shown = [(key, plain(str(value))) for key, value in pairs if value not in ("", None, (), [])]
     width = max((len(key) for key, _ in shown), default=0)
-    return [f"{key:<{width}}  {coloured(value)}" for key, value in shown]
+    return [Painted(f"{key:<{width}}  {coloured(value)}") for key, value in shown]
 
 
 def plain(text: str) -> str:

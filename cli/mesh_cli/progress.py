@@ -59,7 +59,9 @@ class Progress:
         from rich import progress
         from rich.console import Console
 
-        columns: list[Any] = [progress.TextColumn("{task.description}"), progress.BarColumn()]
+        from mesh_cli.output import plain
+
+        columns: list[Any] = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn()]
         columns += (
             [progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn()]
             if is_bytes
@@ -67,5 +69,5 @@ class Progress:
         )
         columns.append(progress.TimeRemainingColumn())
         self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self._what)
+        self._task = self._bar.add_task(plain(self._what))
         self._bar.start()

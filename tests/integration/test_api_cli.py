@@ -11,13 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from mesh_cli import main
 
 from meshd.client import Client
+from meshd.client import client as client_module
 from meshd.client.client import LogStream
 from tests.integration.api_server import Served, served
 
@@ -309,6 +313,44 @@ def test_a_label_with_more_jobs_than_are_looked_at_is_spoken_of(mesh: Mesh, monk
     said = mesh("job", "retry", "-l", "many=x", "-o", "json")
     assert all(job in said.out for job in newest) and said.out.count("retry_of") == 2
     assert "only the newest 2 jobs" in said.err
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202e\x9b31m"
+
+
+def hostile(value: Any) -> Any:
+    """The same, with a hostile text in place of every other that a worker, a joiner or a submitter may have written."""
+    match value:
+        case StrEnum() | bytes() | int() | float() | None:
+            return value
+        case str():
+            return HOSTILE
+        case tuple():
+            return tuple(hostile(item) for item in value)
+        case dict():
+            return {key: hostile(item) for key, item in value.items()}
+        case _:
+            # Ids are checked by the nodes; with others nothing could be asked further.
+            names = [name for name in value.__struct_fields__ if name not in ("id", "job")]
+            return msgspec.structs.replace(value, **{name: hostile(getattr(value, name)) for name in names})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["job show JOB", "job show ARRAY", "job show ARRAY:1", "job result JOB", "job result ARRAY", "job explain JOB",
+     "job tasks JOB", "job ls", "job ls -o wide", "cluster status", "node ls", "node ls -o wide", "node show self"],
+)  # fmt: skip
+def test_nothing_that_others_wrote_steers_the_terminal(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    jobs = {
+        "JOB": mesh("submit", "--wait", "--output", "out.txt", "--", "fail", "1", "why").out.strip(),
+        "ARRAY": mesh("submit", "--wait", "--array", "2", "--label", "a=b", "--", "fail", "1").out.strip(),
+    }
+    plain_answer = client_module._decode
+    monkeypatch.setattr("meshd.client.client._decode", lambda data, kind: hostile(plain_answer(data, kind)))
+    for name, job in jobs.items():
+        line = line.replace(name, job)
+    said = mesh(*line.split())
+    assert r"\x1b[2J" in said.out and all(char.isprintable() or char == "\n" for char in said.out), said
 
 
 def test_logs_asks_only_for_what_the_list_of_tasks_does_not_say(
