@@ -18,6 +18,7 @@ FILE_BYTES_MAX = 1 << 20
 """Of a job file; the API takes no more either."""
 ATTEMPTS_MAX = 1000
 """Of a task, the first included (`retry.attempts`)."""
+NO_JSON = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "binary", "set"))
 WASM_MAGIC = b"\0asm"
 
 
@@ -128,8 +129,18 @@ def parse_file(data: bytes, name: str) -> dict[str, Any]:
     """What a job file says, as YAML or JSON. Raises InvalidRequest."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Of what JSON can say too: a date is text, as it is written; bytes and sets are refused."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in NO_JSON]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.yaml_constructors = {
+        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag not in NO_JSON
+    }
     try:
-        document = yaml.safe_load(data)
+        document = yaml.load(data, Loader)  # noqa: S506 - it is a SafeLoader
     except Exception as error:  # its constructors raise whatever their own calls do: KeyError, AttributeError, …
         where = getattr(error, "problem_mark", None)
         place = f", line {where.line + 1}" if where else ""

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
 from meshd.client.address import Address
-from meshd.errors import Busy, MeshError, NotAllowed, Unavailable, UnknownOutcome, from_code
+from meshd.errors import Busy, InvalidRequest, MeshError, NotAllowed, Unavailable, UnknownOutcome, from_code
 
 if TYPE_CHECKING:
     import ssl
@@ -117,7 +117,10 @@ class Requester:
         is_resendable: bool = True,
     ) -> bytes:
         """The JSON answered. Raises what the API said, Unavailable when no node answers, UnknownOutcome."""
-        data = json.dumps(body).encode() if body is not None else b"" if method == "POST" else None
+        try:
+            data = json.dumps(body).encode() if body is not None else b"" if method == "POST" else None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"this cannot be written as JSON: {error}") from error
         headers = {"content-type": "application/json"} if body is not None else {}
 
         def ask(address: Address) -> bytes:

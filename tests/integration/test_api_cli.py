@@ -131,6 +131,24 @@ def test_flags_and_a_job_file_say_the_same(mesh: Mesh, api: Served, tmp_path: Pa
         mesh("job", "cancel", job)
 
 
+def test_a_date_in_a_job_file_is_text(mesh: Mesh, api: Served, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(
+        "run: {args: [echo, 2024-01-01], env: {AT: 2024-01-01T10:00:00Z}}\nlabels: {day: 2024-01-01}\n"
+    )
+    job = mesh("submit", "--file", "job.yaml").out.strip()
+    with Client([api.node]) as client:
+        spec = client.job(job).spec
+    assert spec.labels == (("day", "2024-01-01"),) and spec.run.args == ("echo", "2024-01-01")
+    assert spec.run.env == (("AT", "2024-01-01T10:00:00Z"),)
+
+
+@pytest.mark.parametrize("value", ["!!binary aGk=", "!!set {a, b}", "!!timestamp 2024-01-01", "&a [*a]", "[" * 900 + "]" * 900])  # fmt: skip
+def test_what_json_cannot_say_is_refused_in_a_job_file(mesh: Mesh, tmp_path: Path, value: str) -> None:
+    (tmp_path / "job.yaml").write_text(f"run: {{args: [echo]}}\nlabels: {{a: {value}}}\n")
+    said = mesh("submit", "--file", "job.yaml")
+    assert said.code == 2 and said.err.startswith("error: "), said
+
+
 def test_a_program_that_lies_here_and_is_not_sent_is_spoken_of(mesh: Mesh, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("tool", "bin/tool"):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 import msgspec
@@ -79,6 +80,14 @@ def test_jobs_are_listed_by_state_and_label_over_pages(mesh: Client) -> None:
 def test_what_is_wrong_with_a_spec_is_said_with_its_path(mesh: Client) -> None:
     with pytest.raises(InvalidRequest, match=r"^run\.args\[1\]: expected text"):
         mesh.submit({"run": {"args": ["a", True]}})
+
+
+def test_a_document_that_is_no_json_is_refused_before_it_is_sent(mesh: Client) -> None:
+    loop: list[object] = []
+    loop.append(loop)
+    for value in (date(2024, 1, 1), b"x", {1, 2}, loop):
+        with pytest.raises(InvalidRequest, match="cannot be written as JSON"):
+            mesh.submit({**ECHO, "labels": {"a": value}})
 
 
 def test_a_spec_of_a_hundred_megabytes_is_refused_and_the_node_lives(mesh: Client) -> None:
