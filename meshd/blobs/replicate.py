@@ -164,6 +164,8 @@ class Replicator:
                 await self._fetcher.fetch_many(pull.refs, hints=(peer,), timeout_s=timeout_s, lane=lane)
             except MeshError as error:
                 why = error.message[:1024]
+                # Frames that it passed keep it, and its traceback this one: all the bytes would wait for the garbage collector.
+                error.__traceback__ = None
         return codec.encode(Presence(tuple(self._store.has(ref.hash) for ref in pull.refs), why))
 
     @asynccontextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
+from blake3 import blake3
 
 from meshd import codec
-from meshd.blobs import replicate
+from meshd.blobs import fetch, replicate
 from meshd.blobs.messages import PROTOCOL, Presence, Pull
 from meshd.errors import Busy, MeshError, Unavailable
 from meshd.model import BlobRef, NodeId
@@ -204,6 +207,33 @@ async def test_pulls_of_one_member_keep_nobody_else_from_blobs(mesh: BlobMesh) -
                 ref = await mesh.nodes[B].store.put_bytes(random_bytes(size))
                 assert await mesh.nodes[B].replicator.ensure([ref], 2, timeout_s=10) == (B, A)
         evil.cancel_scope.cancel()
+
+
+async def test_a_pull_that_fails_leaves_none_of_its_bytes_to_the_garbage_collector(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "ROUND_PAUSES_S", (0.0,))
+    carried = bytes(60 << 10)
+    known, unknown = BlobRef(blake3(carried).hexdigest(), len(carried)), BlobRef("f" * 64, 1 << 20)
+    body = codec.encode(Pull((*[known] * 17, unknown), (*[carried] * 17, None), timeout_ms=60_000))
+    pulls = 5
+
+    async def pull() -> None:
+        answer = codec.decode(await mesh.nodes[A].rpc.call(B, "blob.pull", body, timeout_s=5), Presence)
+        assert "cannot be fetched" in answer.why
+
+    await pull()
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(pulls):
+            await pull()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < pulls * len(body) / 2
 
 
 async def test_a_pull_takes_no_longer_than_any_replicator_waits(
