@@ -73,6 +73,9 @@ CALL_S = 10.0
 ASK_S = 3.0
 """For `blob.have`; a node that needs longer would be a bad source."""
 
+LOOKED_UP_AT_ONCE = 1000
+"""Blobs, of up to 100,000 that an attempt leaves, before others get their turn: 1 ms, or 3 where holders are looked up."""
+
 ASKED_AT_ONCE_MAX = 16
 """Nodes asked who has a blob at a time."""
 
@@ -170,7 +173,12 @@ class Fetcher:
     ) -> None:
         """All of them, the small ones many to a call. Raises what `fetch` raises, for the first that fails."""
         lane = lane or self._own
-        missing = [ref for ref in unique(refs) if not await self._is_here(ref)]
+        missing: list[BlobRef] = []
+        for number, ref in enumerate(unique(refs), 1):
+            if not await self._is_here(ref):
+                missing.append(ref)
+            if number % LOOKED_UP_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
         if not missing:
             return
         with trio.move_on_after(timeout_s) as patience:

@@ -9,7 +9,7 @@ blobs meet on the same nodes and different ones spread over all.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
@@ -17,7 +17,7 @@ import trio
 from blake3 import blake3
 
 from meshd import codec
-from meshd.blobs.fetch import Fetcher, Lane, batches
+from meshd.blobs.fetch import LOOKED_UP_AT_ONCE, Fetcher, Lane, batches
 from meshd.blobs.messages import SMALL_BYTES_MAX, Presence, Pull
 from meshd.blobs.store import Store, unique
 from meshd.errors import Busy, InvalidRequest, MeshError, PeerFault, Unavailable
@@ -38,6 +38,9 @@ PULLS_MAX = 64
 
 PULLS_PER_PEER_MAX = 8
 """Of these. A replicator asks a peer for half as many at a time of small blobs, and of large ones, which take longer."""
+
+Held = Mapping[NodeId, Mapping[str, int]]
+"""Which of some blobs a node is said to have, each with its size."""
 
 
 class Replicator:
@@ -69,8 +72,9 @@ class Replicator:
         why: dict[NodeId, str] = {}
         with trio.move_on_after(timeout_s):
             await self._fetcher.fetch_many(wanted, timeout_s=timeout_s)
+            held = await self._held(wanted) if self._others(copies) else {}
             while wanted and not self._is_enough(done, copies):
-                await self._ask_peers(wanted, copies, done, why, timeout_s)
+                await self._ask_peers(wanted, held, copies, done, why, timeout_s)
                 if not self._is_enough(done, copies):
                     await trio.sleep(PAUSE_S)
         if wanted and not self._is_enough(done, copies):
@@ -91,19 +95,20 @@ class Replicator:
     async def _ask_peers(
         self,
         refs: Sequence[BlobRef],
+        held: Held,
         copies: int,
         done: dict[NodeId, None],
         why: dict[NodeId, str],
         timeout_s: float,
     ) -> None:
         """As many at a time as copies are missing; whoever fails is followed by the next in line."""
-        line = iter([peer for peer in self._in_order(refs) if peer not in done])
+        line = iter([peer for peer in self._in_order(refs, held) if peer not in done])
         deadline = trio.current_time() + timeout_s
 
         async def work() -> None:
             for peer in line:
                 try:
-                    await self._push(peer, refs, deadline)
+                    await self._push(peer, refs, held.get(peer, {}), deadline)
                 except MeshError as error:
                     why[peer] = error.message
                     self._log.info("blob.not_replicated", peer=peer, blobs=len(refs), error=error.message)
@@ -115,18 +120,22 @@ class Replicator:
             for _ in range(self._others(copies) - len(done)):
                 workers.start_soon(work)
 
-    def _in_order(self, refs: Sequence[BlobRef]) -> list[NodeId]:
-        peers = list(self._peers())
-        held = dict.fromkeys(peers, 0)
-        for ref in refs:
+    async def _held(self, refs: Sequence[BlobRef]) -> Held:
+        """Asked once, in slices: gossip looks through all nodes for each, and an attempt may leave 100,000."""
+        held: dict[NodeId, dict[str, int]] = {}
+        for number, ref in enumerate(refs, 1):
             for node in self._fetcher.holders(ref.hash):
-                if node in held:
-                    held[node] += ref.size
-        key = min(ref.hash for ref in refs)
-        return sorted(peers, key=lambda peer: (-held[peer], blake3(f"{key}{peer}".encode()).digest()))
+                held.setdefault(node, {})[ref.hash] = ref.size
+            if number % LOOKED_UP_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return held
 
-    async def _push(self, peer: NodeId, refs: Sequence[BlobRef], deadline: float) -> None:
-        known = {ref.hash for ref in refs if peer in self._fetcher.holders(ref.hash)}
+    def _in_order(self, refs: Sequence[BlobRef], held: Held) -> list[NodeId]:
+        bytes_held = {peer: sum(held.get(peer, {}).values()) for peer in self._peers()}
+        key = min(ref.hash for ref in refs)
+        return sorted(bytes_held, key=lambda peer: (-bytes_held[peer], blake3(f"{key}{peer}".encode()).digest()))
+
+    async def _push(self, peer: NodeId, refs: Sequence[BlobRef], known: Mapping[str, int], deadline: float) -> None:
         for batch in batches([ref for ref in refs if ref.size <= SMALL_BYTES_MAX]):
             sent = [ref for ref in batch if ref.hash not in known]
             datas = dict(zip(sent, await self._store.get_many(sent, bytes_max=SMALL_BYTES_MAX), strict=True))

@@ -19,11 +19,10 @@ import structlog
 import trio
 from msgspec.structs import replace
 
-from meshd import codec
 from meshd.backends import remains
 from meshd.blobs.fetch import Fetcher
 from meshd.blobs.replicate import Replicator
-from meshd.blobs.tree import check_tree, collect, materialise, refs_of
+from meshd.blobs.tree import CheckedTree, check_tree, collect, materialise, refs_of, unpack_tree
 from meshd.errors import Corrupt, InvalidRequest, MeshError, NotFound, TooLarge, Unavailable
 from meshd.items import LIST_BYTES_MAX, LISTS_BYTES_KEPT, Lines, Strings, item_of
 from meshd.model import (
@@ -158,29 +157,35 @@ class Executor:
     async def _lay_inputs(self, workdir: Path, key: AttemptKey, spec: JobSpec) -> str:
         """Everything as one tree, so that no path leaves the working directory, whoever wrote the spec."""
         item, entries = await self._item(key.task, spec)
+        parts = [("", entries)]
         for wanted in spec.inputs:
             if isinstance(wanted.source, TreeRef):
-                tree = await self._tree(wanted.source)
-                base = wanted.path.rstrip("/")
-                prefix = f"{base}/" if base not in ("", ".") else ""
-                entries += [replace(entry, path=prefix + entry.path) for entry in tree.entries]
+                parts.append((wanted.path, (await self._tree(wanted.source)).entries))
             else:
-                entries.append(TreeEntry(wanted.path, wanted.source, wanted.executable))
-        tree = Tree(tuple(sorted(entries)))
-        check_tree(tree)
-        missing = [ref for ref in refs_of(tree) if not self._store.has(ref.hash)]
-        if missing:
-            await self._fetcher.fetch_many(missing, timeout_s=FETCH_S)
-        if tree.entries:
+                parts.append(("", [TreeEntry(wanted.path, wanted.source, wanted.executable)]))
+        if any(entries for _, entries in parts):
+            tree, missing = await trio.to_thread.run_sync(self._join, parts)
+            if missing:
+                await self._fetcher.fetch_many(missing, timeout_s=FETCH_S)
             await materialise(tree, workdir, self._store)
         return item
 
-    async def _item(self, task: int, spec: JobSpec) -> tuple[str, list[TreeEntry]]:
+    def _join(self, parts: Sequence[tuple[str, Sequence[TreeEntry]]]) -> tuple[CheckedTree, list[BlobRef]]:
+        """All of them as one tree, and what of it is not here (blocks: there may be 100,000 files). Raises InvalidRequest."""
+        entries: list[TreeEntry] = []
+        for path, below in parts:
+            base = path.rstrip("/")
+            is_root = base in ("", ".")
+            entries += below if is_root else [replace(entry, path=f"{base}/{entry.path}") for entry in below]
+        tree = Tree(tuple(sorted(entries)))
+        return check_tree(tree), [ref for ref in refs_of(tree) if not self._store.has(ref.hash)]
+
+    async def _item(self, task: int, spec: JobSpec) -> tuple[str, Sequence[TreeEntry]]:
         """A task's item, and the files that come with it."""
         items = spec.array.items
         if isinstance(items, ItemsFiles):
             entries = (await self._tree(items.tree)).entries[task * items.per_task : (task + 1) * items.per_task]
-            return "\n".join(entry.path for entry in entries), list(entries)
+            return "\n".join(entry.path for entry in entries), entries
         lines = await self.lines(items.blob) if isinstance(items, ItemsBlob) else Lines()
         return item_of(task, spec, lines), []
 
@@ -195,7 +200,7 @@ class Executor:
         found = self._lists.get(ref.blob)
         if not isinstance(found, Tree):
             data = await self._bytes(ref.blob)
-            found = await trio.to_thread.run_sync(lambda: codec.decode(data, Tree, bytes_max=LIST_BYTES_MAX))
+            found = await trio.to_thread.run_sync(lambda: unpack_tree(data, bytes_max=LIST_BYTES_MAX))
             self._remember(ref.blob, found)
         return found
 
@@ -303,7 +308,7 @@ class Executor:
             refs.append(outcome.outputs.blob)
             # Not remembered: nobody else here asks for it, and it would push out what the tasks of an array share.
             packed = await self._store.get_bytes(outcome.outputs.blob, bytes_max=LIST_BYTES_MAX)
-            refs += refs_of(codec.decode(packed, Tree, bytes_max=LIST_BYTES_MAX))
+            refs += await trio.to_thread.run_sync(lambda: refs_of(unpack_tree(packed, bytes_max=LIST_BYTES_MAX)))
         if not refs:
             return outcome
         while True:

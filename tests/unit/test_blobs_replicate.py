@@ -84,6 +84,32 @@ async def test_a_peer_that_is_said_to_have_most_is_asked_first_and_sent_nothing(
         assert await mesh.nodes[A].replicator.ensure(refs, 2, timeout_s=10) == (A, favourite)
 
 
+async def test_holders_of_many_blobs_are_looked_up_once_each_while_others_get_their_turns(
+    mesh: BlobMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicate, "LOOKED_UP_AT_ONCE", 2)
+    refs = await mesh.nodes[A].store.put_many([bytes([number]) for number in range(50)])
+    turn, asked = 0, list[tuple[str, int]]()
+
+    def holders(blob: str) -> list[NodeId]:
+        asked.append((blob, turn))
+        return [B]
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            await trio.lowlevel.checkpoint()
+            turn += 1
+
+    monkeypatch.setattr(mesh.nodes[A].fetcher, "holders", holders)
+    async with trio.open_nursery() as others:
+        others.start_soon(count_turns)
+        await mesh.nodes[A].replicator.ensure(refs, 3, timeout_s=10)
+        others.cancel_scope.cancel()
+    assert [blob for blob, _ in asked] == [ref.hash for ref in refs]
+    assert len({turn for _, turn in asked}) > 5
+
+
 async def test_a_rumour_that_a_peer_has_it_is_checked(mesh: BlobMesh) -> None:
     refs = await put(mesh, 1000, 100_000)
     for ref in refs:

@@ -13,7 +13,7 @@ import trio
 from meshd import codec
 from meshd.blobs import match, tree
 from meshd.blobs.store import Store
-from meshd.blobs.tree import check_tree, collect, materialise, pack_tree, refs_of
+from meshd.blobs.tree import check_tree, collect, materialise, pack_tree, refs_of, unpack_tree
 from meshd.errors import InvalidRequest, MeshError, NotFound, TooLarge
 from meshd.model import BlobRef, Inline, Tree, TreeEntry, TreeRef
 
@@ -107,7 +107,7 @@ async def test_a_list_does_not_grow_without_end_with_what_is_in_it(
     found = await collect(work, ["*"], store)
     assert isinstance(found, TreeRef) and found.blob.size < 20_000
     assert len(refs_of(await tree_of(found, store))) > 40
-    await materialise(await tree_of(found, store), work.parent / "copy", store)
+    await materialise(check_tree(await tree_of(found, store)), work.parent / "copy", store)
     assert all((work.parent / "copy" / f"f{n}").read_bytes() == (work / f"f{n}").read_bytes() for n in range(60))
 
 
@@ -126,7 +126,7 @@ async def test_few_small_outputs_and_their_list_are_made_durable_together(
     found = await collect(work, ["*"], store)
     assert batches == [3], "two files and the list, in which the third lies"
     assert [type(entry.content) for entry in (await tree_of(found, store)).entries] == [BlobRef, BlobRef, Inline]
-    await materialise(await tree_of(found, store), work.parent / "copy", store)
+    await materialise(check_tree(await tree_of(found, store)), work.parent / "copy", store)
     assert (work.parent / "copy" / "b").read_bytes() == b"b" * 5000
 
 
@@ -273,7 +273,7 @@ async def test_a_tree_that_leads_out_or_contradicts_itself_writes_nothing(
     tmp_path: Path, store: Store, bad: tuple[str, ...]
 ) -> None:
     with pytest.raises(InvalidRequest):
-        await materialise(entries(*bad), tmp_path / "target", store)
+        await materialise(check_tree(entries(*bad)), tmp_path / "target", store)
     assert not (tmp_path / "target").exists() and not (tmp_path / "outside").exists()
 
 
@@ -284,22 +284,31 @@ async def test_links_in_the_way_are_not_followed(tmp_path: Path, work: Path, sto
     for path in ("dir/new", "file"):
         for content in (Inline(b"evil"), ref):
             with pytest.raises(InvalidRequest):
-                await materialise(Tree((TreeEntry(path, content),)), work, store)
+                await materialise(check_tree(Tree((TreeEntry(path, content),))), work, store)
     assert [(path.name, path.read_text()) for path in (tmp_path / "outside").iterdir()] == [("secret", "secret")]
 
 
 async def test_what_is_there_is_not_overwritten(work: Path, store: Store) -> None:
     write(work, x="mine")
     with pytest.raises(InvalidRequest):
-        await materialise(entries("x"), work, store)
+        await materialise(check_tree(entries("x")), work, store)
     with pytest.raises(InvalidRequest):
-        await materialise(entries("x/y"), work, store)
+        await materialise(check_tree(entries("x/y")), work, store)
     assert (work / "x").read_text() == "mine"
 
 
 async def test_a_tree_with_a_missing_blob_is_not_found(work: Path, store: Store) -> None:
     with pytest.raises(NotFound):
-        await materialise(Tree((TreeEntry("x", BlobRef("0" * 64, 5)),)), work, store)
+        await materialise(check_tree(Tree((TreeEntry("x", BlobRef("0" * 64, 5)),))), work, store)
+
+
+def test_a_list_reads_as_it_was_written_and_nonsense_in_it_is_refused() -> None:
+    tree = Tree((TreeEntry("a", Inline(b"x"), executable=True), TreeEntry("b", BlobRef("0" * 64, 5))))
+    assert unpack_tree(codec.encode(tree), bytes_max=1000) == tree
+    empty = b"\x81\xa7entries"
+    for bad in (b"", empty + b"\x91\xc0", empty + b"\xdd" + (4 << 20).to_bytes(4, "big") + b"\xc0" * (4 << 20)):
+        with pytest.raises(InvalidRequest):
+            unpack_tree(bad, bytes_max=64 << 20)
 
 
 async def test_too_many_files_are_refused_before_any_is_written(work: Path, store: Store) -> None:
@@ -314,5 +323,5 @@ async def test_a_full_disk_is_not_the_jobs_fault(work: Path, store: Store, monke
 
     monkeypatch.setattr(tree, "_write", full)
     with pytest.raises(MeshError) as failed:
-        await materialise(entries("x"), work, store)
+        await materialise(check_tree(entries("x")), work, store)
     assert failed.value.code == "busy"
