@@ -9,10 +9,13 @@ array.each_line  → with the number of its lines
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
+from heapq import merge
+from typing import Annotated
 
 import trio
+from msgspec import Meta, Raw, Struct
 
 from meshd import codec
 from meshd.api.endpoint import QUERY_S
@@ -27,6 +30,11 @@ TREE_BYTES_MAX = 32 << 20
 """Of a tree's own listing: some 200,000 files."""
 TREE_FILES_MAX = 200_000
 TREE_REPLICAS = 2
+RUN = 10_000
+"""Entries that are sorted at once: a few ms."""
+
+_THREADS = trio.CapacityLimiter(2)
+"""For the lists of trees: of a large one there are some 100 MiB in memory."""
 
 _SHORT_BLOB = re.compile(r"blob:([0-9a-f]{64})")
 _SHORT_TREE = re.compile(r"tree:([0-9a-f]{64})")
@@ -92,23 +100,53 @@ async def _count_lines(face: Face, text: str) -> int:
 # --- trees --------------------------------------------------------------------------------------------------------------
 
 
+class _Listing(Struct, frozen=True, gc=False):
+    """A tree whose entries are still bytes. One call for all of a large one would keep the interpreter from the loop for
+    half a second; entry by entry it takes longer and stops nobody."""
+
+    entries: Annotated[tuple[Raw, ...], Meta(max_length=TREE_FILES_MAX)]
+
+
 async def describe_tree(face: Face, blob: str) -> tuple[TreeRef, Tree]:
     """The tree that this blob lists. Raises NotFound, InvalidRequest when it lists none, TooLarge."""
     data = await read_blob(face, blob, bytes_max=TREE_BYTES_MAX)
+
+    def decode() -> tuple[TreeRef, Tree]:
+        listing: _Listing = codec.decode(data, _Listing, bytes_max=TREE_BYTES_MAX)
+        tree = Tree(tuple(codec.decode(entry, TreeEntry) for entry in listing.entries))
+        return TreeRef(BlobRef(blob, len(data)), len(tree.entries), sum(map(size_of, tree.entries))), tree
+
     try:
-        tree: Tree = await trio.to_thread.run_sync(lambda: codec.decode(data, Tree, bytes_max=TREE_BYTES_MAX))
+        return await trio.to_thread.run_sync(decode, limiter=_THREADS)
     except InvalidRequest as error:
-        raise InvalidRequest(f"blob {blob} is not a directory", hint="a file is named as blob:HASH") from error
-    return TreeRef(BlobRef(blob, len(data)), len(tree.entries), sum(map(size_of, tree.entries))), tree
+        raise InvalidRequest(
+            f"blob {blob} is not a directory of at most {TREE_FILES_MAX} files", hint="a file is named as blob:HASH"
+        ) from error
 
 
 async def store_tree(face: Face, entries: list[TreeEntry], *, replicas: int) -> TreeRef:
     if len(entries) > TREE_FILES_MAX:
         raise TooLarge(f"a directory of {len(entries)} files is over the limit of {TREE_FILES_MAX}")
-    tree = Tree(tuple(sorted(entries, key=lambda entry: entry.path)))
-    data = await trio.to_thread.run_sync(codec.encode, tree)
+
+    def encode() -> tuple[bytes, int]:
+        listing = _Listing(tuple(Raw(codec.encode(entry)) for entry in _in_order(entries)))
+        return codec.encode(listing), sum(map(size_of, entries))
+
+    data, bytes_total = await trio.to_thread.run_sync(encode, limiter=_THREADS)
+    if len(data) > TREE_BYTES_MAX:
+        raise TooLarge(f"a directory whose list takes {len(data)} bytes is over the limit of {TREE_BYTES_MAX}")
     view = await face.put_blob(once(data), replicas=replicas)
-    return TreeRef(BlobRef(view.hash, view.size), len(entries), sum(map(size_of, entries)))
+    return TreeRef(BlobRef(view.hash, view.size), len(entries), bytes_total)
+
+
+def _in_order(entries: list[TreeEntry]) -> Iterable[TreeEntry]:
+    """By path, in steps as well."""
+    runs = [sorted(entries[start : start + RUN], key=_path) for start in range(0, len(entries), RUN)]
+    return merge(*runs, key=_path)
+
+
+def _path(entry: TreeEntry) -> str:
+    return entry.path
 
 
 async def outputs_tree(face: Face, job: JobView) -> TreeRef:
@@ -118,6 +156,10 @@ async def outputs_tree(face: Face, job: JobView) -> TreeRef:
     if not job.spec.outputs:
         raise NotFound(f"job {job.id} keeps no files", hint="its spec names none under `outputs`")
     entries: list[TreeEntry] = []
+
+    def add(number: int, tree: Tree) -> None:
+        entries.extend(TreeEntry(f"{number}/{it.path}", it.content, it.executable) for it in tree.entries)
+
     start: int | None = 0
     while start is not None:
         query = ListTasks(job.id, (TaskState.DONE,), start, None, PAGE_MAX)
@@ -128,9 +170,9 @@ async def outputs_tree(face: Face, job: JobView) -> TreeRef:
                 continue
             if isinstance(outputs, TreeRef):
                 _, tree = await describe_tree(face, outputs.blob.hash)
+                await trio.to_thread.run_sync(add, task.task, tree, limiter=_THREADS)
             else:
-                tree = codec.decode(outputs.data, Tree)
-            entries += [TreeEntry(f"{task.task}/{it.path}", it.content, it.executable) for it in tree.entries]
+                add(task.task, codec.decode(outputs.data, Tree))
             if len(entries) > TREE_FILES_MAX:
                 raise TooLarge(f"job {job.id} left over {TREE_FILES_MAX} files", hint="read them task by task")
         start = page.next
@@ -159,8 +201,12 @@ async def collect_refs(face: Face, spec: JobSpec) -> list[BlobRef]:
         known, tree = await describe_tree(face, ref.blob.hash)
         if known != ref:
             raise InvalidRequest(f"{write_tree(ref)} is in truth {write_tree(known)}")
-        found |= {it.content.hash: it.content for it in tree.entries if isinstance(it.content, BlobRef)}
+        found |= await trio.to_thread.run_sync(_refs_in, tree, limiter=_THREADS)
     return list(found.values())
+
+
+def _refs_in(tree: Tree) -> dict[str, BlobRef]:
+    return {it.content.hash: it.content for it in tree.entries if isinstance(it.content, BlobRef)}
 
 
 def size_of(entry: TreeEntry) -> int:

@@ -15,9 +15,9 @@ import trio
 from msgspec import Meta, Struct
 from starlette.requests import ClientDisconnect
 
-from meshd.api.endpoint import Call, Endpoint, Rights
+from meshd.api.endpoint import Call, Endpoint, Rights, encode_answer
 from meshd.api.face import Face
-from meshd.api.references import TREE_FILES_MAX, describe_tree, size_of, store_tree
+from meshd.api.references import TREE_BYTES_MAX, TREE_FILES_MAX, describe_tree, size_of, store_tree
 from meshd.api.streams import ByteStream
 from meshd.errors import Busy, InvalidRequest, MeshError, TooLarge
 from meshd.model import INLINE_BYTES_MAX, BlobRef, Content, Inline, Tree, TreeEntry, TreeRef
@@ -29,6 +29,9 @@ BATCH_FILES = 128
 """Small files of one upload that are stored, synced and copied to other nodes together: one by one, each would cost a
 sync on two disks and a round trip."""
 BATCHES_AT_ONCE = 4
+INLINED_BYTES_MAX = 8 << 20
+"""Of small files that stand in the list itself; further ones are blobs, so that the list stays one that can be read."""
+SHOWN_AT_ONCE = 500
 HEADERS_BYTES_MAX = 8 << 10
 """Of what stands before one file in a tar: a path of 4 KiB, and twice its own block. `tarfile` needs time and memory that
 grow with the square of it: 70 ms and 16 MiB for these."""
@@ -56,8 +59,10 @@ async def put_tree(call: Call) -> TreeRef:
     return await store_tree(call.face, entries, replicas=replicas)
 
 
-async def show_tree(call: Call) -> Tree:
-    return (await describe_tree(call.face, call.path("hash")))[1]
+async def show_tree(call: Call) -> ByteStream:
+    """As JSON, in pieces: of a large tree the whole would hold the loop."""
+    _, tree = await describe_tree(call.face, call.path("hash"))
+    return ByteStream(_json_of(tree), "application/json")
 
 
 async def get_tree(call: Call) -> ByteStream:
@@ -74,6 +79,8 @@ class _Upload:
         self._chunks = call.request.stream()
         self._replicas = replicas
         self._entries: dict[str, TreeEntry] = {}
+        self._paths_bytes = 0
+        self._inlined_bytes = 0
         self._failure: MeshError | None = None
         # Its own, for the parser and who reads a large file for it: those that the agent lives on may not wait for a line.
         self._threads = trio.CapacityLimiter(2)
@@ -124,8 +131,14 @@ class _Upload:
                 raise InvalidRequest(f"the tar has {path[:200]!r} twice")
             if len(self._entries) >= TREE_FILES_MAX:
                 raise TooLarge(f"a directory is limited to {TREE_FILES_MAX} files")
+            self._paths_bytes += len(path.encode())
+            if self._paths_bytes > TREE_BYTES_MAX:
+                raise TooLarge(
+                    f"the paths in the tar are over the limit of {TREE_BYTES_MAX} bytes for a directory's list"
+                )
             is_executable = bool(member.mode & 0o100)
-            if member.size <= INLINE_BYTES_MAX:
+            if member.size <= INLINE_BYTES_MAX and self._inlined_bytes + member.size <= INLINED_BYTES_MAX:
+                self._inlined_bytes += member.size
                 self._entries[path] = TreeEntry(path, Inline(file.read()), is_executable)
             elif member.size <= PIECE_BYTES:
                 self._entries[path] = TreeEntry(path, Inline(b""), is_executable)
@@ -243,6 +256,14 @@ def _files(tape: _Tape) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
             tar.members.clear()  # type: ignore[attr-defined]
             tar.pax_headers = {}
             tape.bound_headers()
+
+
+async def _json_of(tree: Tree) -> AsyncGenerator[bytes, None]:
+    yield b'{"entries":['
+    for start in range(0, len(tree.entries), SHOWN_AT_ONCE):
+        entries = encode_answer(tree.entries[start : start + SHOWN_AT_ONCE])[1:-1]
+        yield b"," + entries if start else entries
+    yield b"]}"
 
 
 async def _tar_of(face: Face, tree: Tree) -> AsyncGenerator[bytes, None]:

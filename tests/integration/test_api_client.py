@@ -19,6 +19,8 @@ import pytest
 import trio
 from blake3 import blake3
 
+from meshd import codec
+from meshd.api.references import TREE_FILES_MAX
 from meshd.client import Client
 from meshd.errors import (
     Conflict,
@@ -31,7 +33,7 @@ from meshd.errors import (
     UnknownOutcome,
     WaitTimeout,
 )
-from meshd.model import TaskState
+from meshd.model import Inline, TaskState, Tree, TreeEntry, TreeRef
 from meshd.views import BlobList, LogView
 from tests.integration.api_server import Served, served
 
@@ -237,6 +239,31 @@ def test_a_directory_travels_there_and_back(mesh: Client, tmp_path: Path) -> Non
     assert mesh.get_directory(tree.blob.hash, tmp_path / "back") == 5
     assert {name: (tmp_path / "back" / name).read_bytes() for name in files} == files
     assert os.access(tmp_path / "back/small", os.X_OK) and not os.access(tmp_path / "back/empty", os.X_OK)
+
+
+def test_a_directory_of_many_small_files_can_be_read_again(mesh: Client, api: Served) -> None:
+    """Not all of them fit into its list: the limit of that is 32 MiB."""
+    names = [f"{number % 97}/{number}" for number in range(9000)]
+    tar = bytearray()
+    for name in names:
+        member = tarfile.TarInfo(name)
+        member.size = 4096
+        tar += member.tobuf() + name.encode().ljust(4096, b".")
+    ref = msgspec.json.decode(_post_tar(mesh, bytes(tar + bytes(1024))), type=TreeRef)
+    assert (ref.files, ref.bytes_total) == (9000, 9000 * 4096)
+    tree = mesh.show_tree(ref.blob.hash)
+    assert [entry.path for entry in tree.entries] == sorted(names)
+    assert blake3(codec.encode(tree)).hexdigest() == ref.blob.hash
+    assert len({type(entry.content) for entry in tree.entries}) == 2
+    for entry in (tree.entries[0], tree.entries[-1]):
+        data = entry.content.data if isinstance(entry.content, Inline) else api.face.blobs[entry.content.hash]
+        assert data.startswith(entry.path.encode() + b".")
+
+
+def test_a_list_of_more_files_than_a_directory_may_have_is_none(mesh: Client, api: Served) -> None:
+    blob = api.face.put(codec.encode(Tree((TreeEntry("a", Inline(b"")),) * (TREE_FILES_MAX + 1))))
+    with pytest.raises(InvalidRequest, match="at most 200000 files"):
+        mesh.show_tree(blob.hash)
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/../../b"])
