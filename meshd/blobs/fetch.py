@@ -377,6 +377,9 @@ class Fetcher:
     # --- large ones --------------------------------------------------------------------------------------------------
 
     async def _fetch_large(self, ref: BlobRef, sources: Sequence[NodeId], why: dict[NodeId, str]) -> bool:
+        if ref not in self._begun:
+            # Before a plan, which takes memory for every range of what may be a size that somebody made up.
+            await self._store.resume(ref)
         begun = self._begun.pop(ref, None) or _Begun(Plan(ref.size))
         self._begun[ref] = begun  # the newest is last
         async with begun.turn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -374,6 +375,17 @@ async def test_unfinished_blobs_do_not_pile_up(mesh: BlobMesh, monkeypatch: pyte
         with pytest.raises(Unavailable):
             await mesh.nodes[A].fetcher.fetch(BlobRef(f"{number:064x}", LARGE), hints=[bad], timeout_s=10)
     assert len(list((mesh.nodes[A].store.directory / "partial").iterdir())) == 2
+
+
+async def test_what_no_disk_has_room_for_takes_no_memory_either(mesh: BlobMesh) -> None:
+    mesh.nodes[A].store._disk._free_bytes_min = 2**62
+    tracemalloc.start()
+    try:
+        with trio.fail_after(5), pytest.raises(Busy, match="no room"):
+            await mesh.nodes[A].fetcher.fetch(BlobRef("0" * 64, 1 << 42), hints=[B], timeout_s=30)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 async def test_a_full_disk_here_is_said_at_once_and_blames_nobody(mesh: BlobMesh) -> None:
