@@ -140,7 +140,7 @@ def parse_file(data: bytes, name: str) -> dict[str, Any]:
         tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag not in NO_JSON
     }
     try:
-        document = yaml.load(data, Loader)  # noqa: S506 - it is a SafeLoader
+        document = Loader(data).get_single_data()
     except Exception as error:  # its constructors raise whatever their own calls do: KeyError, AttributeError, …
         where = getattr(error, "problem_mark", None)
         place = f", line {where.line + 1}" if where else ""
