@@ -16,7 +16,7 @@ from meshd.testing.ablations import without
 from meshd.testing.checks import Breach
 from meshd.testing.sim import Sim
 
-CI_SEEDS = 400
+CI_SEEDS = 300
 """In `make test`, every fault on: at least 300 …"""
 CI_MINUTES = 8
 """… in at most so long on two cores."""
