@@ -20,6 +20,7 @@ from bench.mesh import load
 from bench.peers.contenders import CONTENDERS, Contender
 from bench.peers.driven import Failed, Missing, driven
 from bench.peers.questions import QUESTIONS, Figures, Plan, Question
+from bench.peers.setup import prepare
 
 SIZES = (1_000, 10_000, 100_000)
 
@@ -88,6 +89,8 @@ def main() -> int:
     # Stopped in the middle it ends its contender first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [it for it in CONTENDERS if any(word.lower() in it.name.lower() for word in options.contenders)]
+    for package in dict.fromkeys(it.package for it in chosen):
+        prepare(package)  # what is missing is said, or installed, before anything is measured
     names = list(QUESTIONS) if "all" in options.question else options.question
     plan = Plan(options.runs, len(os.sched_getaffinity(0)), tuple(options.sizes), options.patience)
     found: dict[str, object] = {"cores": plan.cores, "runs": plan.runs, "load before": load()}
