@@ -65,6 +65,7 @@ class _Stock(property):
 
 
 def _stock(name: str) -> Any:
+    """Of any type: what it is stands beside each name below."""
     return _Stock(name)
 
 

@@ -331,7 +331,7 @@ class MachineLaws(RuleBasedStateMachine):
     def what_waits_fits_nowhere(self):
         """No slot stays free while a task that fits is ready, nor is less held ahead than was asked for.
 
-        Of a job with several backends less may be ahead when the better one has just gone: until its node reports again.
+        Of a job with several backends less may be ahead once the better one has gone: until its node asks anew for another number.
         """
         machine = self.scene.machine
         if machine._matching.has_more:
