@@ -73,7 +73,8 @@ class _Commands(click.Group):
             command = self.get_command(context, name)
             for part in command.commands if isinstance(command, click.Group) else ():
                 known.setdefault(part, f"{name} {part}")
-        close = get_close_matches(word, known, 1)
+        # A slip is taken for one of ours first: `rum` is near to `rm` as well, which cancels.
+        close = [word] if word in known else get_close_matches(word, COMMANDS, 1) or get_close_matches(word, known, 1)
         return f"; did you mean `mesh {known[close[0]]}`?" if close else ""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

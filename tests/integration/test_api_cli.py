@@ -458,6 +458,7 @@ def test_a_saved_context_needs_neither_node_nor_token(mesh: Mesh, api: Served, m
     ("line", "code", "message"),
     [
         ("jbo ls", 2, "error: there is no command 'jbo'; did you mean `mesh job`?"),
+        ("rum -- true", 2, "error: there is no command 'rum'; did you mean `mesh run`?"),
         ("logs last", 2, "error: there is no command 'logs'; did you mean `mesh job logs`?"),
         ("rm last", 2, "error: there is no command 'rm'; did you mean `mesh job cancel`?"),
         ("describe last", 2, "error: there is no command 'describe'; did you mean `mesh job show`?"),
